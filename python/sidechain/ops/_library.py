@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one op library, and which backend of which op can run here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .. import _native
+
+BACKENDS = ("reference", "cpu", "cuda", "triton")
+
+# Kept alive for the life of the process: its destructor deregisters every op.
+library = torch.library.Library("sidechain", "FRAGMENT")
+_ops: dict[str, dict[str, str]] = {}
+
+
+def define(
+    schema: str,
+    *,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    without: dict[str, str],
+) -> None:
+    """Register the schema, the reference (fallback on every device) and the fake of an op.
+
+    Args:
+        schema: schema string.
+        reference: pure PyTorch implementation with the schema's signature.
+        fake: checks and shapes only.
+        without: backend -> why this op has no kernel there, by design.
+    """
+    name = library.define(schema, tags=(torch.Tag.pt2_compliant_tag,)) or schema.split("(")[0]
+    name = name.split("::")[-1]
+    library.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"sidechain::{name}", fake, lib=library)
+    _ops[name] = without
+
+
+def unavailable(op: str, backend: str) -> str | None:
+    """Why a backend of an op cannot run here; None when it can."""
+    if backend == "reference":
+        return None
+    if backend in _ops[op]:
+        return _ops[op][backend]
+    reason = _native.absent({"cpu": "_C", "cuda": "_C_cuda", "triton": "_C_cuda"}[backend])
+    if reason is None and backend == "cuda" and not torch.cuda.is_available():
+        return "no CUDA device"
+    return reason
+
+
+def backends() -> dict[str, dict[str, str | None]]:
+    """Return {op: {backend: None if it can run here, else the reason}}."""
+    return {op: {b: unavailable(op, b) for b in BACKENDS} for op in _ops}
+
+
+def require(op: str, backend: str, device: torch.device) -> None:
+    """Raise unless `backend` names one that can run `op` on `device`."""
+    if backend not in BACKENDS:
+        expected = ", ".join(("auto", *BACKENDS))
+        raise ValueError(f"{op}: expected backend to be one of {expected}, got {backend!r}")
+    reason = unavailable(op, backend)
+    if reason is not None:
+        raise RuntimeError(f"{op}: expected backend {backend!r} to be available, got: {reason}")
+    if backend in ("cpu", "cuda") and device.type != backend:
+        raise RuntimeError(f"{op}: expected x on {backend} [backend={backend!r}], got {device}")

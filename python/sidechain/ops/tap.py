@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``tap_``: one pass over the activations of a site that captures them and steers them in place."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from ..reference import tap as _reference
+from . import _library
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_ANY_FLOAT = (*_FLOATS, torch.float64)
+
+
+def tap_(
+    x: Tensor,
+    *,
+    vectors: Tensor | None = None,
+    steer_slot: Tensor | None = None,
+    index: Tensor | None = None,
+    strength: Tensor | None = None,
+    removal: Tensor | None = None,
+    steer_mask: Tensor | None = None,
+    renorm: bool = False,
+    sums: Tensor | None = None,
+    squares: Tensor | None = None,
+    counts: Tensor | None = None,
+    ring: Tensor | None = None,
+    capture_slot: Tensor | None = None,
+    capture_mask: Tensor | None = None,
+    ring_stride: int = 1,
+    backend: str = "auto",
+) -> Tensor:
+    """Capture the activations of a site, then steer them, in one pass and in place.
+
+    Capture, with s = capture_slot, over the tokens t of row r where capture_mask holds, before
+    steering: sums[s, r] += sum_t x[r, t]; squares[s, r] += sum_t x[r, t]^2; counts[s, r] += number
+    of tokens; ring[s, r, j] = x[r, j * ring_stride].
+
+    Steering, with v = vectors[index[r], steer_slot], a = strength[r], b = removal[r]:
+    y = x + (a - b * max(0, <x, v>)) v, and with renorm y *= |x| / |y| (y = 0 stays 0), written to
+    the tokens where steer_mask holds. A row with a = 0 and b = 0, or whose index or slot lies
+    outside the table, is not written: it stays bit-identical.
+
+    Everything that decides what happens is a tensor on the device of x, so that changing a
+    strength, a slot or a mask recompiles nothing and waits for nothing.
+
+    Args:
+        x: activations [R, T, C], float32 | float16 | bfloat16 (float64 in the reference only), any
+            outer strides, last dim contiguous. Written in place.
+        vectors: steering table [V, S, C] float32, last dim contiguous. None = no steering.
+        steer_slot: S index [1] int64. None = 0.
+        index: V index of each row [R] int32, -1 for none. None = 0.
+        strength: a [R] float32. None = 0.
+        removal: b [R] float32. None = 0.
+        steer_mask: [R | 1, T] bool. None = all tokens.
+        renorm: give every steered token the norm it had.
+        sums: [S, R, C] float32, last dim contiguous. Accumulated into.
+        squares: [S, R, C] float32, last dim contiguous. Accumulated into.
+        counts: [S, R] float32. Accumulated into.
+        ring: [S, R, ceil(T / ring_stride), C], float32 | float16 | bfloat16, last dim contiguous.
+            Masked tokens keep what was there.
+        capture_slot: S index [1] int64; outside the buffer nothing is captured. None = 0.
+        capture_mask: [R | 1, T] bool. None = all tokens.
+        ring_stride: distance of the tokens copied to `ring`, at least 1.
+        backend: "auto" | "reference" | "cpu" | "cuda"; others than "auto" are for tests and
+            benches and bypass the choice made by device.
+
+    Returns:
+        x itself.
+
+    Raises:
+        TypeError: an argument has another type or dtype.
+        ValueError: a shape or a value does not fit.
+        RuntimeError: tensors on different devices, or the backend cannot run here.
+        NotImplementedError: a gradient is asked for.
+
+    Differentiable in: nothing; `sidechain.reference.tap.tap` is the differentiable form.
+    Accumulates in float32. Deterministic: yes, for any number of threads.
+    Backends: cpu (avx512 / avx2 / baseline), cuda (sm80+), reference.
+    Under `torch.compile` the reference is traced, which Inductor fuses into its neighbours.
+    """
+    _check(
+        x, vectors, steer_slot, index, strength, removal, steer_mask,
+        sums, squares, counts, ring, capture_slot, capture_mask, ring_stride,
+    )  # fmt: skip
+    args = (
+        x, vectors, steer_slot, index, strength, removal, steer_mask, renorm,
+        sums, squares, counts, ring, capture_slot, capture_mask, ring_stride,
+    )  # fmt: skip
+    if torch.is_grad_enabled():
+        _refuse_gradient(x, vectors, strength, removal)
+    if backend == "auto" and torch.compiler.is_compiling():
+        _reference.tap_(*args)
+        return x
+    if backend != "auto":
+        _library.require("tap_", backend, x.device)
+        if backend == "reference":
+            _reference.tap_(*args)
+            return x
+    torch.ops.sidechain.tap_.default(*args)
+    return x
+
+
+def _refuse_gradient(*tensors: Tensor | None) -> None:
+    for t in tensors:
+        if t is not None and t.requires_grad:
+            raise NotImplementedError(
+                "tap_: expected tensors that need no gradient [it writes in place; "
+                "sidechain.reference.tap.tap is differentiable], got requires_grad=True"
+            )
+
+
+def _check(
+    x: Tensor,
+    vectors: Tensor | None,
+    steer_slot: Tensor | None,
+    index: Tensor | None,
+    strength: Tensor | None,
+    removal: Tensor | None,
+    steer_mask: Tensor | None,
+    sums: Tensor | None,
+    squares: Tensor | None,
+    counts: Tensor | None,
+    ring: Tensor | None,
+    capture_slot: Tensor | None,
+    capture_mask: Tensor | None,
+    ring_stride: int,
+) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"tap_: expected x to be a tensor, got {type(x).__name__}")
+    if x.dtype not in _ANY_FLOAT:
+        raise TypeError(f"tap_: expected x of {_names(_ANY_FLOAT)}, got {_names((x.dtype,))}")
+    if x.dim() != 3:
+        raise ValueError(f"tap_: expected x of shape [R, T, C], got {list(x.shape)}")
+    rows, tokens, channels = x.shape
+    _last_contiguous("x", x)
+    wide = x.dtype == torch.float64
+    table = (torch.float32, torch.float64) if wide else (torch.float32,)
+    if vectors is not None:
+        _tensor("vectors", vectors, x, table, ("V", "S", channels), "C=x.size(-1)")
+        _last_contiguous("vectors", vectors)
+        if vectors.shape[0] == 0 or vectors.shape[1] == 0:
+            raise ValueError(
+                f"tap_: expected vectors with V >= 1 and S >= 1, got {list(vectors.shape)}"
+            )
+        if strength is None and removal is None:
+            raise ValueError("tap_: expected strength or removal beside vectors, got neither")
+        if strength is not None:
+            _tensor("strength", strength, x, table, (rows,), "R=x.size(0)")
+        if removal is not None:
+            _tensor("removal", removal, x, table, (rows,), "R=x.size(0)")
+        if index is not None:
+            _tensor("index", index, x, (torch.int32,), (rows,), "R=x.size(0)")
+        if steer_slot is not None:
+            _tensor("steer_slot", steer_slot, x, (torch.int64,), (1,), "one S index")
+        if steer_mask is not None:
+            _mask("steer_mask", steer_mask, x)
+    else:
+        for name, value in (
+            ("strength", strength),
+            ("removal", removal),
+            ("index", index),
+            ("steer_slot", steer_slot),
+            ("steer_mask", steer_mask),
+        ):
+            if value is not None:
+                raise ValueError(f"tap_: expected vectors beside {name}, got None")
+    if sums is not None:
+        _tensor("sums", sums, x, table, ("S", rows, channels), "R, C of x")
+        _last_contiguous("sums", sums)
+    if squares is not None:
+        _tensor("squares", squares, x, table, ("S", rows, channels), "R, C of x")
+        _last_contiguous("squares", squares)
+    if counts is not None:
+        _tensor("counts", counts, x, table, ("S", rows), "R=x.size(0)")
+    if ring is not None:
+        if ring_stride < 1:
+            raise ValueError(f"tap_: expected ring_stride >= 1, got {ring_stride}")
+        kept = -(-tokens // ring_stride)
+        _tensor(
+            "ring",
+            ring,
+            x,
+            _ANY_FLOAT if wide else _FLOATS,
+            ("S", rows, kept, channels),
+            "R, ceil(T / ring_stride), C of x",
+        )
+        _last_contiguous("ring", ring)
+    if capture_slot is not None:
+        _tensor("capture_slot", capture_slot, x, (torch.int64,), (1,), "one S index")
+    if capture_mask is not None:
+        _mask("capture_mask", capture_mask, x)
+
+
+def _tensor(
+    name: str,
+    t: Tensor,
+    x: Tensor,
+    dtypes: tuple[torch.dtype, ...],
+    shape: tuple[int | str, ...],
+    why: str,
+) -> None:
+    """Check type, dtype, device and shape; a letter in `shape` stands for any size."""
+    if not isinstance(t, Tensor):
+        raise TypeError(f"tap_: expected {name} to be a tensor, got {type(t).__name__}")
+    if t.dtype not in dtypes:
+        raise TypeError(f"tap_: expected {name} of {_names(dtypes)}, got {_names((t.dtype,))}")
+    if t.device != x.device:
+        raise RuntimeError(f"tap_: expected {name} on {x.device} [device of x], got {t.device}")
+    got = t.shape
+    if len(got) == len(shape):
+        for a, b in zip(shape, got, strict=True):
+            if a != b and not isinstance(a, str):
+                _bad_shape(name, shape, why, t)
+    else:
+        _bad_shape(name, shape, why, t)
+
+
+def _mask(name: str, t: Tensor, x: Tensor) -> None:
+    rows, tokens, _ = x.shape
+    first = 1 if isinstance(t, Tensor) and t.dim() == 2 and t.shape[0] == 1 else rows
+    _tensor(name, t, x, (torch.bool,), (first, tokens), "R or 1, T of x")
+
+
+def _last_contiguous(name: str, t: Tensor) -> None:
+    if t.stride(-1) != 1 and t.shape[-1] > 1:
+        raise ValueError(
+            f"tap_: expected {name} with a contiguous last dim, got strides {list(t.stride())}"
+        )
+
+
+def _bad_shape(name: str, shape: tuple[int | str, ...], why: str, t: Tensor) -> NoReturn:
+    expected = ", ".join(str(n) for n in shape)
+    raise ValueError(f"tap_: expected {name} of shape [{expected}] ({why}), got {list(t.shape)}")
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return " | ".join(str(d).removeprefix("torch.") for d in dtypes)
+
+
+def _fake(x: Tensor, *args: object) -> None:
+    """Shapes do not change and nothing is returned."""
+
+
+_library.define(
+    "tap_(Tensor(a!) x, Tensor? vectors, Tensor? steer_slot, Tensor? index, Tensor? strength, "
+    "Tensor? removal, Tensor? steer_mask, bool renorm, Tensor(b!)? sums, Tensor(c!)? squares, "
+    "Tensor(d!)? counts, Tensor(e!)? ring, Tensor? capture_slot, Tensor? capture_mask, "
+    "int ring_stride) -> ()",
+    reference=_reference.tap_,
+    fake=_fake,
+    without={"triton": "tap_ is memory-bound: the CUDA C++ kernel covers the GPU"},
+)
+# The public function refuses gradients; below it autograd has nothing to do.
+_library.library.impl("tap_", torch.library.fallthrough_kernel, "Autograd")
