@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Load the shipped music model and its judges, after a check that their files are whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+WEIGHTS = Path(__file__).resolve().parent / "weights"
+CHECKSUMS = "checksums.json"
+
+
+def write_checksums(folder: Path) -> None:
+    """Write `checksums.json` (SHA-256 of every other file below `folder`)."""
+    sums = {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != CHECKSUMS
+    }
+    (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n")
+
+
+def verify(folder: Path) -> None:
+    """Check a weight folder against its checksums.
+
+    Raises:
+        FileNotFoundError: the folder, its list or a listed file is missing.
+        ValueError: a file differs from what was saved.
+    """
+    listing = folder / CHECKSUMS
+    if not listing.is_file():
+        raise FileNotFoundError(f"zoo: expected weights with {CHECKSUMS} in {folder}, got none")
+    for name, expected in json.loads(listing.read_text()).items():
+        path = folder / name
+        if not path.is_file():
+            raise FileNotFoundError(f"zoo: expected the file {path} [{CHECKSUMS}], got none")
+        found = hashlib.sha256(path.read_bytes()).hexdigest()
+        if found != expected:
+            raise ValueError(
+                f"zoo: expected {name} with SHA-256 {expected[:12]}..., got {found[:12]}...; "
+                "the file is damaged, install the package again"
+            )
+
+
+def music(
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    folder: Path | str | None = None,
+) -> Any:
+    """The text-to-music pipeline of the zoo, ready to call.
+
+    Args:
+        device: where to put it.
+        dtype: float32, or float16 | bfloat16 on devices that compute in them.
+        folder: another saved `MusicPipeline` instead of the shipped one.
+
+    Returns:
+        A `sidechain.zoo.pipeline.MusicPipeline`.
+
+    Raises:
+        FileNotFoundError: no weights there.
+        ValueError: a damaged weight file.
+
+    Example:
+        >>> audio = sidechain.zoo.music()("a happy violin melody with drums").audios[0]
+    """
+    from .pipeline import MusicPipeline
+
+    path = Path(folder) if folder is not None else WEIGHTS / "music"
+    verify(path)
+    pipe = MusicPipeline.from_pretrained(path, torch_dtype=dtype, local_files_only=True)
+    return pipe.to(device)
+
+
+def judges(
+    device: str | torch.device = "cpu", folder: Path | str | None = None
+) -> dict[str, Any]:
+    """The two judges, `{"latent": LatentJudge, "mel": MelJudge}`, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: no weights there.
+        ValueError: a damaged weight file.
+    """
+    from .judge import LatentJudge, MelJudge
+
+    path = Path(folder) if folder is not None else WEIGHTS / "judges"
+    verify(path)
+    found = {
+        "latent": LatentJudge.from_pretrained(path / "latent", local_files_only=True),
+        "mel": MelJudge.from_pretrained(path / "mel", local_files_only=True),
+    }
+    return {name: judge.eval().to(device) for name, judge in found.items()}

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turn a finished training into the pipeline and judge folders that the package ships."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from ..codec import LinearMelCodec
+from ..load import write_checksums
+from ..pipeline import MusicPipeline
+from ..text import build_text_encoder, build_tokenizer
+from .train_music import MusicRecipe, build_scheduler, build_transformer
+
+
+def load_trained(run: Path, recipe: MusicRecipe) -> MusicPipeline:
+    """Pipeline with the averaged weights in `run/ema.safetensors`, float32."""
+    tokenizer = build_tokenizer()
+    transformer = build_transformer(recipe)
+    text_encoder = build_text_encoder(len(tokenizer))
+    state = load_file(run / "ema.safetensors")
+    for name, module in (("transformer", transformer), ("text_encoder", text_encoder)):
+        part = {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}
+        missing, unexpected = module.load_state_dict(part, strict=False)
+        tied = {"encoder.embed_tokens.weight"}
+        if set(missing) - tied or unexpected:
+            raise ValueError(
+                f"export: expected weights of {name}, got missing {missing}, unexpected {unexpected}"
+            )
+    return MusicPipeline(
+        tokenizer,
+        text_encoder.eval(),
+        transformer.eval(),
+        build_scheduler(),
+        LinearMelCodec.from_pretrained(run / "codec"),
+    )
+
+
+def export_music(run: Path, target: Path, recipe: MusicRecipe) -> None:
+    """Write the pipeline (float16 safetensors, codec float32) with its log and checksums."""
+    pipe = load_trained(run, recipe)
+    pipe.transformer.half()
+    pipe.text_encoder.half()
+    shutil.rmtree(target, ignore_errors=True)
+    pipe.save_pretrained(target, safe_serialization=True)
+    shutil.copy(run / "log.jsonl", target / "training_log.jsonl")
+    shutil.copy(run / "training.json", target / "training.json")
+    write_checksums(target)
+
+
+def export_judges(run: Path, target: Path) -> None:
+    """Copy the judges and write their checksums."""
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(run, target)
+    write_checksums(target)
+
+
+def facts(folder: Path) -> dict[str, object]:
+    """Sizes of an exported folder, for the model card."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    summary: dict[str, object] = {"megabytes": round(sum(p.stat().st_size for p in files) / 1e6, 2)}
+    training = folder / "training.json"
+    if training.is_file():
+        summary["training"] = json.loads(training.read_text())
+    summary["torch"] = torch.__version__
+    return summary

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train the two judges on disjoint halves of the rendered clips."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ...data.music.attributes import ATTRIBUTES
+from ..codec import LinearMelCodec
+from ..judge import Judge, LatentJudge, MelJudge
+from .train_music import encode_all
+
+
+@dataclass(frozen=True)
+class JudgeRecipe:
+    """Schedule of a judge; noise is the largest standard deviation added to latents."""
+
+    epochs: int = 8
+    batch: int = 64
+    learning_rate: float = 2e-3
+    noise: float = 0.35
+    seed: int = 0
+
+
+def _augment(latents: Tensor, recipe: JudgeRecipe, generator: torch.Generator) -> Tensor:
+    """Noise of random strength, a random shift in time by up to two steps and a random gain."""
+    count = len(latents)
+    strength = torch.rand(count, 1, 1, generator=generator) * recipe.noise
+    noisy = latents + strength * torch.randn(latents.shape, generator=generator)
+    shift = int(torch.randint(-2, 3, (), generator=generator))
+    gain = 1.0 + 0.1 * torch.randn(count, 1, 1, generator=generator)
+    return noisy.roll(shift, dims=2) * gain
+
+
+def train_judge(
+    judge: Judge, latents: Tensor, labels: Tensor, recipe: JudgeRecipe, name: str
+) -> float:
+    """Train `judge` in place; returns the seconds it took."""
+    started = time.perf_counter()
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=recipe.learning_rate, weight_decay=0.02)
+    generator = torch.Generator().manual_seed(recipe.seed)
+    batches = len(latents) // recipe.batch
+    total = recipe.epochs * batches
+    progress = tqdm(total=total, desc=f"train judge {name}", unit="step")
+    judge.train()
+    for step in range(total):
+        if step % batches == 0:
+            order = torch.randperm(len(latents), generator=generator)
+        warm = min(1.0, (step + 1) / 50)
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / total))
+        at = (step % batches) * recipe.batch
+        rows = order[at : at + recipe.batch]
+        logits = judge(_augment(latents[rows].float(), recipe, generator))
+        losses = [
+            nn.functional.cross_entropy(logits[key], labels[rows, index], label_smoothing=0.02)
+            for index, key in enumerate(ATTRIBUTES)
+        ]
+        loss = torch.stack(losses).sum()
+        loss.backward()  # type: ignore[no-untyped-call, unused-ignore]
+        nn.utils.clip_grad_norm_(judge.parameters(), 5.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        progress.update()
+        if step % 20 == 0:
+            progress.set_postfix(loss=round(loss.item(), 3))
+    judge.eval()
+    return time.perf_counter() - started
+
+
+def accuracy(judge: Judge, latents: Tensor, labels: Tensor) -> dict[str, float]:
+    """Share of right classes of every attribute."""
+    found = judge.probabilities(latents)
+    return {
+        name: float((found[name].argmax(1) == labels[:, index]).float().mean())
+        for index, name in enumerate(ATTRIBUTES)
+    }
+
+
+def train(
+    data: Path, codec_folder: Path, out: Path, recipe: JudgeRecipe, only: str | None = None
+) -> None:
+    """Train both judges and write `out/latent`, `out/mel` and their accuracies on test clips."""
+    codec = LinearMelCodec.from_pretrained(codec_folder)
+    split = {
+        name: (
+            encode_all(codec, np.load(data / f"{name}_mels.npy", mmap_mode="r")),
+            torch.from_numpy(np.load(data / f"{name}_labels.npy")),
+        )
+        for name in ("train", "test")
+    }
+    latents, labels = split["train"]
+    for index, name in enumerate(("latent", "mel")):
+        if only not in (None, name):
+            continue
+        torch.manual_seed(recipe.seed + 17 * index)
+        judge: Judge = LatentJudge() if name == "latent" else MelJudge()
+        if isinstance(judge, MelJudge):
+            judge.codec.load_state_dict(codec.state_dict())
+        seconds = train_judge(judge, latents[index::2], labels[index::2], recipe, name)
+        test_latents, test_labels = split["test"]
+        facts = {
+            "accuracy": accuracy(judge, test_latents.float(), test_labels),
+            "clips": len(latents[index::2]),
+            "parameters": sum(p.numel() for p in judge.parameters()),
+            "seconds": round(seconds),
+        }
+        judge.save_pretrained(out / name)
+        (out / name / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
