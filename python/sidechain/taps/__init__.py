@@ -1,0 +1,21 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What happens at a site: record it, replace it, steer it."""
+
+from .base import Tap
+from .capturing import Capture, Labels, capture, contexts
+from .patching import Patch, patch
+from .steering import MODES, Steer, VectorLike, steer
+
+__all__ = [
+    "MODES",
+    "Capture",
+    "Labels",
+    "Patch",
+    "Steer",
+    "Tap",
+    "VectorLike",
+    "capture",
+    "contexts",
+    "patch",
+    "steer",
+]

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What capture, patch and steer have in common: attach, follow the run, detach, notice silence."""
+
+from __future__ import annotations
+
+import warnings
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from ..sites import Run, RunContext, Site, SiteList, observe, release
+from . import processor
+from .options import Steps, Window, same_device
+from .processor import Operation
+
+
+class Tap:
+    """A set of operations at the sites of one pipeline.
+
+    A context manager and a handle: `with tap: pipe(...)`, or `tap.attach()` and `tap.remove()`.
+    """
+
+    name = "tap"
+
+    def __init__(self, pipe: Any, sites: SiteList, steps: Steps) -> None:
+        self.pipe = pipe
+        self.sites = sites
+        self.window = Window.parse(self.name, steps)
+        self._operations: dict[str, list[Operation]] = {}
+        self._context: RunContext | None = None
+        self._run: Run | None = None
+        self._span = (0, 0)
+        self._ever_active = False
+
+    # -- life ---------------------------------------------------------------------------------
+
+    @property
+    def attached(self) -> bool:
+        """Whether the tap is in place."""
+        return self._context is not None
+
+    @property
+    def context(self) -> RunContext:
+        """The RunContext this tap follows.
+
+        Raises:
+            RuntimeError: the tap is not attached.
+        """
+        if self._context is None:
+            raise RuntimeError(f"{self.name}: expected an attached tap, got one that is not")
+        return self._context
+
+    def attach(self) -> Self:
+        """Put the tap in place.
+
+        Raises:
+            RuntimeError: it is there already.
+        """
+        if self._context is not None:
+            raise RuntimeError(f"{self.name}: expected a tap that is not attached, got an attached")
+        self._operations = {site.name: self._operations_at(site) for site in self.sites}
+        self._run, self._ever_active = None, False
+        self._context = observe(self.pipe, self)
+        done: list[tuple[Site, Operation]] = []
+        try:
+            for site in self.sites:
+                for operation in self._operations[site.name]:
+                    processor.attach(site.module, operation)
+                    done.append((site, operation))
+        except BaseException:
+            for site, operation in reversed(done):
+                processor.detach(site.module, operation)
+            self._leave()
+            raise
+        return self
+
+    def remove(self) -> None:
+        """Take the tap out and put every processor back; warns if the tap never fired."""
+        if self._context is None:
+            return
+        self._take_out()
+        silent = self._silence()
+        if silent:
+            warnings.warn(silent, RuntimeWarning, stacklevel=2)
+
+    def _take_out(self) -> None:
+        try:
+            for site in self.sites:
+                for operation in self._operations[site.name]:
+                    processor.detach(site.module, operation)
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
+        release(self.pipe, self)
+        self._context = None
+
+    def __enter__(self) -> Self:
+        return self.attach()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._context is None:
+            return
+        self._take_out()
+        silent = self._silence()
+        if silent and kind is None:
+            raise RuntimeError(silent)
+
+    def _silence(self) -> str | None:
+        """Name the sites that never ran while the tap was attached."""
+        quiet = [
+            s.name
+            for s in self.sites
+            if not self._ever_active or not all(o.fired for o in self._operations[s.name])
+        ]
+        if not quiet:
+            return None
+        return (
+            f"{self.name}: expected every tapped site to run at least once, got no call at "
+            f"{', '.join(quiet)}"
+        )
+
+    # -- following the run --------------------------------------------------------------------
+
+    def bind(self, run: Run) -> None:
+        """Size and fill the device buffers for a run."""
+        # Buffers made in inference mode could not be filled outside of it later.
+        with torch.inference_mode(False), torch.no_grad():
+            self._span = self.window.resolve(self.name, run.steps)
+            self._bind(run)
+            self._run = run
+        for site in self.sites:
+            processor.arrange(site.module)
+
+    def advance(self, step: int) -> None:
+        """Point the device buffers at a step."""
+        inside = self._span[0] <= step < self._span[1]
+        self._ever_active |= inside
+        with torch.inference_mode(False), torch.no_grad():
+            self._advance(step, inside)
+
+    def _operations_at(self, site: Site) -> list[Operation]:
+        raise NotImplementedError
+
+    def _bind(self, run: Run) -> None:
+        raise NotImplementedError
+
+    def _advance(self, step: int, inside: bool) -> None:
+        raise NotImplementedError
+
+    # -- helpers ------------------------------------------------------------------------------
+
+    def _branches(self, run: Run, wanted: tuple[str, ...] | None) -> tuple[str, ...]:
+        """Return the wanted CFG branches of a run in batch order."""
+        if wanted is None:
+            return run.passes
+        missing = [b for b in wanted if b not in run.passes]
+        if missing:
+            raise ValueError(
+                f"{self.name}: expected a run with the {' and '.join(missing)} pass, got passes "
+                f"{list(run.passes)} [guidance off?]"
+            )
+        return tuple(b for b in run.passes if b in wanted)
+
+    @staticmethod
+    def _block(run: Run, branches: tuple[str, ...]) -> slice | None:
+        """Return the rows of neighbouring branches as one block; None = all rows."""
+        if branches == run.passes:
+            return None
+        return slice(run.rows_of(branches[0]).start, run.rows_of(branches[-1]).stop)
+
+    def _check_device(self, option: str, value: Tensor, device: torch.device) -> None:
+        if not same_device(value.device, device):
+            raise ValueError(
+                f"{self.name}: expected {option} on {device} [where the denoiser computes], got "
+                f"{value.device}"
+            )

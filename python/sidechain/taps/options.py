@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading of the options that capture, patch and steer share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+BRANCHES = ("cond", "uncond")
+PASSES = (*BRANCHES, "all")
+
+Steps = tuple[int | float, int | float] | None
+Tokens = slice | Tensor | None
+
+
+@dataclass(frozen=True)
+class Window:
+    """Steps in which a tap acts: [start, stop) in steps, or in fractions of the run."""
+
+    start: int | float = 0
+    stop: int | float = 1.0
+
+    @classmethod
+    def parse(cls, name: str, steps: Steps) -> Window:
+        """Check (a, b): two step numbers, or two fractions in [0, 1] if either is a float."""
+        if steps is None:
+            return cls()
+        if not isinstance(steps, Sequence) or len(steps) != 2:
+            raise TypeError(
+                f"{name}: expected steps as a pair (start, stop) or None, got {steps!r}"
+            )
+        for value in steps:
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"{name}: expected steps of int or float, got {steps!r}")
+        start, stop = steps
+        if isinstance(start, float) or isinstance(stop, float):
+            start, stop = float(start), float(stop)
+            if not 0.0 <= start < stop <= 1.0:
+                raise ValueError(
+                    f"{name}: expected fractions 0 <= start < stop <= 1 in steps, got {steps!r}"
+                )
+        elif not 0 <= start < stop:
+            raise ValueError(f"{name}: expected 0 <= start < stop in steps, got {steps!r}")
+        return cls(start, stop)
+
+    def resolve(self, name: str, steps: int) -> tuple[int, int]:
+        """Return the window in steps of a run of that length."""
+        if isinstance(self.stop, float):
+            start, stop = round(self.start * steps), round(self.stop * steps)
+        else:
+            start, stop = int(self.start), min(self.stop, steps)
+        if start >= stop:
+            raise ValueError(
+                f"{name}: expected a window that holds at least one of {steps} steps [of this "
+                f"run], got ({self.start}, {self.stop})"
+            )
+        return start, stop
+
+
+def parse_tokens(name: str, tokens: Any) -> Tokens:
+    """Check a token selection: None, a slice with a positive stride, or a bool mask."""
+    if tokens is None or (isinstance(tokens, slice) and tokens == slice(None)):
+        return None
+    if isinstance(tokens, slice):
+        if tokens.step is not None and tokens.step < 1:
+            raise ValueError(f"{name}: expected a slice of tokens with step >= 1, got {tokens}")
+        return tokens
+    if isinstance(tokens, Tensor) and tokens.dtype == torch.bool:
+        if tokens.dim() not in (1, 2):
+            raise ValueError(
+                f"{name}: expected a token mask of shape [T] or [B, T], got {list(tokens.shape)}"
+            )
+        return tokens
+    got = f"{tokens.dtype} tensor" if isinstance(tokens, Tensor) else type(tokens).__name__
+    raise TypeError(f"{name}: expected tokens as None, a slice or a bool mask, got {got}")
+
+
+def count_tokens(name: str, tokens: slice | None, total: int) -> int:
+    """Return how many of `total` tokens a slice keeps."""
+    kept = total if tokens is None else len(range(*tokens.indices(total)))
+    if kept == 0:
+        raise ValueError(f"{name}: expected tokens within [0, {total}), got {tokens}")
+    return kept
+
+
+def token_mask(name: str, mask: Tensor, total: int, samples: int) -> Tensor:
+    """Check a mask against a run; return it as [1, T] or [B, T]."""
+    wide = mask[None] if mask.dim() == 1 else mask
+    if wide.shape[1] != total or wide.shape[0] not in (1, samples):
+        raise ValueError(
+            f"{name}: expected a token mask of shape [{total}] or [{samples}, {total}] [tokens and "
+            f"samples of this run], got {list(mask.shape)}"
+        )
+    return wide
+
+
+def parse_branches(name: str, passes: Any) -> tuple[str, ...] | None:
+    """Return the CFG branches meant by "cond", "uncond" or "all" (None)."""
+    if passes not in PASSES:
+        raise ValueError(
+            f"{name}: expected passes to be one of {', '.join(PASSES)}, got {passes!r}"
+        )
+    return None if passes == "all" else (passes,)
+
+
+def per_sample(name: str, option: str, value: Any, dtype: torch.dtype) -> Tensor:
+    """Read a number, or one number for each sample.
+
+    Returns:
+        [1] or [B] on the CPU.
+
+    Raises:
+        TypeError: not numbers.
+        ValueError: NaN or infinite, or more than one dimension.
+    """
+    try:
+        read = torch.as_tensor(value, device="cpu").detach()
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(
+            f"{name}: expected {option} as a number or one number for each sample, got {value!r}"
+        ) from None
+    if read.dtype == torch.bool and dtype != torch.bool:
+        raise TypeError(f"{name}: expected numbers in {option}, got {value!r}")
+    if not dtype.is_floating_point and read.dtype.is_floating_point:
+        raise TypeError(f"{name}: expected integers in {option}, got {value!r}")
+    if dtype == torch.bool and read.dtype != torch.bool:
+        raise TypeError(f"{name}: expected True or False in {option}, got {value!r}")
+    if read.dim() > 1 or read.numel() == 0:
+        raise ValueError(
+            f"{name}: expected {option} as a number or of shape [B], got {list(read.shape)}"
+        )
+    if read.dtype.is_floating_point and not bool(torch.isfinite(read).all()):
+        bad = next(float(v) for v in read.reshape(-1) if not math.isfinite(v))
+        raise ValueError(f"{name}: expected finite {option}, got {bad}")
+    return read.reshape(-1).to(dtype)
+
+
+def for_rows(name: str, option: str, value: Tensor, samples: int, sample_of_row: Tensor) -> Tensor:
+    """Expand [1] or [B] to the rows of a run, [R] on its device."""
+    if value.shape[0] not in (1, samples):
+        raise ValueError(
+            f"{name}: expected {option} of length 1 or {samples} [B of this run], got "
+            f"{value.shape[0]}"
+        )
+    return value.expand(samples).to(sample_of_row.device)[sample_of_row]
+
+
+def reuse(old: Tensor | None, new: Tensor) -> Tensor:
+    """Fill the buffer that was there, so that compiled graphs keep it, or start a new one."""
+    if old is None or old.shape != new.shape or old.dtype != new.dtype or old.device != new.device:
+        return new.clone()
+    return old.copy_(new)
+
+
+def same_device(a: torch.device, b: torch.device) -> bool:
+    """Whether two devices are one, "cuda" being its current index."""
+
+    def number(device: torch.device) -> int:
+        index: int | None = device.index  # the stubs forget that it may be None
+        if index is None:
+            return torch.cuda.current_device() if device.type == "cuda" else 0
+        return index
+
+    return a.type == b.type and number(a) == number(b)

@@ -1,0 +1,331 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The attention processor that stands in for the original one while taps are attached."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Hashable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import tap_
+from ..reference.tap import tap as reference_tap
+
+
+class Operation:
+    """What one tap does at one site; its tensors are filled by the tap.
+
+    Attributes:
+        fired: whether the site has run since the operation was attached.
+    """
+
+    def __init__(self) -> None:
+        self.fired = False
+
+
+class ContextRecord(Operation):
+    """Copies the cross-attention context into a ring."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: slice | None = None
+        self.buffers: dict[str, Any] = {}
+
+    def __call__(self, context: Tensor) -> None:
+        """Copy the context; changes nothing."""
+        self.fired = True
+        x = context.detach()
+        tap_(x if self.rows is None else x[self.rows], **self.buffers)
+
+
+class Swap(Operation):
+    """Gives selected rows another context, for keys, values or both."""
+
+    def __init__(self, key: bool, value: bool) -> None:
+        super().__init__()
+        self.key, self.value = key, value
+        self.selected: Tensor  # [R, 1, 1] bool
+        self.bank: Tensor  # [R, S, C]
+
+    def __call__(self, context: Tensor) -> Tensor:
+        """Return the context with the selected rows exchanged."""
+        self.fired = True
+        return torch.where(self.selected, self.bank, context)
+
+
+class Replace(Operation):
+    """Gives selected rows another output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.selected: Tensor  # [R, 1, 1] bool
+        self.slot: Tensor  # [1] int64, within the bank
+        self.bank: Tensor  # [S, R, T, C]
+
+    def __call__(self, out: Tensor) -> Tensor:
+        """Return the output with the selected rows exchanged."""
+        self.fired = True
+        return torch.where(self.selected, self.bank.index_select(0, self.slot)[0], out)
+
+
+class Ablate(Operation):
+    """Gives selected rows a zero output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.selected: Tensor  # [R, 1, 1] bool
+
+    def __call__(self, out: Tensor) -> Tensor:
+        """Return the output with the selected rows at zero."""
+        self.fired = True
+        return out.masked_fill(self.selected, 0)
+
+
+class Pass(Operation):
+    """One side of a `tap_` call: what to capture or how to steer.
+
+    Attributes:
+        steers: whether it steers; otherwise it captures.
+        rows: block of rows that `buffers` describe; None = all.
+        tokens: slice of tokens that `buffers` describe; None = all.
+        active: block of rows that can be touched; None = all.
+        buffers: keyword arguments of `tap_`.
+    """
+
+    def __init__(self, steers: bool) -> None:
+        super().__init__()
+        self.steers = steers
+        self.rows: slice | None = None
+        self.tokens: slice | None = None
+        self.active: slice | None = None
+        self.buffers: dict[str, Any] = {}
+
+
+_ROW_BUFFERS = ("index", "strength", "removal")
+
+
+class TapCall:
+    """A capture and a steer, or one of them, as one `tap_` call."""
+
+    def __init__(self, capture: Pass | None, steer: Pass | None) -> None:
+        first = capture or steer
+        if first is None:
+            raise ValueError("TapCall: expected a capture or a steer, got neither")
+        self.parts = [p for p in (capture, steer) if p is not None]
+        self.where: tuple[slice, slice] | None = None
+        if first.rows is not None or first.tokens is not None:
+            self.where = (first.rows or slice(None), first.tokens or slice(None))
+        self.capture = {} if capture is None else capture.buffers
+        self.steer = {} if steer is None else _cut(steer.buffers, first.rows)
+        self.both = {**self.capture, **self.steer}
+
+    def __call__(self, out: Tensor) -> Tensor:
+        """Capture from `out` and steer it, in place where no gradient is wanted."""
+        for part in self.parts:
+            part.fired = True
+        view = out if self.where is None else out[self.where]
+        if torch.is_grad_enabled() and out.requires_grad:
+            return self._differentiable(out, view)
+        tap_(view, **self.both)
+        return out
+
+    def _differentiable(self, out: Tensor, view: Tensor) -> Tensor:
+        if self.capture:
+            tap_(view.detach(), **self.capture)
+        if not self.steer:
+            return out
+        steered, _ = reference_tap(view, **self.steer)
+        if self.where is None:
+            return steered
+        out = out.clone()
+        out[self.where] = steered
+        return out
+
+
+def _cut(buffers: dict[str, Any], rows: slice | None) -> dict[str, Any]:
+    """Narrow per-row steering buffers to a block of rows, as views."""
+    if rows is None:
+        return buffers
+    cut = {k: v[rows] if k in _ROW_BUFFERS and v is not None else v for k, v in buffers.items()}
+    mask = cut.get("steer_mask")
+    if mask is not None and mask.shape[0] > 1:
+        cut["steer_mask"] = mask[rows]
+    return cut
+
+
+def _fits(capture: Pass, steer: Pass) -> bool:
+    """Whether both can share one call: same tokens, and no steered row outside the captured."""
+    if capture.tokens != steer.tokens:
+        return False
+    if capture.rows is None:
+        return True
+    rows = steer.active
+    return rows is not None and capture.rows.start <= rows.start and rows.stop <= capture.rows.stop
+
+
+class SplitAttention:
+    """An attention module whose keys and values may come from different contexts."""
+
+    def __init__(self, attn: Any, swaps: list[Swap]) -> None:
+        self._attn = attn
+        self._keys = [s for s in swaps if s.key]
+        self._values = [s for s in swaps if s.value]
+
+    def to_k(self, context: Tensor) -> Tensor:
+        """Project the keys' context."""
+        for swap in self._keys:
+            context = swap(context)
+        return self._attn.to_k(context)
+
+    def to_v(self, context: Tensor) -> Tensor:
+        """Project the values' context."""
+        for swap in self._values:
+            context = swap(context)
+        return self._attn.to_v(context)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_attn"], name)
+
+
+class Tapped:
+    """Wraps an attention processor; made per inner class by `_tapped_class`."""
+
+    _context_place: ClassVar[int]
+
+    def __init__(self, attn: Any) -> None:
+        self._shadowed = "processor" not in attn.__dict__  # an nn.Module lives in _modules
+        self._inner = attn.processor
+        self._attn = attn
+        self._operations: list[Operation] = []
+        self._records: list[ContextRecord] = []
+        self._swaps: list[Swap] = []
+        self._split: SplitAttention | None = None
+        self._outputs: list[Callable[[Tensor], Tensor]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "_inner" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self.__dict__["_inner"], name)
+
+    def _arrange(self) -> None:
+        """Put the operations into the order in which a call runs them."""
+        ops = self._operations
+        self._records = [o for o in ops if isinstance(o, ContextRecord)]
+        swaps = [o for o in ops if isinstance(o, Swap)]
+        self._swaps = [s for s in swaps if s.key and s.value]
+        split = [s for s in swaps if not (s.key and s.value)]
+        self._split = SplitAttention(self._attn, split) if split else None
+        outputs: list[Callable[[Tensor], Tensor]] = [
+            o for o in ops if isinstance(o, Replace | Ablate)
+        ]
+        captures = [o for o in ops if isinstance(o, Pass) and not o.steers]
+        steers = [o for o in ops if isinstance(o, Pass) and o.steers]
+        if captures and steers and _fits(captures[-1], steers[0]):
+            outputs += [TapCall(c, None) for c in captures[:-1]]
+            outputs.append(TapCall(captures[-1], steers[0]))
+            steers = steers[1:]
+        else:
+            outputs += [TapCall(c, None) for c in captures]
+        outputs += [TapCall(None, s) for s in steers]
+        self._outputs = outputs
+
+    def _edit_context(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        named = "encoder_hidden_states" in kwargs
+        place = self._context_place
+        context = kwargs["encoder_hidden_states"] if named else args[place]
+        for record in self._records:
+            record(context)
+        if not self._swaps:
+            return args
+        if kwargs.get("attention_mask") is not None:
+            raise NotImplementedError(
+                "patch: expected cross-attention without a mask [the mask belongs to the context "
+                "that is swapped out], got attention_mask"
+            )
+        for swap in self._swaps:
+            context = swap(context)
+        if named:
+            kwargs["encoder_hidden_states"] = context
+            return args
+        return (*args[:place], context, *args[place + 1 :])
+
+
+@functools.cache
+def _tapped_class(inner: type) -> type[Tapped]:
+    original: Callable[..., Any] = inner.__call__
+    signature = inspect.signature(original)
+
+    # Attention.forward drops the keyword arguments its processor's signature does not name, so
+    # the signature of the inner class must show through.
+    @functools.wraps(original)
+    def call(
+        self: Tapped, attn: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        if self._records or self._swaps:
+            args = self._edit_context(args, kwargs)
+        seen = attn if self._split is None else self._split
+        out = self._inner(seen, hidden_states, *args, **kwargs)
+        for edit in self._outputs:
+            out = edit(out)
+        return out
+
+    call.__signature__ = signature  # type: ignore[attr-defined]
+    names = list(signature.parameters)
+    body: dict[str, Any] = {"__call__": call, "__doc__": inner.__doc__}
+    if "encoder_hidden_states" in names:
+        body["_context_place"] = names.index("encoder_hidden_states") - 3
+    for name in ("_attention_backend", "_parallel_config"):
+        if hasattr(inner, name):
+            body[name] = _forwarded(name)
+    return type(f"Tapped{inner.__name__}", (Tapped,), body)
+
+
+def _forwarded(name: str) -> property:
+    def read(self: Tapped) -> Any:
+        return getattr(self._inner, name)
+
+    def write(self: Tapped, value: Any) -> None:
+        setattr(self._inner, name, value)
+
+    return property(read, write)
+
+
+def attach(attn: Any, operation: Operation) -> None:
+    """Add an operation to an attention module, wrapping its processor if it is the first."""
+    processor = attn.processor
+    if not isinstance(processor, Tapped):
+        inner: Hashable = type(processor)
+        processor = _tapped_class(inner)(attn)
+        # Not set_processor: it would throw a processor that is a module out of the state dict.
+        attn.__dict__["processor"] = processor
+    processor._operations.append(operation)
+
+
+def arrange(attn: nn.Module) -> None:
+    """Recompute the order of the operations after their buffers have changed."""
+    if isinstance(attn.processor, Tapped):
+        attn.processor._arrange()
+
+
+def detach(attn: Any, operation: Operation) -> None:
+    """Take an operation out; the last one gives the module its own processor object back."""
+    processor = attn.processor
+    if not isinstance(processor, Tapped) or operation not in processor._operations:
+        warnings.warn(
+            f"taps: expected the wrapped processor on {type(attn).__name__}, got "
+            f"{type(processor).__name__}: it was replaced while a tap was attached and stays",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return
+    processor._operations.remove(operation)
+    if processor._operations:
+        processor._arrange()
+    elif processor._shadowed:
+        del attn.__dict__["processor"]
+    else:
+        attn.__dict__["processor"] = processor._inner
