@@ -65,6 +65,8 @@ inline TapParams tap_params(const Tensor& x, const MaybeTensor& vectors,
   STD_TORCH_CHECK((p.x_row != 0 || p.rows <= 1) && (p.x_token != 0 || p.tokens <= 1),
                   "tap_: expected x without repeated (expanded) elements");
   if (vectors) {
+    STD_TORCH_CHECK(strength || removal, "tap_: expected strength or removal beside vectors");
+    STD_TORCH_CHECK(vectors->numel() > 0 || p.channels == 0, "tap_: expected V >= 1 and S >= 1");
     check("tap_", "vectors", *vectors, ScalarType::Float, {kAny, kAny, p.channels}, x);
     check_last_contiguous("tap_", "vectors", *vectors);
     p.vectors = static_cast<const float*>(vectors->const_data_ptr());
@@ -73,6 +75,8 @@ inline TapParams tap_params(const Tensor& x, const MaybeTensor& vectors,
     p.vector_stride = vectors->stride(0);
     p.vector_slot_stride = vectors->stride(1);
   }
+  STD_TORCH_CHECK(vectors || !(strength || removal || index || steer_slot || steer_mask),
+                  "tap_: expected vectors beside what steers with them");
   p.steer_slot = slot("steer_slot", steer_slot, x);
   const auto which = row_values<int32_t>("index", index, ScalarType::Int, x);
   p.index = which.data;

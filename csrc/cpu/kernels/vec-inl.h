@@ -36,21 +36,39 @@ inline F32 splat(float value) {
   return zero + value;
 }
 
-inline U32 select(I32 mask, U32 yes, U32 no) {
-  const U32 m = bits_as<U32>(mask);
-  return (yes & m) | (no & ~m);
-}
+inline U32 select(I32 mask, U32 yes, U32 no) { return mask ? yes : no; }
 
 inline F32 widen(F32 v) { return v; }
 
+// GCC 12 splits conversions between vectors of 2- and 4-byte integers in halves: intrinsics instead.
+#if SIDECHAIN_ISA_LEVEL == 2
+inline U32 widen_u16(U16 h) {
+  return bits_as<U32>(_mm512_maskz_cvtepu16_epi32(0xffff, bits_as<__m256i>(h)));
+}
+inline U16 narrow_u32(U32 u) {
+  return bits_as<U16>(_mm512_maskz_cvtepi32_epi16(0xffff, bits_as<__m512i>(u)));
+}
+#elif SIDECHAIN_ISA_LEVEL == 1
+inline U32 widen_u16(U16 h) { return bits_as<U32>(_mm256_cvtepu16_epi32(bits_as<__m128i>(h))); }
+// Values below 2^16: the saturation of the pack never acts.
+inline U16 narrow_u32(U32 u) {
+  const __m256i lanes = bits_as<__m256i>(u);
+  const __m256i packed = _mm256_packus_epi32(lanes, lanes);
+  return bits_as<U16>(_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+}
+#else
+inline U32 widen_u16(U16 h) { return __builtin_convertvector(h, U32); }
+inline U16 narrow_u32(U32 u) { return __builtin_convertvector(u, U16); }
+#endif
+
 // bfloat16 is the upper half of float32.
-inline F32 widen_bf16(U16 h) { return bits_as<F32>(__builtin_convertvector(h, U32) << 16); }
+inline F32 widen_bf16(U16 h) { return bits_as<F32>(widen_u16(h) << 16); }
 
 inline U16 narrow_bf16(F32 f) {
   const U32 u = bits_as<U32>(f);
-  const U32 rounded = u + 0x7fffu + ((u >> 16) & 1u);  // to nearest, ties to even
+  const U32 rounded = u + (0x7fffu + ((u >> 16) & 1u));  // to nearest, ties to even
   const I32 nan = f != f;
-  return __builtin_convertvector(select(nan, U32{} + 0x7fc0u, rounded >> 16), U16);
+  return narrow_u32(select(nan, U32{} + 0x7fc00000u, rounded) >> 16);
 }
 
 #if SIDECHAIN_ISA_LEVEL == 2
@@ -69,7 +87,7 @@ inline U16 narrow_f16(F32 f) {
 }
 #else
 inline F32 widen_f16(U16 h) {
-  const U32 u = __builtin_convertvector(h, U32);
+  const U32 u = widen_u16(h);
   const U32 magnitude = (u & 0x7fffu) << 13;
   // Multiplying by 2^112 moves the exponent and normalises subnormal halves in one step.
   const U32 scaled = bits_as<U32>(bits_as<F32>(magnitude) * 0x1p112f);
@@ -86,7 +104,7 @@ inline U16 narrow_f16(F32 f) {
   const U32 large = select(magnitude > 0x7f800000u, U32{} + 0x7e00u, U32{} + 0x7c00u);
   U32 r = select(magnitude < 0x38800000u, small, normal);
   r = select(magnitude >= 0x47800000u, large, r);
-  return __builtin_convertvector(r | ((u >> 16) & 0x8000u), U16);
+  return narrow_u32(r | ((u >> 16) & 0x8000u));
 }
 #endif
 

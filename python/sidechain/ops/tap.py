@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +13,11 @@ from . import _library
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _ANY_FLOAT = (*_FLOATS, torch.float64)
+_SINGLE = (torch.float32,)
+_DOUBLES = (torch.float32, torch.float64)
+_INT32 = (torch.int32,)
+_INT64 = (torch.int64,)
+_BOOL = (torch.bool,)
 
 
 def tap_(
@@ -83,35 +88,53 @@ def tap_(
     Backends: cpu (avx512 / avx2 / baseline), cuda (sm80+), reference.
     Under `torch.compile` the reference is traced, which Inductor fuses into its neighbours.
     """
-    _check(
-        x, vectors, steer_slot, index, strength, removal, steer_mask,
-        sums, squares, counts, ring, capture_slot, capture_mask, ring_stride,
-    )  # fmt: skip
     args = (
         x, vectors, steer_slot, index, strength, removal, steer_mask, renorm,
         sums, squares, counts, ring, capture_slot, capture_mask, ring_stride,
     )  # fmt: skip
-    if torch.is_grad_enabled():
+    grad = torch.is_grad_enabled()
+    if grad:
         _refuse_gradient(x, vectors, strength, removal)
-    if backend == "auto" and torch.compiler.is_compiling():
-        _reference.tap_(*args)
-        return x
-    if backend != "auto":
-        _library.require("tap_", backend, x.device)
-        if backend == "reference":
+    if backend == "auto" and not torch.compiler.is_compiling():
+        try:
+            torch.ops.sidechain.tap_.default(*args)
+        except RuntimeError:
+            # The kernels refuse a bad call before they write; saying what is wrong with it in
+            # front of every good call would cost more than the op of a small site.
+            _check(*args)
+            if x.dtype != torch.float64:
+                raise
             _reference.tap_(*args)
-            return x
-    torch.ops.sidechain.tap_.default(*args)
+    else:
+        _check(*args)
+        if backend not in ("auto", "reference"):
+            _library.require("tap_", backend, x.device)
+            torch.ops.sidechain.tap_.default(*args)
+        else:
+            _reference.tap_(*args)
+    if grad and not torch.compiler.is_compiling():
+        _count_writes(x, sums, squares, counts, ring)
     return x
 
 
 def _refuse_gradient(*tensors: Tensor | None) -> None:
     for t in tensors:
-        if t is not None and t.requires_grad:
+        if isinstance(t, Tensor) and t.requires_grad:
             raise NotImplementedError(
                 "tap_: expected tensors that need no gradient [it writes in place; "
                 "sidechain.reference.tap.tap is differentiable], got requires_grad=True"
             )
+
+
+def _count_writes(*tensors: Tensor | None) -> None:
+    """Let autograd notice if it had saved one of the tensors written."""
+    written = [t for t in tensors if t is not None and not t.is_inference()]
+    torch.autograd.graph.increment_version(written)
+
+
+def _checked_reference(*args: Any) -> None:
+    _check(*args)
+    _reference.tap_(*args)
 
 
 def _check(
@@ -122,6 +145,7 @@ def _check(
     strength: Tensor | None,
     removal: Tensor | None,
     steer_mask: Tensor | None,
+    renorm: bool,
     sums: Tensor | None,
     squares: Tensor | None,
     counts: Tensor | None,
@@ -132,33 +156,35 @@ def _check(
 ) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"tap_: expected x to be a tensor, got {type(x).__name__}")
-    if x.dtype not in _ANY_FLOAT:
-        raise TypeError(f"tap_: expected x of {_names(_ANY_FLOAT)}, got {_names((x.dtype,))}")
+    dtype = x.dtype
+    if dtype not in _ANY_FLOAT:
+        raise TypeError(f"tap_: expected x of {_names(_ANY_FLOAT)}, got {_names((dtype,))}")
     if x.dim() != 3:
         raise ValueError(f"tap_: expected x of shape [R, T, C], got {list(x.shape)}")
     rows, tokens, channels = x.shape
     _last_contiguous("x", x)
-    wide = x.dtype == torch.float64
-    table = (torch.float32, torch.float64) if wide else (torch.float32,)
+    device = x.device
+    wide = dtype == torch.float64
+    table = _DOUBLES if wide else _SINGLE
     if vectors is not None:
-        _tensor("vectors", vectors, x, table, ("V", "S", channels), "C=x.size(-1)")
+        _tensor("vectors", vectors, device, table, ("V", "S", channels), "C=x.size(-1)")
         _last_contiguous("vectors", vectors)
-        if vectors.shape[0] == 0 or vectors.shape[1] == 0:
+        if vectors.numel() == 0 and channels > 0:
             raise ValueError(
                 f"tap_: expected vectors with V >= 1 and S >= 1, got {list(vectors.shape)}"
             )
         if strength is None and removal is None:
             raise ValueError("tap_: expected strength or removal beside vectors, got neither")
         if strength is not None:
-            _tensor("strength", strength, x, table, (rows,), "R=x.size(0)")
+            _tensor("strength", strength, device, table, (rows,), "R=x.size(0)")
         if removal is not None:
-            _tensor("removal", removal, x, table, (rows,), "R=x.size(0)")
+            _tensor("removal", removal, device, table, (rows,), "R=x.size(0)")
         if index is not None:
-            _tensor("index", index, x, (torch.int32,), (rows,), "R=x.size(0)")
+            _tensor("index", index, device, _INT32, (rows,), "R=x.size(0)")
         if steer_slot is not None:
-            _tensor("steer_slot", steer_slot, x, (torch.int64,), (1,), "one S index")
+            _tensor("steer_slot", steer_slot, device, _INT64, (1,), "one S index")
         if steer_mask is not None:
-            _mask("steer_mask", steer_mask, x)
+            _mask("steer_mask", steer_mask, device, rows, tokens)
     else:
         for name, value in (
             ("strength", strength),
@@ -170,36 +196,30 @@ def _check(
             if value is not None:
                 raise ValueError(f"tap_: expected vectors beside {name}, got None")
     if sums is not None:
-        _tensor("sums", sums, x, table, ("S", rows, channels), "R, C of x")
+        _tensor("sums", sums, device, table, ("S", rows, channels), "R, C of x")
         _last_contiguous("sums", sums)
     if squares is not None:
-        _tensor("squares", squares, x, table, ("S", rows, channels), "R, C of x")
+        _tensor("squares", squares, device, table, ("S", rows, channels), "R, C of x")
         _last_contiguous("squares", squares)
     if counts is not None:
-        _tensor("counts", counts, x, table, ("S", rows), "R=x.size(0)")
+        _tensor("counts", counts, device, table, ("S", rows), "R=x.size(0)")
     if ring is not None:
         if ring_stride < 1:
             raise ValueError(f"tap_: expected ring_stride >= 1, got {ring_stride}")
-        kept = -(-tokens // ring_stride)
-        _tensor(
-            "ring",
-            ring,
-            x,
-            _ANY_FLOAT if wide else _FLOATS,
-            ("S", rows, kept, channels),
-            "R, ceil(T / ring_stride), C of x",
-        )
+        shape = ("S", rows, -(-tokens // ring_stride), channels)
+        dtypes = _ANY_FLOAT if wide else _FLOATS
+        _tensor("ring", ring, device, dtypes, shape, "R, ceil(T / ring_stride), C of x")
         _last_contiguous("ring", ring)
     if capture_slot is not None:
-        _tensor("capture_slot", capture_slot, x, (torch.int64,), (1,), "one S index")
+        _tensor("capture_slot", capture_slot, device, _INT64, (1,), "one S index")
     if capture_mask is not None:
-        _mask("capture_mask", capture_mask, x)
+        _mask("capture_mask", capture_mask, device, rows, tokens)
 
 
 def _tensor(
     name: str,
     t: Tensor,
-    x: Tensor,
+    device: torch.device,
     dtypes: tuple[torch.dtype, ...],
     shape: tuple[int | str, ...],
     why: str,
@@ -209,33 +229,31 @@ def _tensor(
         raise TypeError(f"tap_: expected {name} to be a tensor, got {type(t).__name__}")
     if t.dtype not in dtypes:
         raise TypeError(f"tap_: expected {name} of {_names(dtypes)}, got {_names((t.dtype,))}")
-    if t.device != x.device:
-        raise RuntimeError(f"tap_: expected {name} on {x.device} [device of x], got {t.device}")
+    if t.device != device:
+        raise RuntimeError(f"tap_: expected {name} on {device} [device of x], got {t.device}")
     got = t.shape
-    if len(got) == len(shape):
-        for a, b in zip(shape, got, strict=True):
-            if a != b and not isinstance(a, str):
-                _bad_shape(name, shape, why, t)
-    else:
-        _bad_shape(name, shape, why, t)
+    # From the back: the letters stand in front, and the first number that differs decides.
+    fits = len(got) == len(shape)
+    n = len(shape) - 1
+    while fits and n >= 0:
+        want = shape[n]
+        fits = want == got[n] or isinstance(want, str)
+        n -= 1
+    if not fits:
+        expected = ", ".join(map(str, shape))
+        raise ValueError(f"tap_: expected {name} of shape [{expected}] ({why}), got {list(got)}")
 
 
-def _mask(name: str, t: Tensor, x: Tensor) -> None:
-    rows, tokens, _ = x.shape
+def _mask(name: str, t: Tensor, device: torch.device, rows: int, tokens: int) -> None:
     first = 1 if isinstance(t, Tensor) and t.dim() == 2 and t.shape[0] == 1 else rows
-    _tensor(name, t, x, (torch.bool,), (first, tokens), "R or 1, T of x")
+    _tensor(name, t, device, _BOOL, (first, tokens), "R or 1, T of x")
 
 
 def _last_contiguous(name: str, t: Tensor) -> None:
-    if t.stride(-1) != 1 and t.shape[-1] > 1:
+    if not t.is_contiguous() and t.stride(-1) != 1 and t.shape[-1] > 1:
         raise ValueError(
             f"tap_: expected {name} with a contiguous last dim, got strides {list(t.stride())}"
         )
-
-
-def _bad_shape(name: str, shape: tuple[int | str, ...], why: str, t: Tensor) -> NoReturn:
-    expected = ", ".join(str(n) for n in shape)
-    raise ValueError(f"tap_: expected {name} of shape [{expected}] ({why}), got {list(t.shape)}")
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
@@ -251,7 +269,7 @@ _library.define(
     "Tensor? removal, Tensor? steer_mask, bool renorm, Tensor(b!)? sums, Tensor(c!)? squares, "
     "Tensor(d!)? counts, Tensor(e!)? ring, Tensor? capture_slot, Tensor? capture_mask, "
     "int ring_stride) -> ()",
-    reference=_reference.tap_,
+    reference=_checked_reference,
     fake=_fake,
     without={"triton": "tap_ is memory-bound: the CUDA C++ kernel covers the GPU"},
 )
