@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
-from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -19,6 +18,7 @@ import torch
 LIBRARIES = ("_C", "_C_cuda", "_host")
 _ISAS = ("baseline", "avx2", "avx512")
 _folder = Path(__file__).resolve().parent
+_absent: dict[str, str | None] = {}
 
 
 def enabled() -> bool:
@@ -26,29 +26,11 @@ def enabled() -> bool:
     return os.environ.get("SIDECHAIN_NATIVE", "1") != "0"
 
 
-@cache
 def absent(name: str) -> str | None:
     """Load the library once; return None when it is loaded, else the reason it is not."""
-    if not enabled():
-        return "disabled by SIDECHAIN_NATIVE=0"
-    if name == "_host":
-        try:
-            importlib.import_module("sidechain._host")
-        except ImportError as error:
-            return _not_built(name) if "No module named" in str(error) else str(error)
-        return None
-    path = _folder / f"{name}.abi3.so"
-    if not path.exists():
-        return _not_built(name)
-    if name == "_C_cuda" and torch.version.cuda is None:
-        return "torch is a CPU build"
-    try:
-        torch.ops.load_library(path)
-    except OSError as error:
-        reason = f"cannot load {path.name}: {str(error).splitlines()[0]}"
-        warnings.warn(f"sidechain: {reason}; the reference is used instead", stacklevel=2)
-        return reason
-    return None
+    if name not in _absent:
+        _absent[name] = _load(name)
+    return _absent[name]
 
 
 def host() -> ModuleType | None:
@@ -67,6 +49,31 @@ def load() -> None:
         )
     absent("_C")
     absent("_C_cuda")
+
+
+def _load(name: str) -> str | None:
+    if not enabled():
+        return "disabled by SIDECHAIN_NATIVE=0"
+    if name == "_host":
+        try:
+            importlib.import_module("sidechain._host")
+        except ModuleNotFoundError:
+            return _not_built(name)
+        except ImportError as error:
+            return f"cannot load _host: {error}"
+        return None
+    path = _folder / f"{name}.abi3.so"
+    if not path.exists():
+        return _not_built(name)
+    if name == "_C_cuda" and torch.version.cuda is None:
+        return "torch is a CPU build"
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        reason = f"cannot load {path.name}: {str(error).splitlines()[0]}"
+        warnings.warn(f"sidechain: {reason}; the reference is used instead", stacklevel=2)
+        return reason
+    return None
 
 
 def _not_built(name: str) -> str:

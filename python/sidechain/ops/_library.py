@@ -51,6 +51,11 @@ def unavailable(op: str, backend: str) -> str | None:
     return reason
 
 
+def planned(op: str) -> tuple[str, ...]:
+    """The backends an op is meant to have, built here or not."""
+    return tuple(b for b in BACKENDS if b not in _ops[op])
+
+
 def backends() -> dict[str, dict[str, str | None]]:
     """Return {op: {backend: None if it can run here, else the reason}}."""
     return {op: {b: unavailable(op, b) for b in BACKENDS} for op in _ops}

@@ -52,7 +52,7 @@ class TapCase:
             args["vectors"] = v / v.norm(dim=-1, keepdim=True).clamp(min=1e-9)
             args["steer_slot"] = torch.tensor([2])
         if self.strength:
-            args["strength"] = torch.linspace(-3.0, 5.0, rows) if rows > 1 else torch.tensor([3.0])
+            args["strength"] = torch.linspace(-3.0, 5.0, rows) if rows != 1 else torch.tensor([3.0])
         if self.removal:
             args["removal"] = torch.linspace(1.0, 0.0, rows)
         if self.index:

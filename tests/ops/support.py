@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Helpers of the op tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sidechain.ops import _library
+
+DEVICE = {"reference": "cpu", "cpu": "cpu", "cuda": "cuda", "triton": "cuda"}
+
+
+def backend_params(op: str) -> list[Any]:
+    """Every backend an op is meant to have; one that cannot run here is skipped with its reason."""
+    params = []
+    for backend in _library.planned(op):
+        reason = _library.unavailable(op, backend)
+        marks = [pytest.mark.skip(reason=f"{op}/{backend}: {reason}")] if reason else []
+        params.append(pytest.param(backend, marks=marks))
+    return params
+
+
+def clone(args: dict[str, Any]) -> dict[str, Any]:
+    """Copies of the tensors, strides kept."""
+    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in args.items()}
+
+
+def upcast(args: dict[str, Any]) -> dict[str, Any]:
+    """Floating tensors in float64."""
+    return {
+        k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
+        for k, v in args.items()
+    }
+
+
+def guarded(t: Tensor, offset: int, pad: int = 64) -> tuple[Tensor, Tensor]:
+    """A view of t's content at an odd offset inside a larger buffer full of sentinels."""
+    whole = torch.full((t.numel() + offset + pad,), -12345.0).to(t.dtype)
+    view = whole[offset : offset + t.numel()].view(t.shape)
+    view.copy_(t)
+    return view, whole
+
+
+def guards_intact(whole: Tensor, view: Tensor, offset: int) -> bool:
+    sentinel = torch.full((1,), -12345.0).to(whole.dtype)
+    return bool(
+        (whole[:offset] == sentinel).all() and (whole[offset + view.numel() :] == sentinel).all()
+    )
