@@ -43,9 +43,8 @@ def impact_heatmap(impacts: ImpactMap, *, theme: Mode = "light", width: Width = 
         for row in range(len(rows)):
             for column in range(len(columns)):
                 place = (column, row) if wide else (row, column)
-                x, y = place[0], place[1]
                 offset = 0.18 if row == gap_row else 0.0  # the mean stands apart
-                x, y = (x, y + offset) if wide else (x + offset, y)
+                x, y = place[0] + offset * (not wide), place[1] + offset * wide
                 roomy = wide and len(columns) <= 12
                 _cell(axes, colours, (x, y), cells[row][column], top, intervals=roomy)
                 if row == gap_row and reached[column]:

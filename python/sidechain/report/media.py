@@ -27,7 +27,8 @@ def svg(figure: Figure) -> str:
     stream = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "sidechain"}):
         figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
-    text = re.sub(r"(font: [^;\"]*?px )[^;\"]*", rf"\g<1>{BROWSER_FONTS}", stream.getvalue())
+    family = r"(font-family: |font: [^;\"]*?px )[^;\"]*"
+    text = re.sub(family, rf"\g<1>{BROWSER_FONTS}", stream.getvalue())
     return text[text.index("<svg") :]
 
 

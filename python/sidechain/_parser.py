@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options of every command, with their help."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+from sidechain._version import __version__
+
+Command = Callable[[argparse.Namespace], int]
+
+BAD_INPUT = 2
+ARMS = ("localized", "all", "ablated", "random")
+PASSES = (
+    "cond_only",
+    "uncond_only",
+    "both_cond",
+    "both_uncond",
+    "separate",
+    "uncond_for_cond",
+)
+
+
+def build_parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
+    """Build the parser of all commands.
+
+    Args:
+        run: the function behind each command; parsing sets it as `command`.
+    """
+    parser = _Parser(
+        prog="sidechain",
+        description="Localize, steer and score concepts in the attention of diffusion models.",
+        epilog="Start with `sidechain demo`; `sidechain COMMAND --help` explains a command.",
+    )
+    parser.add_argument("--version", action="version", version=f"sidechain {__version__}")
+    parser.add_argument(
+        "--traceback", action="store_true", help="show where an error came from, for bug reports"
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    _add_demo(commands, run["demo"])
+    _add_localize(commands, run["localize"])
+    _add_vector(commands, run["vector"])
+    _add_steer(commands, run["steer"])
+    _add_curves(commands, run["curves"])
+    _add_impact(commands, run["impact"])
+    _add_doctor(commands, run["doctor"])
+    return parser
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Report bad usage like any bad input: one line, exit code 2."""
+        print(f"sidechain: error: {message} (see {self.prog} --help)", file=sys.stderr)
+        raise SystemExit(BAD_INPUT)
+
+
+def _new(commands: Any, name: str, summary: str, command: Command, **extra: Any) -> Any:
+    parser = commands.add_parser(
+        name, help=summary, description=extra.pop("long", summary), **extra
+    )
+    parser.set_defaults(command=command)
+    return parser
+
+
+def _add_demo(commands: Any, run: Command) -> None:
+    parser = _new(
+        commands,
+        "demo",
+        "localize, steer and hear it: one HTML report",
+        run,
+        long="Localize concepts in the small music model that ships with the package, steer three "
+        "of them over a range of strengths and write one self-contained HTML report with "
+        "playable audio. The path of the report is printed last.",
+    )
+    parser.add_argument("--out", default="runs/demo", metavar="DIR", help="default %(default)s")
+    parser.add_argument("--seed", default="0", metavar="N", help="default %(default)s")
+    parser.add_argument("--short", action="store_true", help="fewer prompts and strengths")
+
+
+def _add_localize(commands: Any, run: Command) -> None:
+    parser = _new(
+        commands,
+        "localize",
+        "measure through which sites a concept enters",
+        run,
+        long="Give one attention site at a time the prompt with the concept, all others the prompt "
+        "without it, and measure what share of the full effect comes through (impact). Writes "
+        "tables with bootstrap intervals and a heat map.",
+    )
+    _model(parser)
+    parser.add_argument(
+        "--concepts", metavar="A,B,...", help="comma list, or all (default: twelve of them)"
+    )
+    parser.add_argument(
+        "--prompts",
+        metavar="FILE.csv",
+        help="own prompt pairs, columns concept,clean_prompt,corrupted_prompt",
+    )
+    parser.add_argument(
+        "--sites", default="cross:*", metavar="GLOB", help="sites to scan (default %(default)s)"
+    )
+    parser.add_argument(
+        "--how",
+        choices=("context", "key", "value"),
+        default="context",
+        help="what is swapped at a site (default %(default)s: keys and values)",
+    )
+    parser.add_argument(
+        "--windows", default="1", metavar="N", help="also scan runs of N consecutive sites"
+    )
+    parser.add_argument(
+        "--pairs", default="16", metavar="N", help="prompt pairs per concept (default %(default)s)"
+    )
+    parser.add_argument(
+        "--seeds", nargs="+", default=["0"], metavar="N", help="repeat for these seeds (default 0)"
+    )
+    parser.add_argument(
+        "--tau", default="0.10", metavar="X", help="threshold of the mean impact (default 0.10)"
+    )
+    _sampling(parser, rows=True, seed=False)
+    parser.add_argument("--out", default="runs/localize", metavar="DIR", help="default %(default)s")
+
+
+def _add_vector(commands: Any, run: Command) -> None:
+    parser = _new(
+        commands,
+        "vector",
+        "make a steering vector from prompt pairs",
+        run,
+        long="Average the attention outputs of prompts with and without a concept, per step, pass "
+        "and site, and save their difference as one safetensors file.",
+    )
+    _model(parser)
+    parser.add_argument("--concept", metavar="NAME", help="a concept of the model's data")
+    parser.add_argument(
+        "--prompts", metavar="FILE.csv", help="own prompts instead, columns positive,negative"
+    )
+    parser.add_argument(
+        "--pairs", default="50", metavar="N", help="prompt pairs (default %(default)s)"
+    )
+    parser.add_argument(
+        "--sites", default="cross:*", metavar="GLOB", help="sites to record (default %(default)s)"
+    )
+    parser.add_argument(
+        "--raw", action="store_true", help="keep the natural length of differences, not length 1"
+    )
+    _sampling(parser, rows=True, seed=True)
+    parser.add_argument("--out", metavar="FILE", help="default runs/vectors/CONCEPT.safetensors")
+
+
+def _add_steer(commands: Any, run: Command) -> None:
+    parser = _new(
+        commands,
+        "steer",
+        "sweep steering strengths and compare arms",
+        run,
+        long="Generate the same prompts at many strengths of a vector, at the localized sites, at "
+        "all sites, at all but the localized ones and along a random direction of equal norm; "
+        "score effect, preservation, AUC and smoothness.",
+    )
+    _model(parser)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--vector", metavar="FILE", help="a vector of `sidechain vector`")
+    source.add_argument("--concept", metavar="NAME", help="make the vector first")
+    parser.add_argument(
+        "--strengths",
+        default="0,1,2,4,8",
+        metavar="LIST",
+        help="a,b,c or lo:hi:n; 0 is always included (default %(default)s)",
+    )
+    parser.add_argument(
+        "--sites",
+        metavar="GLOB",
+        help="the localized sites (default: the best ones of the shipped localization)",
+    )
+    parser.add_argument(
+        "--prompts",
+        default="16",
+        metavar="N|FILE",
+        help="number of held-out prompts, or a text file with one per line (default %(default)s)",
+    )
+    parser.add_argument(
+        "--arms",
+        default=",".join(ARMS),
+        metavar="LIST",
+        help="of localized,all,ablated,random (default: all four)",
+    )
+    parser.add_argument(
+        "--passes",
+        choices=PASSES,
+        default="cond_only",
+        metavar="MODE",
+        help=f"guidance passes to steer: {', '.join(PASSES)} (default %(default)s)",
+    )
+    parser.add_argument(
+        "--renorm", action="store_true", help="keep the length of every steered token"
+    )
+    parser.add_argument("--audio", action="store_true", help="also write clips to listen to")
+    _sampling(parser, rows=True, seed=True)
+    parser.add_argument("--out", default="runs/steer", metavar="DIR", help="default %(default)s")
+
+
+def _add_curves(commands: Any, run: Command) -> None:
+    parser = _new(
+        commands,
+        "curves",
+        "score a table of sweeps: AUC and smoothness",
+        run,
+        long="Score sweeps by the published definition. TABLE.csv has columns "
+        "method,concept,alpha,lpaps,muqt,clap: alignment (muqt, clap; a blank column is allowed) "
+        "and distance to the unsteered output (lpaps) per strength (alpha; its sign is the "
+        "direction). Prints CSV, blank where a value is undefined. The cut-off of a concept and "
+        "direction is the smallest of the largest distances reached by the cut-off methods.",
+    )
+    parser.add_argument("table", metavar="TABLE.csv", help="the table; - reads standard input")
+    parser.add_argument(
+        "--cutoff",
+        default="pci_all,pci_loc",
+        metavar="METHOD[,METHOD]",
+        help="methods that set the cut-off; each concept needs rows of each (default %(default)s)",
+    )
+    parser.add_argument(
+        "--direction",
+        choices=("both", "positive", "negative"),
+        default="both",
+        help="sides to score: their mean (default, as published), or one for one-sided sweeps",
+    )
+    parser.add_argument(
+        "--mean", action="store_true", help="append the mean over concepts of each method"
+    )
+
+
+def _add_impact(commands: Any, run: Command) -> None:
+    parser = _new(
+        commands,
+        "impact",
+        "rank sites in a table of impacts",
+        run,
+        long="Average impact over concepts per block. TABLE.csv has columns "
+        "model,metric,concept,block,attn,impact. Prints CSV model,block,attn,mean_impact,"
+        "functional; within a model the largest first.",
+    )
+    parser.add_argument("table", metavar="TABLE.csv", help="the table; - reads standard input")
+    parser.add_argument(
+        "--tau", default="0.10", metavar="X", help="functional from this mean on (default 0.10)"
+    )
+    parser.add_argument("--metric", metavar="NAME", help="use the rows of this metric only")
+
+
+def _add_doctor(commands: Any, run: Command) -> None:
+    parser = _new(commands, "doctor", "report versions, libraries and what runs where", run)
+    parser.add_argument("--json", action="store_true", help="for programs")
+
+
+def _model(parser: Any) -> None:
+    parser.add_argument(
+        "--model",
+        default="zoo:music",
+        metavar="MODEL",
+        help="zoo:music or the folder of a saved pipeline (default %(default)s)",
+    )
+
+
+def _sampling(parser: Any, *, rows: bool, seed: bool) -> None:
+    group = parser.add_argument_group("sampling")
+    group.add_argument(
+        "--steps", default="20", metavar="N", help="num_inference_steps (default %(default)s)"
+    )
+    group.add_argument(
+        "--guidance", default="3.0", metavar="X", help="guidance_scale (default %(default)s)"
+    )
+    if seed:
+        group.add_argument("--seed", default="0", metavar="N", help="default %(default)s")
+    if rows:
+        group.add_argument(
+            "--batch-rows",
+            default="64",
+            metavar="N",
+            help="clips generated at once (default %(default)s)",
+        )

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import matplotlib
+import pytest
+
+from sidechain.report import figures
+from sidechain.report.data import Clip, Sweep
+from sidechain.report.media import save_figure, svg
+from sidechain.report.theme import THEMES
+
+sys.path.insert(0, str(Path(__file__).parent))
+from example import example, impact_map, sweep, tradeoff
+
+DRAWN = {
+    "heatmap": lambda **k: figures.impact_heatmap(impact_map(), **k),
+    "heatmap-24": lambda **k: figures.impact_heatmap(
+        impact_map(sites=[f"tf{i}" for i in range(24)]), **k
+    ),
+    "tradeoff": lambda **k: figures.tradeoff([tradeoff(), tradeoff(judge="mel")], **k),
+    "cumulative": lambda **k: figures.cumulative(example().cumulative, **k),
+    "strip": lambda **k: figures.spectrogram_strip(sweep(), **k),
+}
+
+
+def words(figure):
+    return " ".join(ElementTree.fromstring(svg(figure)).itertext())
+
+
+@pytest.mark.parametrize("width", ["wide", "narrow"])
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("name", DRAWN)
+def test_draws_in_every_variant(name, theme, width):
+    before = dict(matplotlib.rcParams)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MPLBACKEND", "agg")
+        figure = DRAWN[name](theme=theme, width=width)
+        text = svg(figure)
+    assert THEMES[theme].paper in text
+    assert "DejaVu Sans'" not in text
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_axes_are_labelled():
+    text = words(DRAWN["tradeoff"]())
+    for label in ("P(drums)", "instrument kept", "steering strength", "random direction",
+                  "distance to the unsteered clip"):  # fmt: skip
+        assert label in text
+    text = words(DRAWN["cumulative"]())
+    assert "90% of the full effect" in text
+    assert "sites patched, best first" in text
+    assert "8 kHz" in words(DRAWN["strip"]())
+
+
+def test_heatmap_notes_intervals_and_frames():
+    impacts = impact_map()
+    text = words(figures.impact_heatmap(impacts))
+    assert all(site in text for site in impacts.sites)
+    assert f"{impacts.means[3].low:.2f}"[1:] in text
+    orange = THEMES["light"].arms["all"]
+    reached = sum(mean.value >= impacts.tau for mean in impacts.means)
+    assert svg(figures.impact_heatmap(impacts)).count(f"stroke: {orange}") == reached
+
+
+def test_negative_strengths_are_told_apart():
+    from example import arm
+
+    from sidechain.report.data import Tradeoff
+
+    both = Tradeoff("mood", "latent", [arm("localized", 1, 0.3, (-4, -2, 0, 2, 4))])
+    assert "negative strength" in words(figures.tradeoff([both]))
+
+
+def test_same_bytes_for_the_same_figure():
+    assert svg(DRAWN["tradeoff"]()) == svg(DRAWN["tradeoff"]())
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
+def test_saves(tmp_path, suffix):
+    path = save_figure(DRAWN["heatmap"](), tmp_path / f"map.{suffix}")
+    assert path.stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda: figures.tradeoff([]), "at least one set of curves"),
+        (lambda: figures.cumulative([]), "at least one curve"),
+        (lambda: figures.spectrogram_strip(Sweep("c", "p", [Clip(0.0)])), "mel spectrogram"),
+        (lambda: figures.impact_heatmap(impact_map(), theme="sepia"), "light.dark.*'sepia'"),
+        (lambda: figures.impact_heatmap(impact_map(), width="huge"), "wide.narrow.*'huge'"),
+        (lambda: save_figure(None, "map.jpg"), r"\.png, \.svg or \.pdf file, got map.jpg"),
+    ],
+)
+def test_bad_calls(call, match):
+    with pytest.raises(ValueError, match=match):
+        call()
