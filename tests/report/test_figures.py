@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import re
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from sidechain.report import figures
 from sidechain.report.data import Clip, Sweep
 from sidechain.report.media import save_figure, svg
-from sidechain.report.theme import THEMES
+from sidechain.report.theme import THEMES, darkened
 
 sys.path.insert(0, str(Path(__file__).parent))
 from example import example, impact_map, sweep, tradeoff
@@ -43,6 +44,14 @@ def test_draws_in_every_variant(name, theme, width):
     assert THEMES[theme].paper in text
     assert "DejaVu Sans'" not in text
     assert dict(matplotlib.rcParams) == before
+
+
+@pytest.mark.parametrize("name", ["tradeoff", "cumulative"])
+def test_recoloured_light_figure_is_the_dark_one(name):
+    def plain(text):  # names of markers and clips are hashes that differ
+        return re.sub(r'(id="|url\(#|href="#)[^"\)]*', "", text)
+
+    assert plain(darkened(svg(DRAWN[name]()))) == plain(svg(DRAWN[name](theme="dark")))
 
 
 def test_axes_are_labelled():

@@ -112,7 +112,7 @@ class TestPage:
 
 class TestRendering:
     def test_same_text_for_the_same_data(self):
-        small = dataclasses.replace(example(), tradeoffs=(), cumulative=())
+        small = dataclasses.replace(example(), tradeoffs=(), impacts=())
         assert render(small) == render(small)
 
     def test_text_is_escaped(self):

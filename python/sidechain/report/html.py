@@ -25,10 +25,11 @@ from sidechain.report.media import (
     svg,
     write_atomically,
 )
-from sidechain.report.theme import Mode, Width
+from sidechain.report.theme import Mode, Width, darkened
 
 NARROW = "(max-width: 640px)"
 DARK = "(prefers-color-scheme: dark)"
+WIDTHS: tuple[Width, ...] = ("wide", "narrow")
 VARIANTS: tuple[tuple[Mode, Width, str], ...] = (
     ("dark", "narrow", f"{NARROW} and {DARK}"),
     ("light", "narrow", NARROW),
@@ -85,12 +86,22 @@ def render(data: ReportData, *, audio: str = "flac") -> str:
     )
 
 
-def _picture(draw: Callable[[Mode, Width], Figure], alt: str, caption: str) -> Picture:
+def _picture(
+    draw: Callable[[Mode, Width], Figure], alt: str, caption: str, *, heat: bool = False
+) -> Picture:
+    """Draw all variants; without a heat map the dark ones are the light ones recoloured."""
+    drawn: dict[tuple[Mode, Width], tuple[str, int, int]] = {}
+    for width in WIDTHS:
+        figure = draw("light", width)
+        across, down = (round(inches * 96) for inches in figure.get_size_inches())
+        light = svg(figure)
+        drawn["light", width] = (light, across, down)
+        dark = svg(draw("dark", width)) if heat else darkened(light)
+        drawn["dark", width] = (dark, across, down)
     sources = []
     for mode, width, media in VARIANTS:
-        figure = draw(mode, width)
-        across, down = figure.get_size_inches() * 96
-        sources.append((media, data_uri(svg(figure), "image/svg+xml"), round(across), round(down)))
+        text, across, down = drawn[mode, width]
+        sources.append((media, data_uri(text, "image/svg+xml"), across, down))
     return Picture(sources, alt, caption)
 
 
@@ -122,6 +133,7 @@ def _heatmap(one: ImpactMap) -> Picture:
         lambda mode, width: figures.impact_heatmap(one, theme=mode, width=width),
         alt,
         caption.strip(),
+        heat=True,
     )
 
 

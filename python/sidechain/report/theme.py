@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,6 +44,10 @@ class Theme:
     others: tuple[str, ...]
     heat: Colormap
 
+    def named(self) -> tuple[str, ...]:
+        """List all colours but the heat map's, in the same order in every theme."""
+        return (self.ink, self.soft, self.line, self.paper, *self.arms.values(), *self.others)
+
     def colour(self, name: str, index: int) -> str:
         """Colour of an arm by name, of anything else by position."""
         return self.arms.get(name, self.others[index % len(self.others)])
@@ -82,6 +87,16 @@ THEMES: Mapping[Mode, Theme] = {
         ),
     ),
 }
+
+
+def darkened(drawing: str) -> str:
+    """Turn the SVG text of a light figure into its dark twin, colour by colour.
+
+    Only for figures that use nothing but the named colours of a theme (not its heat map).
+    """
+    light, dark = THEMES["light"], THEMES["dark"]
+    twins = dict(zip(light.named(), dark.named(), strict=True))
+    return re.sub(r"#[0-9a-f]{6}\b", lambda found: twins.get(found[0], found[0]), drawing)
 
 
 @contextmanager
