@@ -36,12 +36,12 @@ bool inside(int64_t slot, int64_t slots) { return slot >= 0 && slot < slots; }
 struct Job {
   const TapParams& p;
   TapTokens tap_tokens;
-  int64_t chunks;       // per row
-  int64_t padded;       // channels rounded up to the widest vector
+  int64_t chunks;  // per row
+  int64_t padded;  // channels rounded up to the widest vector
   int64_t capture_slot;
-  float* sums;     // [R, C] of the slot, nullptr = not captured
-  float* squares;  // likewise
-  float* counts;   // [R] of the slot
+  float* sums;                        // [R, C] of the slot, nullptr = not captured
+  float* squares;                     // likewise
+  float* counts;                      // [R] of the slot
   std::unique_ptr<float[]> partials;  // [R, chunks, 2, padded], nullptr = nothing to sum
 
   float* partial(int64_t row, int64_t chunk) const {
@@ -62,8 +62,8 @@ struct Job {
     }
     if (p.ring.data != nullptr && inside(capture_slot, p.ring.slots)) {
       const int64_t size = p.ring.dtype == Dtype::kFloat32 ? 4 : 2;
-      plan.ring = static_cast<char*>(p.ring.data) +
-                  (capture_slot * p.ring.slot + row * p.ring.row) * size;
+      plan.ring =
+          static_cast<char*>(p.ring.data) + (capture_slot * p.ring.slot + row * p.ring.row) * size;
     }
     return plan;
   }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Reading of stable-ABI tensors. The public Python functions explain bad calls; what is checked here
-// is only what protects memory when an op is called directly.
+// Reading of stable-ABI tensors. The public Python functions explain bad calls; what is checked
+// here is only what protects memory when an op is called directly.
 #pragma once
 
 #include <torch/csrc/stable/library.h>

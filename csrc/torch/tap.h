@@ -94,17 +94,20 @@ inline TapParams tap_params(const Tensor& x, const MaybeTensor& vectors,
   p.squares = sum_buffer("squares", squares, x);
   if (counts) {
     check("tap_", "counts", *counts, ScalarType::Float, {kAny, p.rows}, x);
-    p.counts = {static_cast<float*>(counts->mutable_data_ptr()), counts->size(0),
-                counts->stride(0), counts->stride(1)};
+    p.counts = {static_cast<float*>(counts->mutable_data_ptr()), counts->size(0), counts->stride(0),
+                counts->stride(1)};
   }
   if (ring) {
     STD_TORCH_CHECK(ring_stride >= 1, "tap_: expected ring_stride >= 1, got ", ring_stride);
     check("tap_", "ring", *ring, ring->scalar_type(),
           {kAny, p.rows, (p.tokens + ring_stride - 1) / ring_stride, p.channels}, x);
     check_last_contiguous("tap_", "ring", *ring);
-    p.ring = {ring->mutable_data_ptr(), dtype_of("tap_", "ring", *ring),
-              ring->size(0),            ring->stride(0),
-              ring->stride(1),          ring->stride(2),
+    p.ring = {ring->mutable_data_ptr(),
+              dtype_of("tap_", "ring", *ring),
+              ring->size(0),
+              ring->stride(0),
+              ring->stride(1),
+              ring->stride(2),
               ring_stride};
   }
   p.capture_slot = slot("capture_slot", capture_slot, x);

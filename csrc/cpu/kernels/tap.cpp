@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Loop body of tap_, compiled once per instruction set. Bound by memory: groups of four tokens are
-// read once from memory, stay in the first-level cache between the two passes, and are written once.
+// read once from memory, stay in the first-level cache between the two passes, and are written
+// once.
 #include "cpu/kernels/tap.h"
 
 #include <cstdint>

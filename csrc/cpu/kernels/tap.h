@@ -16,12 +16,12 @@ struct TapRow {
 // Rows are padded to this many floats in the partial sums, the widest vector of any ISA.
 constexpr int64_t kLanePadding = 16;
 
-#define SIDECHAIN_DECLARE(ID, NAME)                                                             \
-  namespace NAME {                                                                              \
-  /* Steers tokens [begin, end) of `row` and copies them to the ring; with `partial` not null   \
-     overwrites it with their sums [padded C] and sums of squares [padded C]. */                \
-  void tap_tokens(const TapParams& p, const TapRow& plan, int64_t row, int64_t begin,           \
-                  int64_t end, float* partial, int64_t padded);                                 \
+#define SIDECHAIN_DECLARE(ID, NAME)                                                                \
+  namespace NAME {                                                                                 \
+  /* Steers tokens [begin, end) of `row` and copies them to the ring; with `partial` not null      \
+     overwrites it with their sums [padded C] and sums of squares [padded C]. */                   \
+  void tap_tokens(const TapParams& p, const TapRow& plan, int64_t row, int64_t begin, int64_t end, \
+                  float* partial, int64_t padded);                                                 \
   }
 SIDECHAIN_FOR_EACH_ISA(SIDECHAIN_DECLARE)
 #undef SIDECHAIN_DECLARE

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Vectors of kLanes floats and conversions to and from half types, written once with compiler vector
-// types. Included INSIDE an ISA namespace, so that no function compiled with wide instructions can
-// be the copy that the linker keeps for everybody.
+// Vectors of kLanes floats and conversions to and from half types, written once with compiler
+// vector types. Included INSIDE an ISA namespace, so that no function compiled with wide
+// instructions can be the copy that the linker keeps for everybody.
 
 #if SIDECHAIN_ISA_LEVEL == 2
 constexpr int kLanes = 16;
@@ -40,7 +40,8 @@ inline U32 select(I32 mask, U32 yes, U32 no) { return mask ? yes : no; }
 
 inline F32 widen(F32 v) { return v; }
 
-// GCC 12 splits conversions between vectors of 2- and 4-byte integers in halves: intrinsics instead.
+// GCC 12 splits conversions between vectors of 2- and 4-byte integers in halves: intrinsics
+// instead.
 #if SIDECHAIN_ISA_LEVEL == 2
 inline U32 widen_u16(U16 h) {
   return bits_as<U32>(_mm512_maskz_cvtepu16_epi32(0xffff, bits_as<__m256i>(h)));
@@ -77,8 +78,7 @@ inline F32 widen_f16(U16 h) {
   return bits_as<F32>(_mm512_maskz_cvtph_ps(0xffff, bits_as<__m256i>(h)));
 }
 inline U16 narrow_f16(F32 f) {
-  return bits_as<U16>(
-      _mm512_maskz_cvtps_ph(0xffff, bits_as<__m512>(f), _MM_FROUND_TO_NEAREST_INT));
+  return bits_as<U16>(_mm512_maskz_cvtps_ph(0xffff, bits_as<__m512>(f), _MM_FROUND_TO_NEAREST_INT));
 }
 #elif SIDECHAIN_ISA_LEVEL == 1
 inline F32 widen_f16(U16 h) { return bits_as<F32>(_mm256_cvtph_ps(bits_as<__m128i>(h))); }

@@ -32,7 +32,8 @@ struct RingBuffer {
   int64_t every;  // token t is copied where t % every == 0
 };
 
-// All pointers lie on the device of x; strides count elements. Formulas: python/sidechain/ops/tap.py.
+// All pointers lie on the device of x; strides count elements. Formulas:
+// python/sidechain/ops/tap.py.
 struct TapParams {
   void* x;  // [R, T, C], last dim contiguous
   Dtype dtype;
@@ -65,9 +66,9 @@ namespace cpu {
 using Body = void (*)(int64_t begin, int64_t end, void* context);
 using ParallelFor = void (*)(int64_t n, int64_t grain, Body body, void* context);
 
-// Deterministic for any splitting by `parallel_for` (nullptr = serial): work is cut into fixed token
-// chunks whose partial sums are added in order. Sums accumulate in float32 over at most 32 terms in
-// sequence before they are folded. x must not overlap the capture buffers.
+// Deterministic for any splitting by `parallel_for` (nullptr = serial): work is cut into fixed
+// token chunks whose partial sums are added in order. Sums accumulate in float32 over at most 32
+// terms in sequence before they are folded. x must not overlap the capture buffers.
 void tap(const TapParams& params, Isa isa, ParallelFor parallel_for);
 
 }  // namespace cpu

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+# Every target works as the first command in a fresh clone: it makes .venv and builds what it needs.
+# SIDECHAIN_NATIVE=0 leaves the native libraries out; SIDECHAIN_CUDA=auto|0|1 decides on CUDA.
+
+PYTHON ?= python3
+CXX ?= g++
+# Pinned in every pip line, so that no dependency can pull in another (CUDA) build.
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --progress-bar off --disable-pip-version-check $(TORCH)
+NATIVE_SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py
+FORMATTED := $(shell find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+PYTEST_FLAGS ?=
+
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export HF_HUB_OFFLINE ?= 1
+
+ifneq ($(SIDECHAIN_NATIVE),0)
+ifeq ($(shell command -v $(CXX)),)
+$(info sidechain: no C++ compiler ($(CXX)) found: installing without native kernels; `apt-get install g++` brings them)
+export SIDECHAIN_NATIVE := 0
+endif
+endif
+ifeq ($(SIDECHAIN_NATIVE),0)
+INSTALLED := $(VENV)/.installed-python
+else
+INSTALLED := $(VENV)/.installed-native
+endif
+
+.PHONY: demo test test-python test-native lint types bench zoo-music install clean
+
+install: $(INSTALLED)
+
+demo: $(INSTALLED)
+	$(BIN)/sidechain demo --out runs/demo
+
+test: lint types test-native test-python
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
+	$(BIN)/lint-imports
+
+types: $(INSTALLED)
+	$(BIN)/mypy
+
+test-native: $(INSTALLED)
+ifeq ($(SIDECHAIN_NATIVE),0)
+	@echo "test-native: skipped, native code is switched off"
+else
+	$(BIN)/cmake --build build/cmake --target native_tests
+	$(BIN)/ctest --test-dir build/cmake --output-on-failure --no-tests=error
+endif
+
+test-python: $(INSTALLED)
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+bench: $(INSTALLED)
+	$(BIN)/python bench/bench_ops.py
+
+zoo-music: $(INSTALLED)
+	$(PIP) --no-deps tinysoundfont
+	$(BIN)/python -m sidechain.zoo.recipes
+
+clean:
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache
+
+$(VENV)/.tools:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "sidechain: expected python3 >= 3.11 (apt package python3; or make PYTHON=...)," \
+	    "got $$($(PYTHON) --version 2>&1)"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+	  { echo "sidechain: $(PYTHON) -m venv failed: apt-get install python3-venv"; exit 1; }
+	@echo "== build tools and $(TORCH)"
+	$(PIP) 'setuptools>=77' wheel cmake ninja 'pybind11>=3.0'
+	@touch $@
+
+$(VENV)/.dependencies: pyproject.toml | $(VENV)/.tools
+	@echo "== sidechain and its dependencies, pure Python"
+	SIDECHAIN_NATIVE=0 $(PIP) --no-build-isolation -e '.[test]'
+	@touch $@
+
+$(VENV)/.installed-python: $(VENV)/.dependencies
+	@touch $@
+
+$(VENV)/.installed-native: $(VENV)/.dependencies $(NATIVE_SOURCES)
+	@echo "== native libraries"
+	$(BIN)/python setup.py build_ext --inplace
+	@touch $@

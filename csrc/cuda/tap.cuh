@@ -1,0 +1,342 @@
+// SPDX-License-Identifier: Apache-2.0
+// tap_ on CUDA. Contract: csrc/include/sidechain/tap.h; every pointer lies on the device.
+//
+// Blocks: one per (row, chunk of kTokensPerBlock tokens); threads own channels. A group of kGroup
+// tokens is read once from memory, stays in the first-level cache between the passes and is written
+// once: 2 sizeof(T) bytes per element move, which bounds the kernel. Sums of a chunk are kept per
+// thread in shared memory, written to a workspace, and added by a second kernel in chunk order, so
+// that the result does not depend on scheduling.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "cuda/vec.cuh"
+#include "sidechain/tap.h"
+
+namespace sidechain::cuda {
+
+constexpr int kTapGroup = 4;
+constexpr int kTokensPerBlock = 16;
+constexpr int kMaxThreads = 512;
+constexpr int kMaxWarps = kMaxThreads / 32;
+// Channels whose two sums fit in the shared memory that needs no opt-in; more use the workspace.
+constexpr int64_t kSharedChannels = 5632;
+
+__device__ inline bool tap_inside(int64_t slot, int64_t slots) { return slot >= 0 && slot < slots; }
+
+__device__ inline bool tap_holds(const TokenMask& mask, int64_t row, int64_t token) {
+  return mask.data == nullptr || mask.data[row * mask.row + token * mask.token] != 0;
+}
+
+constexpr int kScratch = kMaxWarps * 2 * kTapGroup;
+
+// What the host finds out about the layout once per launch.
+struct TapLaunch {
+  int64_t chunks;  // per row
+  bool vectors_aligned, ring_aligned;
+  float* workspace;  // [R, chunks, 2, C], nullptr = no sums wanted
+};
+
+// Sums kCount <= 2 kTapGroup values over the block, the same in every thread. `scratch` holds
+// [2][kScratch] floats; alternating `turn` keeps one call's reads apart from the next call's writes
+// with a single barrier.
+template <int kCount>
+__device__ inline void block_sum(float (&value)[kCount], float* scratch, int turn) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    for (int step = 16; step > 0; step /= 2) {
+      value[i] += __shfl_xor_sync(0xffffffffu, value[i], step);
+    }
+  }
+  const int warp = threadIdx.x / 32;
+  const int warps = blockDim.x / 32;
+  float* mine = scratch + turn * kScratch;
+  if (threadIdx.x % 32 == 0) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) mine[warp * kCount + i] = value[i];
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) value[i] = 0.0f;
+  for (int w = 0; w < warps; ++w) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) value[i] += mine[w * kCount + i];
+  }
+}
+
+template <class T, int kWidth>
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    tap_kernel(const TapParams p, const TapLaunch launch) {
+  extern __shared__ __align__(16) float shared_sums[];  // [2][C] where C <= kSharedChannels
+  __shared__ float scratch[2 * kScratch];
+  const int64_t row = blockIdx.x / launch.chunks;
+  const int64_t chunk = blockIdx.x % launch.chunks;
+  const int64_t channels = p.channels;
+  const int64_t begin = chunk * kTokensPerBlock;
+  const int64_t end = min(begin + kTokensPerBlock, p.tokens);
+  const int64_t stride = static_cast<int64_t>(blockDim.x) * kWidth;
+  const int64_t first = static_cast<int64_t>(threadIdx.x) * kWidth;
+  T* const x = static_cast<T*>(p.x) + row * p.x_row;
+
+  const int64_t capture_slot = p.capture_slot != nullptr ? *p.capture_slot : 0;
+  const bool to_ring = p.ring.data != nullptr && tap_inside(capture_slot, p.ring.slots);
+  const bool to_sums = (p.sums.data != nullptr && tap_inside(capture_slot, p.sums.slots)) ||
+                       (p.squares.data != nullptr && tap_inside(capture_slot, p.squares.slots));
+
+  const float* v = nullptr;
+  float a = 0.0f, b = 0.0f;
+  if (p.vectors != nullptr) {
+    a = p.strength != nullptr ? p.strength[row * p.strength_stride] : 0.0f;
+    b = p.removal != nullptr ? p.removal[row * p.removal_stride] : 0.0f;
+    const int64_t which = p.index != nullptr ? p.index[row * p.index_stride] : 0;
+    const int64_t slot = p.steer_slot != nullptr ? *p.steer_slot : 0;
+    if ((a != 0.0f || b != 0.0f) && tap_inside(which, p.vector_count) &&
+        tap_inside(slot, p.vector_slots)) {
+      v = p.vectors + which * p.vector_stride + slot * p.vector_slot_stride;
+    }
+  }
+  if (v == nullptr && !to_ring && !to_sums) return;
+
+  // Every thread touches only its own channels of these, so they need no barrier.
+  float* const partial =
+      to_sums ? launch.workspace + (row * launch.chunks + chunk) * 2 * channels : nullptr;
+  float* const sums = channels <= kSharedChannels ? shared_sums : partial;
+  float* const squares = sums + channels;
+  const float zero[kWidth] = {};
+  for (int64_t c = first; to_sums && c < channels; c += stride) {
+    store(sums + c, zero);
+    store(squares + c, zero);
+  }
+
+  const bool dots = v != nullptr && (p.renorm || b != 0.0f);
+  int turn = 0;
+  for (int64_t t = begin; t < end; t += kTapGroup) {
+    bool capture[kTapGroup], steer[kTapGroup], any_steer = false, any_capture = false;
+#pragma unroll
+    for (int i = 0; i < kTapGroup; ++i) {
+      const bool there = t + i < end;
+      capture[i] = there && (to_sums || to_ring) && tap_holds(p.capture_mask, row, t + i);
+      steer[i] = there && v != nullptr && tap_holds(p.steer_mask, row, t + i);
+      any_capture = any_capture || capture[i];
+      any_steer = any_steer || steer[i];
+    }
+
+    // Pass 1: dot products and captures. [xx of the group, xv of the group]
+    float dot[2 * kTapGroup] = {};
+    if (any_capture || (dots && any_steer)) {
+      for (int64_t c = first; c < channels; c += stride) {
+        float direction[kWidth] = {};
+        if (dots && any_steer) load(v + c, launch.vectors_aligned, direction);
+        float total[kWidth] = {}, total_square[kWidth] = {};
+#pragma unroll
+        for (int i = 0; i < kTapGroup; ++i) {
+          if (!capture[i] && !(dots && steer[i])) continue;
+          float value[kWidth];
+          load(x + (t + i) * p.x_token + c, value);
+#pragma unroll
+          for (int k = 0; k < kWidth; ++k) {
+            dot[i] += value[k] * value[k];
+            dot[kTapGroup + i] += value[k] * direction[k];
+            if (capture[i]) {
+              total[k] += value[k];
+              total_square[k] += value[k] * value[k];
+            }
+          }
+          if (capture[i] && to_ring && (t + i) % p.ring.every == 0) {
+            store_as(p.ring.data, p.ring.dtype,
+                     capture_slot * p.ring.slot + row * p.ring.row +
+                         (t + i) / p.ring.every * p.ring.token + c,
+                     launch.ring_aligned, value);
+          }
+        }
+        if (to_sums && any_capture) {
+          float sum[kWidth], square[kWidth];
+          load(sums + c, sum);
+          load(squares + c, square);
+#pragma unroll
+          for (int k = 0; k < kWidth; ++k) {
+            sum[k] += total[k];
+            square[k] += total_square[k];
+          }
+          store(sums + c, sum);
+          store(squares + c, square);
+        }
+      }
+    }
+    if (!any_steer) continue;  // the same decision in every thread of the block
+
+    float along[kTapGroup], scale[kTapGroup];
+    if (dots) {
+      block_sum(dot, scratch, turn);
+      turn ^= 1;
+    }
+#pragma unroll
+    for (int i = 0; i < kTapGroup; ++i) {
+      // Written so that a NaN projection stays NaN.
+      const float xv = dot[kTapGroup + i] < 0.0f ? 0.0f : dot[kTapGroup + i];
+      along[i] = b != 0.0f ? a - b * xv : a;
+      scale[i] = 1.0f;
+    }
+
+    // |y|^2 from the elements: the expansion in <x, v> cancels for short y, and the tokens are in
+    // the cache anyway.
+    if (p.renorm) {
+      float yy[kTapGroup] = {};
+      for (int64_t c = first; c < channels; c += stride) {
+        float direction[kWidth];
+        load(v + c, launch.vectors_aligned, direction);
+#pragma unroll
+        for (int i = 0; i < kTapGroup; ++i) {
+          if (!steer[i]) continue;
+          float value[kWidth];
+          load(x + (t + i) * p.x_token + c, value);
+#pragma unroll
+          for (int k = 0; k < kWidth; ++k) {
+            const float y = value[k] + along[i] * direction[k];
+            yy[i] += y * y;
+          }
+        }
+      }
+      block_sum(yy, scratch, turn);
+      turn ^= 1;
+#pragma unroll
+      for (int i = 0; i < kTapGroup; ++i) {
+        scale[i] = yy[i] == 0.0f ? 1.0f : sqrtf(dot[i]) / sqrtf(yy[i]);
+      }
+    }
+
+    for (int64_t c = first; c < channels; c += stride) {
+      float direction[kWidth];
+      load(v + c, launch.vectors_aligned, direction);
+#pragma unroll
+      for (int i = 0; i < kTapGroup; ++i) {
+        if (!steer[i]) continue;
+        float value[kWidth];
+        T* const at = x + (t + i) * p.x_token + c;
+        load(at, value);
+#pragma unroll
+        for (int k = 0; k < kWidth; ++k) value[k] = (value[k] + along[i] * direction[k]) * scale[i];
+        store(at, value);
+      }
+    }
+  }
+
+  if (!to_sums || sums == partial) return;
+  for (int64_t c = first; c < channels; c += stride) {
+    float sum[kWidth], square[kWidth];
+    load(sums + c, sum);
+    load(squares + c, square);
+    store(partial + c, sum);
+    store(partial + channels + c, square);
+  }
+}
+
+constexpr int kFoldThreads = 256;
+
+// Adds the chunks of every row in order to the addressed slot; a thread owns one channel of one
+// row, and the first block of a row counts its tokens.
+__global__ void __launch_bounds__(kFoldThreads)
+    tap_fold_kernel(const TapParams p, const TapLaunch launch, int64_t blocks_per_row) {
+  __shared__ int counted[kFoldThreads / 32];
+  const int64_t row = blockIdx.x / blocks_per_row;
+  const int64_t block = blockIdx.x % blocks_per_row;
+  const int64_t c = block * kFoldThreads + threadIdx.x;
+  const int64_t slot = p.capture_slot != nullptr ? *p.capture_slot : 0;
+  const bool to_sums = p.sums.data != nullptr && tap_inside(slot, p.sums.slots);
+  const bool to_squares = p.squares.data != nullptr && tap_inside(slot, p.squares.slots);
+  if ((to_sums || to_squares) && c < p.channels) {
+    float sum = 0.0f, square = 0.0f;
+    for (int64_t chunk = 0; chunk < launch.chunks; ++chunk) {
+      const float* partial = launch.workspace + (row * launch.chunks + chunk) * 2 * p.channels;
+      sum += partial[c];
+      square += partial[p.channels + c];
+    }
+    if (to_sums) p.sums.data[slot * p.sums.slot + row * p.sums.row + c] += sum;
+    if (to_squares) p.squares.data[slot * p.squares.slot + row * p.squares.row + c] += square;
+  }
+
+  const bool to_counts = p.counts.data != nullptr && tap_inside(slot, p.counts.slots);
+  if (block != 0 || !to_counts) return;
+  int n = 0;
+  for (int64_t t = threadIdx.x; t < p.tokens; t += kFoldThreads) {
+    n += tap_holds(p.capture_mask, row, t) ? 1 : 0;
+  }
+  for (int step = 16; step > 0; step /= 2) n += __shfl_xor_sync(0xffffffffu, n, step);
+  if (threadIdx.x % 32 == 0) counted[threadIdx.x / 32] = n;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    int total = 0;
+    for (int warp = 0; warp < kFoldThreads / 32; ++warp) total += counted[warp];
+    p.counts.data[slot * p.counts.slot + row * p.counts.row] += static_cast<float>(total);
+  }
+}
+
+inline int64_t tap_chunks(const TapParams& p) {
+  return (p.tokens + kTokensPerBlock - 1) / kTokensPerBlock;
+}
+
+// Floats of workspace that launch_tap needs; their contents do not matter.
+inline int64_t tap_workspace_floats(const TapParams& p) {
+  const bool sums = p.sums.data != nullptr || p.squares.data != nullptr;
+  return sums ? p.rows * tap_chunks(p) * 2 * p.channels : 0;
+}
+
+template <class T, int kWidth>
+cudaError_t launch_tap_typed(const TapParams& p, const TapLaunch& launch, cudaStream_t stream) {
+  const int64_t packs = (p.channels + kWidth - 1) / kWidth;
+  const int64_t rounds = (packs + kMaxThreads - 1) / kMaxThreads;
+  const int64_t threads = ((packs + rounds - 1) / rounds + 31) / 32 * 32;
+  const bool shared = launch.workspace != nullptr && p.channels <= kSharedChannels;
+  const size_t bytes = shared ? 2 * p.channels * sizeof(float) : 0;
+  tap_kernel<T, kWidth><<<static_cast<unsigned>(p.rows * launch.chunks),
+                          static_cast<unsigned>(threads), bytes, stream>>>(p, launch);
+  return cudaGetLastError();
+}
+
+template <class T>
+cudaError_t launch_tap_aligned(const TapParams& p, const TapLaunch& launch, cudaStream_t stream) {
+  constexpr int kWidth = 16 / sizeof(T);
+  const bool aligned = reinterpret_cast<uintptr_t>(p.x) % 16 == 0 && p.channels % kWidth == 0 &&
+                       p.x_row % kWidth == 0 && p.x_token % kWidth == 0;
+  return aligned ? launch_tap_typed<T, kWidth>(p, launch, stream)
+                 : launch_tap_typed<T, 1>(p, launch, stream);
+}
+
+inline cudaError_t launch_tap(const TapParams& p, float* workspace, cudaStream_t stream) {
+  TapLaunch launch = {};
+  launch.chunks = tap_chunks(p);
+  launch.workspace = workspace;
+  launch.vectors_aligned = reinterpret_cast<uintptr_t>(p.vectors) % 16 == 0 &&
+                           p.vector_stride % 4 == 0 && p.vector_slot_stride % 4 == 0;
+  // 8 elements of any dtype are a multiple of 16 bytes.
+  launch.ring_aligned = reinterpret_cast<uintptr_t>(p.ring.data) % 16 == 0 &&
+                        p.ring.slot % 8 == 0 && p.ring.row % 8 == 0 && p.ring.token % 8 == 0;
+  if (p.rows * launch.chunks > INT32_MAX) return cudaErrorInvalidConfiguration;
+  cudaError_t status = cudaSuccess;
+  if (p.rows > 0 && p.tokens > 0 && p.channels > 0) {
+    switch (p.dtype) {
+      case Dtype::kFloat32:
+        status = launch_tap_aligned<float>(p, launch, stream);
+        break;
+      case Dtype::kFloat16:
+        status = launch_tap_aligned<__half>(p, launch, stream);
+        break;
+      case Dtype::kBFloat16:
+        status = launch_tap_aligned<__nv_bfloat16>(p, launch, stream);
+        break;
+    }
+  }
+  if (status != cudaSuccess || p.rows == 0) return status;
+  if (workspace == nullptr && p.counts.data == nullptr) return status;
+  // Without sums to add, one block a row is left, which counts.
+  const int64_t columns = workspace != nullptr ? p.channels : 0;
+  const int64_t per_row = columns > 0 ? (columns + kFoldThreads - 1) / kFoldThreads : 1;
+  if (p.rows * per_row > INT32_MAX) return cudaErrorInvalidConfiguration;
+  tap_fold_kernel<<<static_cast<unsigned>(p.rows * per_row), kFoldThreads, 0, stream>>>(p, launch,
+                                                                                        per_row);
+  return cudaGetLastError();
+}
+
+}  // namespace sidechain::cuda
