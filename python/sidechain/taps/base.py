@@ -133,6 +133,8 @@ class Tap:
         """Size and fill the device buffers for a run."""
         # Buffers made in inference mode could not be filled outside of it later.
         with torch.inference_mode(False), torch.no_grad():
+            if self._run is not None and run.number != self._run.number:
+                self._finish()
             self._span = self.window.resolve(self.name, run.steps)
             self._bind(run)
             self._run = run
@@ -148,6 +150,9 @@ class Tap:
 
     def _operations_at(self, site: Site) -> list[Operation]:
         raise NotImplementedError
+
+    def _finish(self) -> None:
+        """Put away what the finished run left in the buffers."""
 
     def _bind(self, run: Run) -> None:
         raise NotImplementedError

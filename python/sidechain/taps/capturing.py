@@ -230,8 +230,6 @@ class Capture(Tap):
 
     def _bind(self, run: Run) -> None:
         fresh = run.number != self._number
-        if fresh:
-            self._put_away()
         branches = self._branches(run, self._wanted)
         rows = self._block(run, branches)
         device = run.shape.device
@@ -291,8 +289,8 @@ class Capture(Tap):
             shapes["squares"] = (steps, rows, site.width)
         return shapes
 
-    def _put_away(self) -> None:
-        """Keep a finished run before its buffers are used again."""
+    def _finish(self) -> None:
+        # Another run is about to use the buffers.
         if not self._reached or self._run is None:
             return
         if self._reached < self._span[1] and self.reduce != "context":

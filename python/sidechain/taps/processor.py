@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -254,8 +254,17 @@ class Tapped:
         return (*args[:place], context, *args[place + 1 :])
 
 
-@functools.cache
+_TAPPED_CLASSES: dict[type, type[Tapped]] = {}
+
+
 def _tapped_class(inner: type) -> type[Tapped]:
+    """Return the wrapper class for a class of processors."""
+    if inner not in _TAPPED_CLASSES:
+        _TAPPED_CLASSES[inner] = _make_tapped_class(inner)
+    return _TAPPED_CLASSES[inner]
+
+
+def _make_tapped_class(inner: type) -> type[Tapped]:
     original: Callable[..., Any] = inner.__call__
     signature = inspect.signature(original)
 
@@ -298,8 +307,7 @@ def attach(attn: Any, operation: Operation) -> None:
     """Add an operation to an attention module, wrapping its processor if it is the first."""
     processor = attn.processor
     if not isinstance(processor, Tapped):
-        inner: Hashable = type(processor)
-        processor = _tapped_class(inner)(attn)
+        processor = _tapped_class(type(processor))(attn)
         # Not set_processor: it would throw a processor that is a module out of the state dict.
         attn.__dict__["processor"] = processor
     processor._operations.append(operation)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Helpers for tests and benches, ours and those of users' own CI."""
 
-from .tiny import tiny_pipeline
+from .tiny import generate, tiny_pipeline
 
-__all__ = ["tiny_pipeline"]
+__all__ = ["generate", "tiny_pipeline"]

@@ -8,6 +8,7 @@ import warnings
 from typing import Any
 
 import torch
+from torch import Tensor
 
 PIPELINES = ("stable_audio",)
 _WORDS = (
@@ -55,6 +56,30 @@ def tiny_pipeline(
         pipe = pipe.to(dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def generate(
+    pipe: Any, prompts: list[str], *, steps: int = 4, seeds: list[int] | None = None, **call: Any
+) -> Tensor:
+    """Run a pipeline with one generator for each sample.
+
+    Args:
+        pipe: audio pipeline.
+        prompts: one for each sample.
+        steps: num_inference_steps.
+        seeds: one for each sample. None = 0, 1, ...
+        **call: further arguments of the pipeline.
+
+    Returns:
+        Latents.
+    """
+    samples = len(prompts) * call.get("num_waveforms_per_prompt", 1)
+    seeds = list(range(samples)) if seeds is None else seeds
+    call.setdefault("generator", [torch.Generator().manual_seed(s) for s in seeds])
+    latents: Tensor = pipe(
+        prompts, num_inference_steps=steps, output_type="latent", **call
+    ).audios
+    return latents
 
 
 def _scheduler(scheduler: Any) -> Any:
