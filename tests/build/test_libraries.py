@@ -110,7 +110,7 @@ def test_cuda_kernels_do_not_spill(architecture: str, tmp_path: Path) -> None:
     source.write_text('#include "cuda/tap.cuh"\nauto* const keep = &sidechain::cuda::launch_tap;\n')
     done = subprocess.run(
         ["nvcc", "-std=c++17", "-O3", "-cubin", f"-arch={architecture}", "-Xptxas=-v",
-         f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'include'}", "-o", tmp_path / "k.cubin", source],
+         f"-I{ROOT}/csrc", f"-I{ROOT}/csrc/include", "-o", tmp_path / "k.cubin", source],
         check=True, capture_output=True, text=True,
     )  # fmt: skip
     report = done.stdout + done.stderr
