@@ -32,8 +32,7 @@ def words(figure):
     return " ".join(ElementTree.fromstring(svg(figure)).itertext())
 
 
-@pytest.mark.parametrize("width", ["wide", "narrow"])
-@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize(("theme", "width"), [("light", "wide"), ("dark", "narrow")])
 @pytest.mark.parametrize("name", DRAWN)
 def test_draws_in_every_variant(name, theme, width):
     before = dict(matplotlib.rcParams)

@@ -93,7 +93,7 @@ class TestPage:
 
     def test_figures_come_light_dark_wide_and_narrow(self, page):
         assert len(page.all("source")) == 3 * len(page.all("picture"))
-        assert len(page.all("picture")) == 5
+        assert len(page.all("picture")) == 4
 
     def test_tables_scroll_in_their_own_box(self, text):
         assert text.count("<table>") == len(re.findall(r'class="scroll"[^>]*>\s*<table>', text))

@@ -266,4 +266,5 @@ def _cell(value: object) -> Markup | str:
 
 
 def _number(value: float) -> str:
-    return f"{value:.2f}".replace("-", "\u2212")
+    text = f"{value:.2f}"
+    return "0.00" if text == "-0.00" else text.replace("-", "\u2212")

@@ -117,6 +117,9 @@ def drawing(mode: Mode, width: Width, height: float) -> Iterator[tuple[Figure, T
         figure = Figure(figsize=(INCHES[width], height), layout="constrained")
         FigureCanvasAgg(figure)
         yield figure, theme
+        # ticks take their type when first drawn: draw under these settings, then fix the layout
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
 
 
 def _settings(theme: Theme) -> dict[Any, Any]:
