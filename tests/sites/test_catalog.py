@@ -4,10 +4,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import sidechain
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import sidechain
 from sidechain.sites import Adapter, config_hash, register_adapter
 from sidechain.testing import tiny_pipeline
 

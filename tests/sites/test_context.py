@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from sidechain.sites import Run, observe, release
 from sidechain.testing import generate, tiny_pipeline
 
@@ -166,7 +167,7 @@ class TestContradictions:
         pipe.scheduler.set_timesteps(2)
         context.begin(samples=3, timesteps=2)
         sample = torch.randn(2, 3, 8)
-        with pytest.raises(RuntimeError, match="expected 3 samples in scheduler.step"):
+        with pytest.raises(RuntimeError, match=r"expected 3 samples in scheduler.step"):
             pipe.scheduler.step(sample, pipe.scheduler.timesteps[0], sample)
 
     def test_a_new_scheduler(self, watched: Any) -> None:

@@ -5,10 +5,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import sidechain
 import torch
-from sidechain.testing import tiny_pipeline
 from torch import Tensor
+
+import sidechain
+from sidechain.testing import tiny_pipeline
 
 
 @pytest.fixture

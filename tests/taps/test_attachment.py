@@ -8,10 +8,11 @@ import itertools
 from typing import Any
 
 import pytest
-import sidechain
 import torch
-from sidechain.testing import generate, tiny_pipeline
 from torch import Tensor, nn
+
+import sidechain
+from sidechain.testing import generate, tiny_pipeline
 
 PROMPTS = ["piano song", "drums loop"]
 
@@ -54,9 +55,12 @@ class TestRestore:
         def stop(step: int, timestep: int, latents: Tensor) -> None:
             raise OSError("disk full")
 
-        with pytest.raises(OSError, match="disk full"):
-            with sidechain.capture(pipe), sidechain.steer(pipe, {"cross:1": direction}):
-                generate(pipe, PROMPTS, callback=stop)
+        with (
+            pytest.raises(OSError, match="disk full"),
+            sidechain.capture(pipe),
+            sidechain.steer(pipe, {"cross:1": direction}),
+        ):
+            generate(pipe, PROMPTS, callback=stop)
         assert same(processors(pipe), before)
         assert torch.equal(generate(pipe, PROMPTS), plain)
 
@@ -100,10 +104,12 @@ class TestRestore:
     def test_a_processor_replaced_meanwhile_stays(self, pipe: Any) -> None:
         module = sidechain.sites(pipe)["cross:1"].module
         mine = type(module.processor)()
-        with pytest.warns(RuntimeWarning, match="was replaced while a tap was attached"):
-            with sidechain.capture(pipe, "cross:1"):
-                generate(pipe, PROMPTS)
-                module.set_processor(mine)
+        with (
+            pytest.warns(RuntimeWarning, match="was replaced while a tap was attached"),
+            sidechain.capture(pipe, "cross:1"),
+        ):
+            generate(pipe, PROMPTS)
+            module.set_processor(mine)
         assert module.processor is mine
 
 
@@ -135,9 +141,11 @@ class TestHandles:
             tap.remove()
 
     def test_a_context_that_never_fired_raises(self, pipe: Any, direction: Tensor) -> None:
-        with pytest.raises(RuntimeError, match="got no call at transformer_blocks.2.attn2"):
-            with sidechain.steer(pipe, {"cross:2": direction}):
-                pass
+        with (
+            pytest.raises(RuntimeError, match=r"got no call at transformer_blocks.2.attn2"),
+            sidechain.steer(pipe, {"cross:2": direction}),
+        ):
+            pass
 
     def test_but_not_over_another_error(self, pipe: Any, direction: Tensor) -> None:
         with pytest.raises(KeyError), sidechain.steer(pipe, {"cross:2": direction}):
@@ -203,7 +211,8 @@ class TestWrapper:
 
 class TestLora:
     def test_adapters_on_the_output_projection(self, direction: Tensor) -> None:
-        from peft import LoraConfig
+        from peft import LoraConfig, inject_adapter_in_model
+        from peft.tuners.lora import LoraLayer
 
         pipe = tiny_pipeline()
         plain = generate(pipe, PROMPTS)
@@ -212,7 +221,7 @@ class TestLora:
         config = LoraConfig(
             r=2, target_modules=["to_out.0", "to_k", "to_v"], init_lora_weights=False
         )
-        pipe.transformer.add_adapter(config)
+        inject_adapter_in_model(config, pipe.transformer)
         adapted = generate(pipe, PROMPTS)
         assert not torch.equal(adapted, plain)
         context = sidechain.contexts(pipe, PROMPTS)
@@ -227,23 +236,38 @@ class TestLora:
             assert torch.equal(generate(pipe, PROMPTS), adapted)
         handle.remove()
         torch.testing.assert_close(cap["cross:1"][:, 0], torch.stack(seen))
-        pipe.transformer.disable_adapters()
+        for module in pipe.transformer.modules():
+            if isinstance(module, LoraLayer):
+                module.enable_adapters(False)
         with sidechain.steer(pipe, {"cross:1": direction}):
             torch.testing.assert_close(generate(pipe, PROMPTS), steered)
 
     def test_adapter_added_while_attached(self, direction: Tensor) -> None:
-        from peft import LoraConfig
+        from peft import LoraConfig, inject_adapter_in_model
 
         pipe = tiny_pipeline()
         before = processors(pipe)
         with sidechain.steer(pipe, {"cross:1": direction}):
-            pipe.transformer.add_adapter(
-                LoraConfig(r=2, target_modules=["to_out.0"], init_lora_weights=False)
-            )
+            config = LoraConfig(r=2, target_modules=["to_out.0"], init_lora_weights=False)
+            inject_adapter_in_model(config, pipe.transformer)
             inside = generate(pipe, PROMPTS)
         assert same(processors(pipe), before)
         with sidechain.steer(pipe, {"cross:1": direction}):
             assert torch.equal(generate(pipe, PROMPTS), inside)
+
+    def test_wrapped_by_peft(self, direction: Tensor) -> None:
+        from peft import LoraConfig, get_peft_model
+
+        pipe = tiny_pipeline()
+        names = sidechain.sites(pipe).names
+        with sidechain.steer(pipe, {"cross:1": direction}):
+            expected = generate(pipe, PROMPTS)
+        pipe.transformer = get_peft_model(
+            pipe.transformer, LoraConfig(r=2, target_modules=["to_out.0"])
+        )
+        assert sidechain.sites(pipe).names == names
+        with sidechain.steer(pipe, {"cross:1": direction}):
+            torch.testing.assert_close(generate(pipe, PROMPTS), expected)
 
 
 class TestGenerators:
@@ -259,9 +283,11 @@ class TestGenerators:
         pytest.importorskip("torchsde")
         pipe = tiny_pipeline(scheduler="cosine")
         plain = generate(pipe, PROMPTS)
-        with sidechain.capture(pipe) as cap:
-            with sidechain.steer(pipe, {"cross:1": direction}, strength=0.0):
-                assert torch.equal(generate(pipe, PROMPTS), plain)
+        with (
+            sidechain.capture(pipe) as cap,
+            sidechain.steer(pipe, {"cross:1": direction}, strength=0.0),
+        ):
+            assert torch.equal(generate(pipe, PROMPTS), plain)
         assert cap["cross:0"].shape == (4, 1, 2, 16)
 
 
@@ -295,9 +321,11 @@ class TestCompile:
     def test_tap_attached_before_or_after(self, direction: Tensor, how: str, when: str) -> None:
         eager, pipe = tiny_pipeline(), tiny_pipeline()
         plain = generate(eager, PROMPTS)
-        with sidechain.steer(eager, {"cross:1": direction}, strength=[2.0, 0.0]):
-            with sidechain.capture(eager) as expected_capture:
-                expected = generate(eager, PROMPTS)
+        with (
+            sidechain.steer(eager, {"cross:1": direction}, strength=[2.0, 0.0]),
+            sidechain.capture(eager) as expected_capture,
+        ):
+            expected = generate(eager, PROMPTS)
         if when == "after":
             self.compile(pipe, how)
             torch.testing.assert_close(generate(pipe, PROMPTS), plain)
@@ -318,14 +346,18 @@ class TestCompile:
     def test_patch(self) -> None:
         pipe = tiny_pipeline()
         context = sidechain.contexts(pipe, ["violin", "flute"])
-        with sidechain.patch(pipe, "cross:0-1", context=context, steps=(1, 3)):
-            with sidechain.patch(pipe, "cross:2", value=context, rows=[True, False]):
-                expected = generate(pipe, PROMPTS)
+        with (
+            sidechain.patch(pipe, "cross:0-1", context=context, steps=(1, 3)),
+            sidechain.patch(pipe, "cross:2", value=context, rows=[True, False]),
+        ):
+            expected = generate(pipe, PROMPTS)
         self.compile(pipe, "in place")
-        with sidechain.patch(pipe, "cross:0-1", context=context, steps=(1, 3)):
-            with sidechain.patch(pipe, "cross:2", value=context, rows=[True, False]):
-                torch.testing.assert_close(generate(pipe, PROMPTS), expected)
-                assert self.graphs() == 1
+        with (
+            sidechain.patch(pipe, "cross:0-1", context=context, steps=(1, 3)),
+            sidechain.patch(pipe, "cross:2", value=context, rows=[True, False]),
+        ):
+            torch.testing.assert_close(generate(pipe, PROMPTS), expected)
+            assert self.graphs() == 1
 
     @pytest.mark.slow
     def test_inductor(self, direction: Tensor) -> None:

@@ -5,13 +5,15 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import sidechain
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+
+import sidechain
 from sidechain.taps import options
 from sidechain.testing import generate, tiny_pipeline
-from torch import Tensor
+import itertools
 
 PROMPTS = ["piano song", "drums loop"]
 Hook = Callable[[Any, str, Callable[[Tensor], Tensor | None]], Any]
@@ -49,9 +51,7 @@ class TestNumerics:
         self, pipe: Any, hooked: Hook, tokens: slice | None, dtype: torch.dtype
     ) -> None:
         plain = outputs(pipe, hooked, "cross:0")[:, None, 2:]
-        with sidechain.capture(
-            pipe, "cross:0", reduce="tokens", tokens=tokens, dtype=dtype
-        ) as cap:
+        with sidechain.capture(pipe, "cross:0", reduce="tokens", tokens=tokens, dtype=dtype) as cap:
             generate(pipe, PROMPTS)
         assert torch.equal(cap["cross:0"], plain[:, :, :, tokens or slice(None)].to(dtype))
 
@@ -124,9 +124,7 @@ class TestNumerics:
             generate(pipe, PROMPTS, steps=2)
         torch.testing.assert_close(cap["cross:1"], plain.float().mean(3))
 
-    def test_capture_reads_before_steering(
-        self, pipe: Any, direction: Tensor
-    ) -> None:
+    def test_capture_reads_before_steering(self, pipe: Any, direction: Tensor) -> None:
         for outer_first in (True, False):
             cap = sidechain.capture(pipe, "cross:2")
             tap = sidechain.steer(pipe, {"cross:2": direction}, strength=5.0, steps=(0, 1))
@@ -209,7 +207,7 @@ class TestWindow:
     def test_neighbouring_fractions_tile_the_run(self, steps: int, a: float, b: float) -> None:
         cuts = sorted({0.0, a, b, 1.0})
         covered: list[int] = []
-        for start, stop in zip(cuts, cuts[1:], strict=False):
+        for start, stop in itertools.pairwise(cuts):
             window = options.Window.parse("x", (start, stop))
             try:
                 covered += range(*window.resolve("x", steps))
@@ -264,9 +262,11 @@ class TestContract:
         )
 
     def test_no_run(self, pipe: Any) -> None:
-        with pytest.raises(RuntimeError, match="got no call at transformer_blocks.1.attn2"):
-            with sidechain.capture(pipe, "cross:1"):
-                pass
+        with (
+            pytest.raises(RuntimeError, match=r"got no call at transformer_blocks.1.attn2"),
+            sidechain.capture(pipe, "cross:1"),
+        ):
+            pass
 
     def test_second_moment_needs_moments(self, pipe: Any) -> None:
         with sidechain.capture(pipe, "cross:1") as cap:

@@ -4,10 +4,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import sidechain
 import torch
-from sidechain.testing import generate, tiny_pipeline
 from torch import Tensor
+
+import sidechain
+from sidechain.testing import generate, tiny_pipeline
 
 CLEAN = ["violin song", "flute loop"]
 CORRUPTED = ["piano song", "drums loop"]
@@ -153,8 +154,9 @@ class TestOutput:
             assert torch.equal(generate(pipe, CORRUPTED), expected)
 
     def test_capture_sees_the_patched_output(self, pipe: Any) -> None:
-        with sidechain.capture(pipe, "cross:1") as cap, sidechain.patch(
-            pipe, "cross:1", ablate=True
+        with (
+            sidechain.capture(pipe, "cross:1") as cap,
+            sidechain.patch(pipe, "cross:1", ablate=True),
         ):
             generate(pipe, CORRUPTED)
         assert not cap["cross:1"].any()

@@ -5,12 +5,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import sidechain
 import torch
+from torch import Tensor
+
+import sidechain
 from sidechain.reference.tap import tap as reference_tap
 from sidechain.testing import generate, tiny_pipeline
 from sidechain.vectors import SteeringVector
-from torch import Tensor
 
 PROMPTS = ["piano song", "drums loop"]
 COND, UNCOND = slice(2, 4), slice(0, 2)
@@ -28,7 +29,9 @@ def by_hook(pipe: Any, site: str, edit: Callable[[Tensor, int], Tensor], **call:
         handle.remove()
 
 
-def added(rows: slice, what: Tensor, tokens: slice = slice(None)) -> Callable[[Tensor, int], Tensor]:
+def added(
+    rows: slice, what: Tensor, tokens: slice = slice(None)
+) -> Callable[[Tensor, int], Tensor]:
     def edit(out: Tensor, step: int) -> Tensor:
         v = what[step] if what.dim() == 2 else what
         out[rows, tokens] += v.to(out.dtype)
@@ -113,9 +116,7 @@ class TestNumerics:
             return out
 
         expected = by_hook(pipe, "cross:1", edit)
-        with sidechain.steer(
-            pipe, {"cross:1": v}, strength=0.5, removal=2.0, renorm=True
-        ):
+        with sidechain.steer(pipe, {"cross:1": v}, strength=0.5, removal=2.0, renorm=True):
             torch.testing.assert_close(generate(pipe, PROMPTS), expected)
 
     def test_two_steers_sum(self, pipe: Any, direction: Tensor) -> None:
@@ -183,9 +184,7 @@ class TestIdentity:
         with sidechain.steer(pipe, vectors, strength=5.0, which=[-1, -1]):
             assert torch.equal(generate(pipe, PROMPTS, steps=2), plain)
 
-    def test_a_sample_at_strength_zero_is_bit_identical(
-        self, pipe: Any, direction: Tensor
-    ) -> None:
+    def test_a_sample_at_strength_zero_is_bit_identical(self, pipe: Any, direction: Tensor) -> None:
         plain = generate(pipe, PROMPTS)
         with sidechain.steer(pipe, {"cross:0": direction}, strength=[0.0, 4.0]):
             out = generate(pipe, PROMPTS)
@@ -297,22 +296,22 @@ class TestTimeGrid:
     def test_another_number_of_steps_interpolates_and_says_so(self, pipe: Any) -> None:
         with sidechain.capture(pipe, "cross:1") as cap:
             generate(pipe, PROMPTS, steps=4)
-        vector = SteeringVector(
-            {(CROSS_1, "cond"): torch.randn(4, 16)}, timesteps=cap.timesteps
-        )
+        vector = SteeringVector({(CROSS_1, "cond"): torch.randn(4, 16)}, timesteps=cap.timesteps)
         pipe.scheduler.set_timesteps(6)
         moved = vector.resampled(pipe.scheduler.timesteps)
         with sidechain.steer(pipe, moved):
             expected = generate(pipe, PROMPTS, steps=6)
         with sidechain.steer(pipe, vector) as tap:
-            with pytest.warns(RuntimeWarning, match="4 steps is interpolated .* 6 steps"):
+            with pytest.warns(RuntimeWarning, match=r"4 steps is interpolated .* 6 steps"):
                 assert torch.equal(generate(pipe, PROMPTS, steps=6), expected)
             assert tap._steps_of_table == 6
 
     def test_without_timesteps_the_number_must_fit(self, pipe: Any) -> None:
-        with pytest.raises(ValueError, match="expected a vector of 1 or 4 steps .* got 3"):
-            with sidechain.steer(pipe, {"cross:1": torch.randn(3, 16)}):
-                generate(pipe, PROMPTS)
+        with (
+            pytest.raises(ValueError, match=r"expected a vector of 1 or 4 steps .* got 3"),
+            sidechain.steer(pipe, {"cross:1": torch.randn(3, 16)}),
+        ):
+            generate(pipe, PROMPTS)
 
 
 class TestGradients:
@@ -320,9 +319,13 @@ class TestGradients:
         text, extra = torch.randn(2, 10, 12), torch.randn(2, 1, 24)
 
         def run(latents: Tensor) -> Tensor:
-            return pipe.transformer(
-                latents, torch.ones(1), encoder_hidden_states=text, global_hidden_states=extra
-            ).sample.square().sum()
+            return (
+                pipe.transformer(
+                    latents, torch.ones(1), encoder_hidden_states=text, global_hidden_states=extra
+                )
+                .sample.square()
+                .sum()
+            )
 
         latents = torch.randn(2, 3, 8)
         v = direction / direction.norm()
@@ -404,9 +407,11 @@ class TestContract:
         handle = sidechain.sites(pipe)["self:0"].module.register_forward_hook(
             lambda *_: calls.append(1)
         )
-        with pytest.raises(ValueError, match=match):
-            with sidechain.steer(pipe, {"cross:1": torch.ones(16)}, **arguments):
-                generate(pipe, PROMPTS, **call)
+        with (
+            pytest.raises(ValueError, match=match),
+            sidechain.steer(pipe, {"cross:1": torch.ones(16)}, **arguments),
+        ):
+            generate(pipe, PROMPTS, **call)
         handle.remove()
         assert not calls
 

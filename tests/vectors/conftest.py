@@ -4,6 +4,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 from sidechain.testing import tiny_pipeline
 
 
