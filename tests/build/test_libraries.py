@@ -163,7 +163,9 @@ class TestPythonOnly:
         ignore = shutil.ignore_patterns("*.so", "__pycache__", "weights")
         shutil.copytree(PACKAGE, copy, ignore=ignore)
         (copy / "_C.abi3.so").write_bytes(b"not an ELF file")
-        total, tap = self.run(PYTHONPATH=str(tmp_path), PYTHONWARNINGS="ignore")
+        total, tap = self.run(
+            PYTHONPATH=str(tmp_path), PYTHONWARNINGS="ignore", SIDECHAIN_NATIVE="1"
+        )
         assert total == 12.0
         assert isinstance(tap, dict)
         assert tap["cpu"].startswith("cannot load _C.abi3.so")

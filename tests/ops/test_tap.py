@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ops.support import DEVICE, backend_params, clone, guarded, guards_intact, upcast
-from sidechain.ops import tap_
+from sidechain.ops import backends, tap_
 from sidechain.reference import tap as reference
 from sidechain.testing.cases import DTYPES, TAP_CASES, TapCase
 from sidechain.testing.tolerance import assert_close
@@ -372,6 +373,9 @@ class TestGradients:
              x=torch.randn(1, 2, 3), sums=torch.zeros(2, 1, 3))  # fmt: skip
 
 
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="Inductor needs a C++ compiler on the CPU"
+)
 OPCHECK = [c for c in TAP_CASES if c.what in ("steer", "masked-moments", "everything", "no-rows")]
 
 
@@ -389,9 +393,10 @@ class TestTorch:
             torch.ops.sidechain.tap_.default, tuple(values.get(k) for k in order)
         )  # fmt: skip
 
+    @needs_compiler
     @pytest.mark.parametrize("backend", ["auto", "cpu"])
     def test_compile_fullgraph(self, backend: str) -> None:
-        if backend == "cpu" and pytest.importorskip("sidechain.ops").backends()["tap_"]["cpu"]:
+        if backend == "cpu" and backends()["tap_"]["cpu"]:
             pytest.skip("tap_/cpu is not available")
         compiled = torch.compile(
             lambda **kw: tap_(**kw, backend=backend) * 2, fullgraph=True, dynamic=False
@@ -402,6 +407,7 @@ class TestTorch:
         check(args, got)
         assert torch.equal(doubled, got["x"] * 2)
 
+    @needs_compiler
     def test_changed_values_recompile_nothing(self) -> None:
         compiled = torch.compile(lambda **kw: tap_(**kw), fullgraph=True, dynamic=False)
         args = TapCase(2, 5, 8, sums=True).make(torch.float32)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reference of ``tap_``: capture token statistics of a site, then steer it, driven by device tensors.
+"""Reference of ``tap_``: capture statistics of a site, then steer it, driven by device tensors.
 
 Nothing here reads a value back to the host, so the same code traces under ``torch.compile``.
 Source: steering and projection removal as in TADA (arXiv 2602.11910); capture is plain moments.
@@ -147,11 +147,10 @@ def _steered(
         scale = scale - removed
     y = xf + scale * v
     if renorm:
-        xx = xf.square().sum(-1, keepdim=True)
-        yy = y.square().sum(-1, keepdim=True)
-        # The inner where keeps the gradient of the square roots finite at zero norm.
-        norm_x = torch.where(xx == 0, zero, torch.where(xx == 0, 1.0, xx).sqrt())
-        y = y * torch.where(yy == 0, 1.0, norm_x / torch.where(yy == 0, 1.0, yy).sqrt())
+        norm_x = torch.linalg.vector_norm(xf, dim=-1, keepdim=True)
+        norm_y = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
+        # The inner where keeps 0 / 0 out of the gradient as well.
+        y = y * torch.where(norm_y == 0, 1.0, norm_x / torch.where(norm_y == 0, 1.0, norm_y))
     written = touched[:, None] if steer_mask is None else touched[:, None] & steer_mask  # [R, T|1]
     return torch.where(written[..., None], y.to(x.dtype), x)
 
