@@ -40,12 +40,14 @@ def studies(monkeypatch, tmp_path):
         "demo": SimpleNamespace(calls=[]),
     }
 
-    def run_demo(out, *, seed, short):
-        found["demo"].calls.append((out, seed, short))
-        return out / "report.html"
+    def run_demo(out, config):
+        found["demo"].calls.append((out, config))
+        return "result"
 
-    found["demo"].run_demo = run_demo
+    found["demo"].run = run_demo
+    found["demo"].settings = lambda *, seed, short: (seed, short)
     monkeypatch.setattr(cli, "_study", found.__getitem__)
+    monkeypatch.setattr(cli, "_report", lambda name: SimpleNamespace(write=lambda _, path: path))
     monkeypatch.chdir(tmp_path)
     return found
 
@@ -134,7 +136,7 @@ class TestTables:
 class TestStudies:
     def test_demo(self, studies, capsys):
         assert cli.main(["demo", "--out", "here", "--seed", "3", "--short"]) == 0
-        assert studies["demo"].calls == [(Path("here"), 3, True)]
+        assert studies["demo"].calls == [(Path("here"), (3, True))]
         assert capsys.readouterr().out == "here/report.html\n"
 
     def test_localize(self, studies, capsys):
@@ -178,7 +180,7 @@ class TestStudies:
         assert settings["prompts"] == {"drums": [("a with drums", "a"), ("b with drums", "b")]}
 
     def test_vector(self, studies, capsys, tmp_path):
-        assert cli.main(["vector", "--concept", "drums", "--raw"]) == 0
+        assert cli.main(["vector", "--concept", "drums", "--unit"]) == 0
         settings = studies["vectors"].settings
         assert settings == {
             "model": "zoo:music",
@@ -307,10 +309,11 @@ def test_bad_input(line, match, studies, capsys, tmp_path):
 
 class TestErrors:
     def fail(self, monkeypatch, error):
-        def run_demo(out, *, seed, short):
+        def run_demo(out, config):
             raise error
 
-        monkeypatch.setattr(cli, "_study", lambda name: SimpleNamespace(run_demo=run_demo))
+        study = SimpleNamespace(run=run_demo, settings=lambda **_: None)
+        monkeypatch.setattr(cli, "_study", lambda name: study)
         return cli.main(["demo"])
 
     @pytest.mark.parametrize(

@@ -145,7 +145,9 @@ def _add_vector(commands: Any, run: Command) -> None:
         "--sites", default="cross:*", metavar="GLOB", help="sites to record (default %(default)s)"
     )
     parser.add_argument(
-        "--raw", action="store_true", help="keep the natural length of differences, not length 1"
+        "--unit",
+        action="store_true",
+        help="scale every direction to length 1; otherwise strength 1 is one natural difference",
     )
     _sampling(parser, rows=True, seed=True)
     parser.add_argument("--out", metavar="FILE", help="default runs/vectors/CONCEPT.safetensors")

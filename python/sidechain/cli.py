@@ -62,8 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _demo(arguments: argparse.Namespace) -> int:
     out = options.folder(arguments.out)
     seed = options.whole("--seed", arguments.seed, 0)
-    report = _study("demo").run_demo(out, seed=seed, short=arguments.short)
-    print(report)
+    demo = _study("demo")
+    result = demo.run(out, demo.settings(seed=seed, short=arguments.short))
+    print(_report("demo").write(result, out / "report.html"))
     return 0
 
 
@@ -110,7 +111,7 @@ def _vector(arguments: argparse.Namespace) -> int:
         "pairs": options.whole("--pairs", arguments.pairs, 1),
         "sites": arguments.sites,
         "seed": options.whole("--seed", arguments.seed, 0),
-        "normalise": not arguments.raw,
+        "normalise": arguments.unit,
         "out": options.target(out, ".safetensors"),
     }
     study = _study("vectors")
@@ -201,6 +202,10 @@ def _sampling_values(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _study(name: str) -> Any:
     return importlib.import_module(f"sidechain.studies.{name}")
+
+
+def _report(name: str) -> Any:
+    return importlib.import_module(f"sidechain.report.{name}")
 
 
 def _join_negatives(arguments: list[str]) -> list[str]:

@@ -154,7 +154,9 @@ def read_pairs(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
         rows = [{name: (row[name] or "").strip() for name in columns} for row in reader]
     for number, row in enumerate(rows, start=2):
         if not all(row.values()):
-            raise ValueError(f"prompts: expected text in every column of {path}, got none in line {number}")
+            raise ValueError(
+                f"prompts: expected text in every column of {path}, got none in line {number}"
+            )
     if not rows:
         raise ValueError(f"prompts: expected at least one row in {path}, got none")
     return rows

@@ -3,6 +3,16 @@
 
 from __future__ import annotations
 
-from .load import judges, music
+from typing import Any
 
-__all__ = ["judges", "music"]
+from .load import judges, localized, music
+
+__all__ = ["judges", "localized", "music", "music_tagger"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "music_tagger":  # its module needs diffusers and librosa
+        from .musicnn import music_tagger
+
+        return music_tagger
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

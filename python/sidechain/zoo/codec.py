@@ -118,6 +118,8 @@ class LinearMelCodec(ModelMixin, ConfigMixin):  # type: ignore[misc, unused-igno
             sr=config.sample_rate, n_fft=config.n_fft, n_mels=config.n_mels, fmin=30.0, norm=None
         )
         values = mels.detach().to("cpu", torch.float32).numpy().clip(-4.0, 4.0)
+        # One frame more than the mel has, repeated: librosa frames the padded audio with it.
+        values = np.concatenate([values, values[:, -1:]], axis=1)
         magnitude = np.exp(values * SPREAD + OFFSET) - FLOOR
         spectrum = np.maximum(np.linalg.pinv(filters) @ np.swapaxes(magnitude, -1, -2), 0.0)
         wave = librosa.griffinlim(

@@ -126,13 +126,13 @@ class MusicPipeline(DiffusionPipeline):  # type: ignore[misc, unused-ignore]
     ) -> None:
         """Raise ValueError for a call that cannot be served."""
         if (prompt is None) == (prompt_embeds is None):
-            raise ValueError("prompt: expected exactly one of prompt and prompt_embeds, got both or none")
+            raise ValueError(
+                "prompt: expected exactly one of prompt and prompt_embeds, got both or none"
+            )
         if prompt is not None and (not prompt or not isinstance(prompt, str | list)):
             raise ValueError(f"prompt: expected a text or a list of texts, got {prompt!r}")
         if num_inference_steps < 1:
-            raise ValueError(
-                f"num_inference_steps: expected at least 1, got {num_inference_steps}"
-            )
+            raise ValueError(f"num_inference_steps: expected at least 1, got {num_inference_steps}")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type: expected one of {OUTPUT_TYPES}, got {output_type!r}")
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)

@@ -47,12 +47,13 @@ TAILS: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 NOUNS = ("melody", "tune", "song", "piece", "track", "solo", "music")
-_EXTRA = "a an and in the style of playing lead tempo played by mood"
+#: Words that prompts may use but captions never do: the trained encoder reads them as "a".
+FILLERS = ("an", "by", "in", "lead", "mood", "of", "played", "playing", "style", "tempo", "the")
 
 
 def vocabulary() -> list[str]:
-    """Every word that captions can use, sorted."""
-    phrases: list[str] = [*NOUNS, _EXTRA]
+    """Every word that captions can use and the fillers, sorted."""
+    phrases: list[str] = [*NOUNS, *FILLERS, "a and"]
     for table in (*ADJECTIVES.values(), *TAILS.values(), INSTRUMENT_WORDS):
         for options in table.values():
             phrases.extend(options)

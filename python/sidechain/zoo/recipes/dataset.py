@@ -57,5 +57,9 @@ def build(folder: Path, *, train: int, test: int, workers: int | None = None) ->
         del mels
         os.replace(temporary, mels_path)
         np.save(labels_path, labels)
-    facts = {"train": train, "test": test, "attributes": {k: list(v) for k, v in ATTRIBUTES.items()}}
+    facts = {
+        "train": train,
+        "test": test,
+        "attributes": {k: list(v) for k, v in ATTRIBUTES.items()},
+    }
     (folder / "dataset.json").write_text(json.dumps(facts, indent=2))

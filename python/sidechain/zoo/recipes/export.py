@@ -6,10 +6,12 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
+from ...data.music.captions import FILLERS
 from ..codec import LinearMelCodec
 from ..load import write_checksums
 from ..pipeline import MusicPipeline
@@ -31,6 +33,7 @@ def load_trained(run: Path, recipe: MusicRecipe) -> MusicPipeline:
             raise ValueError(
                 f"export: expected weights of {name}, got missing {missing}, unexpected {unexpected}"
             )
+    _quiet_fillers(tokenizer, text_encoder)
     return MusicPipeline(
         tokenizer,
         text_encoder.eval(),
@@ -38,6 +41,14 @@ def load_trained(run: Path, recipe: MusicRecipe) -> MusicPipeline:
         build_scheduler(),
         LinearMelCodec.from_pretrained(run / "codec"),
     )
+
+
+def _quiet_fillers(tokenizer: Any, text_encoder: Any) -> None:
+    # The fillers were never trained: give them the meaning of the one article that was.
+    known = tokenizer.get_vocab()
+    table = text_encoder.get_input_embeddings().weight
+    with torch.no_grad():
+        table[[known[word] for word in FILLERS]] = table[known["a"]].clone()
 
 
 def export_music(run: Path, target: Path, recipe: MusicRecipe) -> None:

@@ -24,7 +24,7 @@ from .train_music import encode_all
 class JudgeRecipe:
     """Schedule of a judge; noise is the largest standard deviation added to latents."""
 
-    epochs: int = 8
+    epochs: tuple[int, int] = (8, 4)  # of the latent judge and of the (slower) mel judge
     batch: int = 64
     learning_rate: float = 2e-3
     noise: float = 0.35
@@ -42,14 +42,14 @@ def _augment(latents: Tensor, recipe: JudgeRecipe, generator: torch.Generator) -
 
 
 def train_judge(
-    judge: Judge, latents: Tensor, labels: Tensor, recipe: JudgeRecipe, name: str
+    judge: Judge, latents: Tensor, labels: Tensor, recipe: JudgeRecipe, name: str, epochs: int
 ) -> float:
     """Train `judge` in place; returns the seconds it took."""
     started = time.perf_counter()
     optimizer = torch.optim.AdamW(judge.parameters(), lr=recipe.learning_rate, weight_decay=0.02)
     generator = torch.Generator().manual_seed(recipe.seed)
     batches = len(latents) // recipe.batch
-    total = recipe.epochs * batches
+    total = epochs * batches
     progress = tqdm(total=total, desc=f"train judge {name}", unit="step")
     judge.train()
     for step in range(total):
@@ -106,7 +106,9 @@ def train(
         judge: Judge = LatentJudge() if name == "latent" else MelJudge()
         if isinstance(judge, MelJudge):
             judge.codec.load_state_dict(codec.state_dict())
-        seconds = train_judge(judge, latents[index::2], labels[index::2], recipe, name)
+        seconds = train_judge(
+            judge, latents[index::2], labels[index::2], recipe, name, recipe.epochs[index]
+        )
         test_latents, test_labels = split["test"]
         facts = {
             "accuracy": accuracy(judge, test_latents.float(), test_labels),

@@ -210,7 +210,7 @@ def _step_loss(
     clean = latents[torch.from_numpy(rows)].float()
     noise = torch.randn(clean.shape, generator=generator)
     # stratified times: one in each of `batch` equal intervals
-    uniform = torch.from_numpy((rng.permutation(recipe.batch) + rng.random(recipe.batch)))
+    uniform = torch.from_numpy(rng.permutation(recipe.batch) + rng.random(recipe.batch))
     times = (uniform / recipe.batch * TRAIN_TIMESTEPS).long().clamp(0, TRAIN_TIMESTEPS - 1)
     signal = alphas[times].sqrt()[:, None, None]
     sigma = (1.0 - alphas[times]).sqrt()[:, None, None]

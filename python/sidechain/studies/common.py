@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all studies share: model and judges, seeded noise, readings, run folders."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .._version import __version__
+from ..data.music.attributes import ATTRIBUTES
+
+Array = NDArray[np.float64]
+Item = TypeVar("Item")
+
+#: Prompt pairs of localization, vectors and steering tests come from different seeds.
+LOCALIZE_PROMPTS, VECTOR_PROMPTS, TEST_PROMPTS = 11, 23, 37
+
+
+def load(model: str) -> tuple[Any, dict[str, Any]]:
+    """Pipeline and judges of "zoo:music", or of a folder with a saved `MusicPipeline`.
+
+    Raises:
+        ValueError: another name.
+        FileNotFoundError: no such folder.
+    """
+    from .. import zoo
+
+    if model != "zoo:music" and not Path(model).is_dir():
+        raise ValueError(f"model: expected zoo:music or a folder, got {model!r}")
+    pipe = zoo.music() if model == "zoo:music" else zoo.music(folder=model)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, zoo.judges()
+
+
+def noise_seed(seed: int, index: int) -> int:
+    """Seed of the start noise of prompt number `index` in repetition `seed`."""
+    return 1_000_003 * seed + 7919 * index + 1
+
+
+def generate(
+    pipe: Any, contexts: Tensor, seeds: Sequence[int], *, steps: int, guidance: float
+) -> Tensor:
+    """Latents [B, 64, 64] of encoded prompts [B, S, C]; row i starts from the noise of seeds[i].
+
+    Noise depends on the row's seed only, so a row is the same clip in any batch.
+    """
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    latents: Tensor = pipe(
+        prompt_embeds=contexts,
+        generator=generators,
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        output_type="latent",
+    ).audios
+    return latents
+
+
+def readings(judges: Mapping[str, Any], latents: Tensor) -> dict[str, dict[str, Array]]:
+    """Probabilities [B, classes] by judge and attribute."""
+    return {
+        name: {
+            attribute: values.double().numpy()
+            for attribute, values in judge.probabilities(latents).items()
+        }
+        for name, judge in judges.items()
+    }
+
+
+def class_index(attribute: str, name: str) -> int:
+    """Index of a class in the probabilities of its attribute."""
+    return ATTRIBUTES[attribute].index(name)
+
+
+def batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
+    """Consecutive pieces of at most `size` items."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a whole file or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def write_table(path: Path, table: pd.DataFrame) -> None:
+    """Write a table as CSV, whole or not at all."""
+    write_text(path, table.to_csv(index=False, float_format="%.6f"))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON, whole or not at all."""
+    write_text(path, json.dumps(content, indent=1, default=str) + "\n")
+
+
+def facts() -> dict[str, str]:
+    """Versions that a manifest should name."""
+    import diffusers
+
+    return {
+        "sidechain": __version__,
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "python": platform.python_version(),
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+class RunFolder:
+    """A folder that remembers its config and the finished parts of a run."""
+
+    def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
+        """Open `path`, or start it.
+
+        Raises:
+            ValueError: it holds a run with another config.
+            PermissionError: it cannot be written.
+        """
+        self.path = path
+        text = json.dumps(config, sort_keys=True, default=str)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        manifest = path / "manifest.json"
+        if manifest.is_file():
+            known = json.loads(manifest.read_text())
+            if known.get("config_hash") != digest:
+                raise ValueError(
+                    f"--out: expected a new folder or the same settings as in {manifest}, "
+                    "got other settings"
+                )
+        else:
+            write_json(
+                manifest, {"config_hash": digest, "config": json.loads(text), "versions": facts()}
+            )
+        (path / "parts").mkdir(exist_ok=True)
+
+    def part(self, name: str) -> pd.DataFrame | None:
+        """A finished part, or None."""
+        file = self.path / "parts" / f"{name}.csv"
+        return pd.read_csv(file, keep_default_na=False) if file.is_file() else None
+
+    def save_part(self, name: str, rows: pd.DataFrame) -> pd.DataFrame:
+        """Save a part; reading it back gives the same numbers as a continued run would see."""
+        write_table(self.path / "parts" / f"{name}.csv", rows)
+        saved = self.part(name)
+        assert saved is not None
+        return saved

@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables, intervals and heat maps of a localization, from its scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import pandas as pd
+
+from ...metrics.bootstrap import (
+    ConceptScores,
+    Interval,
+    impact_intervals,
+    mean_impact_intervals,
+    rank_stability_interval,
+)
+from ...metrics.impact import (
+    Cumulative,
+    Stability,
+    cumulative,
+    functional,
+    mean_impact,
+    rank_stability,
+    ranking,
+)
+from .. import common
+
+if TYPE_CHECKING:
+    from .run import LocalizationConfig
+
+#: The ranking reads both judges: the mean of their probabilities.
+BOTH = "both"
+
+
+class _Settings(Protocol):
+    tau: float
+    concepts: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class JudgeResult:
+    """Impacts as one judge (or both together) reads them.
+
+    Attributes:
+        impacts: one interval per concept and site [C][L].
+        means: mean over concepts of every site [L].
+    """
+
+    impacts: list[list[Interval]]
+    means: list[Interval]
+
+
+@dataclass(frozen=True)
+class Localization:
+    """What a localization found.
+
+    Attributes:
+        sites: aliases in network order.
+        concepts: concept names.
+        judges: results by judge, "both" among them.
+        windows: the same for windows of consecutive sites, and their names.
+        window_names: names of the windows.
+        order: sites by falling mean impact.
+        functional: sites whose mean impact reaches tau.
+        tau: the threshold.
+        stability: agreement of the ranking between seeds, None for one seed.
+        stability_interval: bootstrap interval of its mean correlation.
+        cumulative: effect of the best k sites, mean over concepts; None until it was measured.
+        cumulative_by_concept: the same of each concept.
+        scores: every score behind it.
+    """
+
+    sites: list[str]
+    concepts: list[str]
+    judges: dict[str, JudgeResult]
+    windows: dict[str, JudgeResult]
+    window_names: list[str]
+    order: list[str]
+    functional: list[str]
+    tau: float
+    stability: Stability | None
+    stability_interval: Interval | None
+    cumulative: Cumulative | None
+    cumulative_by_concept: dict[str, Cumulative]
+    scores: pd.DataFrame
+
+    @property
+    def localized(self) -> list[str]:
+        """The sites to steer: the best ones up to 90 % of the full effect, else the functional."""
+        if self.cumulative is not None and self.cumulative.needed:
+            return self.order[: self.cumulative.needed]
+        return self.functional or self.order[:1]
+
+    def impact_table(self) -> pd.DataFrame:
+        """Impacts in the columns that `sidechain impact` reads."""
+        rows = [
+            {
+                "model": "zoo:music",
+                "metric": judge,
+                "concept": name,
+                "block": site,
+                "attn": 0,
+                "impact": interval.value,
+                "low": interval.low,
+                "high": interval.high,
+            }
+            for judge, result in self.judges.items()
+            for name, row in zip(self.concepts, result.impacts, strict=True)
+            for site, interval in zip(self.sites, row, strict=True)
+        ]
+        return pd.DataFrame(rows)
+
+    def ranking_table(self) -> pd.DataFrame:
+        """Sites by falling mean impact, with intervals and every judge's mean."""
+        rows = []
+        for site in self.order:
+            at = self.sites.index(site)
+            both = self.judges[BOTH].means[at]
+            row: dict[str, Any] = {
+                "site": site,
+                "mean_impact": both.value,
+                "low": both.low,
+                "high": both.high,
+                "functional": site in self.functional,
+            }
+            for judge, result in self.judges.items():
+                if judge != BOTH:
+                    row[f"mean_impact_{judge}"] = result.means[at].value
+            rows.append(row)
+        return pd.DataFrame(rows)
+
+    def summary(self) -> dict[str, Any]:
+        """What the tables say, for `summary.json`."""
+        return {
+            "sites": self.sites,
+            "order": self.order,
+            "functional": self.functional,
+            "tau": self.tau,
+            "localized": self.localized,
+            "concepts": self.concepts,
+            "stability": None
+            if self.stability is None or self.stability_interval is None
+            else {
+                "mean_rho": self.stability.mean,
+                "lowest_rho": self.stability.lowest,
+                "low": self.stability_interval.low,
+                "high": self.stability_interval.high,
+            },
+            "cumulative": None
+            if self.cumulative is None
+            else {"effect": self.cumulative.effect, "needed": self.cumulative.needed},
+            "windows": {
+                name: interval.value
+                for name, interval in zip(self.window_names, self.windows[BOTH].means, strict=True)
+            }
+            if self.windows
+            else {},
+        }
+
+    def write(self, out: Path) -> None:
+        """Write `scores.csv`, `impact.csv`, `ranking.csv` and `summary.json`."""
+        common.write_table(out / "scores.csv", self.scores)
+        common.write_table(out / "impact.csv", self.impact_table())
+        common.write_table(out / "ranking.csv", self.ranking_table())
+        common.write_json(out / "summary.json", self.summary())
+
+
+def analyse(config: LocalizationConfig, sites: Sequence[str], scores: pd.DataFrame) -> Localization:
+    """Turn scores (columns concept, preset, pair, seed, judge, score) into a `Localization`."""
+    concepts = list(config.concepts)
+    averaged = scores.groupby(["concept", "preset", "pair", "seed"], as_index=False).score.mean()
+    tables = {name: part for name, part in scores.groupby("judge")}
+    tables[BOTH] = averaged
+    judges = {name: _judge(part, concepts, list(sites)) for name, part in tables.items()}
+    names = [p for p in scores.preset.unique() if "-" in p]
+    windows = (
+        {name: _judge(part, concepts, names) for name, part in tables.items()} if names else {}
+    )
+    means = [interval.value for interval in judges[BOTH].means]
+    order = [sites[index] for index in ranking(means)]
+    flags = functional(means, config.tau)
+    stability, interval = _stability(averaged, concepts, list(sites), config.seeds)
+    by_concept = _cumulative(averaged, concepts, order, config.seeds[0])
+    return Localization(
+        sites=list(sites),
+        concepts=concepts,
+        judges=judges,
+        windows=windows,
+        window_names=names,
+        order=order,
+        functional=[site for site, flag in zip(sites, flags, strict=True) if flag],
+        tau=config.tau,
+        stability=stability,
+        stability_interval=interval,
+        cumulative=by_concept.pop("", None),
+        cumulative_by_concept=by_concept,
+        scores=scores,
+    )
+
+
+def _judge(scores: pd.DataFrame, concepts: list[str], presets: list[str]) -> JudgeResult:
+    units = [_units(scores, name, presets) for name in concepts]
+    return JudgeResult([impact_intervals(one) for one in units], mean_impact_intervals(units))
+
+
+def _units(scores: pd.DataFrame, name: str, presets: list[str]) -> ConceptScores:
+    """Scores of a concept per prompt pair, mean over seeds and judges."""
+    table = scores[scores.concept == name].pivot_table(
+        index="preset", columns="pair", values="score", aggfunc="mean"
+    )
+    return ConceptScores(
+        site=table.loc[presets].to_numpy(),
+        none=table.loc["none"].to_numpy(),
+        every=table.loc["all"].to_numpy(),
+    )
+
+
+def _stability(
+    scores: pd.DataFrame, concepts: list[str], sites: list[str], seeds: Sequence[int]
+) -> tuple[Stability | None, Interval | None]:
+    if len(seeds) < 2 or len(sites) < 2:
+        return None, None
+    runs = [
+        [_units(scores[scores.seed == seed], name, sites) for name in concepts] for seed in seeds
+    ]
+    means = np.stack(
+        [
+            mean_impact(
+                np.stack([[i.value for i in impact_intervals(c, resamples=1)] for c in one])
+            )
+            for one in runs
+        ]
+    )
+    return rank_stability(means), rank_stability_interval(runs)
+
+
+def _cumulative(
+    scores: pd.DataFrame, concepts: list[str], order: list[str], seed: int
+) -> dict[str, Cumulative]:
+    """Cumulative effect by concept, and under "" of their mean; empty until it was measured."""
+    if "top:1" not in set(scores.preset):
+        return {}
+    growing = ["none", *(f"top:{k}" for k in range(1, len(order))), "all"]
+    part = scores[scores.seed == seed]
+    table = part.pivot_table(index="concept", columns="preset", values="score", aggfunc="mean")
+    values = table.loc[concepts, growing].to_numpy()
+    usable = values[:, -1] > values[:, 0]
+    found = {
+        name: cumulative(order, row, float(row[0]), float(row[-1]))
+        for name, row, good in zip(concepts, values, usable, strict=True)
+        if good
+    }
+    if usable.any():
+        # every concept counts alike: the mean of shares, not the share of the mean
+        shares = np.mean([found[name].effect for name in found], axis=0)
+        found[""] = cumulative(order, shares, 0.0, 1.0)
+    return found

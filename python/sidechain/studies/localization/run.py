@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Localization by activation patching, all presets of a prompt pair in one batch.
+
+Every row starts from the corrupted prompt; a row's preset names the cross-attention sites that see
+the clean prompt instead, in the conditional pass and at every step (TADA, arXiv 2602.11910). No clean
+run is needed, because what a site sees of a prompt is the same at every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ...data.concepts import DEFAULT_CONCEPTS, concept
+from ...metrics.impact import TAU
+from ...sites import sites as list_sites
+from ...taps import contexts, patch
+from .. import common
+from .analyse import Localization, analyse
+from .presets import Preset, row_masks, single_presets, top_presets, window_presets
+
+
+@dataclass(frozen=True)
+class LocalizationConfig:
+    """Settings of `sidechain localize`; see `sidechain localize --help`."""
+
+    out: Path
+    model: str = "zoo:music"
+    concepts: tuple[str, ...] = DEFAULT_CONCEPTS
+    prompts: Mapping[str, Sequence[tuple[str, str]]] | None = None
+    sites: str = "cross:*"
+    how: str = "context"
+    windows: int = 1
+    pairs: int = 16
+    seeds: tuple[int, ...] = (0,)
+    steps: int = 20
+    guidance: float = 3.0
+    batch_rows: int = 64
+    tau: float = TAU
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One clean and one corrupted prompt, its number and the encoded prompts."""
+
+    index: int
+    clean: str
+    corrupted: str
+
+
+def pairs_of(config: LocalizationConfig, name: str) -> list[Pair]:
+    """The prompt pairs of a concept: the given ones, or held-out ones from its templates."""
+    if config.prompts is not None:
+        given = list(config.prompts[name])[: config.pairs]
+    else:
+        drawn = concept(name).pairs(config.pairs, common.LOCALIZE_PROMPTS)
+        given = [(pair.clean, pair.corrupted) for pair in drawn]
+    return [Pair(index, clean, corrupted) for index, (clean, corrupted) in enumerate(given)]
+
+
+def run(config: LocalizationConfig) -> Localization:
+    """Measure, analyse and write everything into `config.out`; a cut-off run continues.
+
+    Raises:
+        ValueError: unknown concept or site, or `out` holds a run with other settings.
+    """
+    for name in config.concepts:
+        concept(name)
+    pipe, judges = common.load(config.model)
+    names = [site.alias for site in list_sites(pipe, config.sites, kind="cross")]
+    folder = common.RunFolder(config.out, {**asdict(config), "out": None})
+    presets = single_presets(names) + window_presets(names, config.windows)
+    parts = _measure(config, folder, pipe, judges, presets, "sites")
+    ranking = analyse(config, names, parts)
+    top = top_presets(ranking.order)
+    cumulative = _measure(config, folder, pipe, judges, top, "top", config.seeds[:1])
+    result = analyse(config, names, pd.concat([parts, cumulative], ignore_index=True))
+    result.write(config.out)
+    return result
+
+
+def _measure(
+    config: LocalizationConfig,
+    folder: common.RunFolder,
+    pipe: Any,
+    judges: Mapping[str, Any],
+    presets: Sequence[Preset],
+    stage: str,
+    seeds: Sequence[int] | None = None,
+) -> pd.DataFrame:
+    tables = []
+    work = [(name, seed) for seed in seeds or config.seeds for name in config.concepts]
+    total = sum(len(pairs_of(config, name)) for name, _ in work) * len(presets)
+    with tqdm(total=total, desc=f"localize: {stage}", unit="clip") as progress:
+        for name, seed in work:
+            label = f"{stage}-{name}-{seed}"
+            part = folder.part(label)
+            if part is None:
+                rows = score_presets(config, pipe, judges, name, seed, presets, progress)
+                part = folder.save_part(label, rows)
+            else:
+                progress.update(part.preset.size // len(judges))
+            tables.append(part)
+    return pd.concat(tables, ignore_index=True)
+
+
+def score_presets(
+    config: LocalizationConfig,
+    pipe: Any,
+    judges: Mapping[str, Any],
+    name: str,
+    seed: int,
+    presets: Sequence[Preset],
+    progress: Any = None,
+) -> pd.DataFrame:
+    """P(concept) of every pair and preset: columns concept, preset, pair, seed, judge, score."""
+    wanted = concept(name)
+    pairs = pairs_of(config, name)
+    clean = contexts(pipe, [pair.clean for pair in pairs])
+    encoded = pipe.encode_prompt([pair.corrupted for pair in pairs])
+    jobs = [(pair, preset) for pair in pairs for preset in presets]
+    tables = []
+    for chunk in common.batches(jobs, config.batch_rows):
+        rows = [pair.index for pair, _ in chunk]
+        latents = _generate(config, pipe, chunk, clean[rows], encoded[rows], seed)
+        for judge, found in common.readings(judges, latents).items():
+            tables.append(
+                pd.DataFrame(
+                    {
+                        "concept": name,
+                        "preset": [preset.name for _, preset in chunk],
+                        "pair": rows,
+                        "seed": seed,
+                        "judge": judge,
+                        "score": found[wanted.attribute][:, wanted.class_index],
+                    }
+                )
+            )
+        if progress is not None:
+            progress.update(len(chunk))
+    return pd.concat(tables, ignore_index=True)
+
+
+def _generate(
+    config: LocalizationConfig,
+    pipe: Any,
+    chunk: Sequence[tuple[Pair, Preset]],
+    clean: Tensor,
+    encoded: Tensor,
+    seed: int,
+) -> Tensor:
+    touched = [name for _, preset in chunk for name in preset.sites]
+    order = [site.alias for site in list_sites(pipe, config.sites) if site.alias in set(touched)]
+    seeds = [common.noise_seed(seed, pair.index) for pair, _ in chunk]
+    settings = {"steps": config.steps, "guidance": config.guidance}
+    if not order:
+        return common.generate(pipe, encoded, seeds, **settings)
+    masks = row_masks([preset for _, preset in chunk], order)
+    source = {config.how: clean}
+    with patch(pipe, order, **source, rows=masks):
+        return common.generate(pipe, encoded, seeds, **settings)
+
+
+def check_equal(pipe: Any, config: LocalizationConfig, name: str) -> dict[str, float]:
+    """Largest differences that should be zero: all = clean run, none = corrupted run.
+
+    Both sides are encoded and generated in batches of one size, so the first two are exact; the
+    third compares a batch with one-by-one runs, relative to the largest latent.
+    """
+    pair = pairs_of(config, name)[0]
+    names = [site.alias for site in list_sites(pipe, config.sites, kind="cross")]
+    presets = single_presets(names)
+    count = len(presets)
+    jobs = [(pair, preset) for preset in presets]
+    clean = contexts(pipe, [pair.clean] * count)
+    corrupted = pipe.encode_prompt([pair.corrupted] * count)
+    seeds = [common.noise_seed(0, pair.index)] * count
+    batch = _generate(config, pipe, jobs, clean, corrupted, 0)
+    single = [_generate(config, pipe, [job], clean[:1], corrupted[:1], 0) for job in jobs]
+    full, none = (
+        common.generate(pipe, encoded, seeds, steps=config.steps, guidance=config.guidance)
+        for encoded in (pipe.encode_prompt([pair.clean] * count), corrupted)
+    )
+    return {
+        "all_minus_clean": float((batch[1] - full[1]).abs().max()),
+        "none_minus_corrupted": float((batch[0] - none[0]).abs().max()),
+        "batched_minus_single": float((batch - torch.cat(single)).abs().max() / batch.abs().max()),
+    }

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trade-off curves of a sweep: effect, preservation, AUC and smoothness of every arm."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from ...data.concepts import Concept
+from ...metrics import curves
+from ...metrics.bootstrap import Interval, mean_interval, proportion_interval
+from .. import common
+
+#: Arms whose reach sets the cut-off of the area: the real directions, not the controls.
+CUTOFF_ARMS = ("localized", "all")
+KEPT_FLOOR = 0.8
+
+
+def kept_attribute(wanted: Concept) -> str:
+    """What steering should leave alone: the instrument, or drums when it steers instruments."""
+    return "drums" if wanted.attribute == "instrument" else "instrument"
+
+
+@dataclass(frozen=True)
+class ArmCurve:
+    """One arm as one judge reads it, over strengths (0 first among the sorted ones).
+
+    Attributes:
+        strength: strengths, ascending, 0 among them.
+        score: P(concept) at each.
+        distance: to the clip of strength 0.
+        kept: share of clips whose `kept_attribute` stays.
+        auc: area of the gain over distance up to the cut-off; NaN where undefined.
+        smoothness: unevenness of the climb; NaN where undefined.
+    """
+
+    strength: list[float]
+    score: list[Interval]
+    distance: list[Interval]
+    kept: list[Interval]
+    auc: float
+    smoothness: float
+
+
+@dataclass(frozen=True)
+class Steering:
+    """What a sweep found.
+
+    Attributes:
+        concept: what was steered.
+        localized: aliases of the localized sites.
+        arms: judge -> arm -> curve.
+        cutoff: judge -> direction -> distance up to which the area counts.
+        prompts: number of prompts.
+        readings: every reading behind it.
+    """
+
+    concept: Concept
+    localized: list[str]
+    arms: dict[str, dict[str, ArmCurve]]
+    cutoff: dict[str, dict[int, float]]
+    prompts: int
+    readings: pd.DataFrame
+
+    def curve_table(self) -> pd.DataFrame:
+        """One row per judge, arm and strength."""
+        rows = []
+        for judge, arms in self.arms.items():
+            for arm, curve in arms.items():
+                for index, strength in enumerate(curve.strength):
+                    row: dict[str, Any] = {
+                        "concept": self.concept.name,
+                        "judge": judge,
+                        "arm": arm,
+                        "strength": strength,
+                    }
+                    for key in ("score", "distance", "kept"):
+                        interval: Interval = getattr(curve, key)[index]
+                        row |= {
+                            key: interval.value,
+                            f"{key}_low": interval.low,
+                            f"{key}_high": interval.high,
+                        }
+                    rows.append(row)
+        return pd.DataFrame(rows)
+
+    def score_table(self) -> pd.DataFrame:
+        """AUC, smoothness and the best point that keeps enough, per judge and arm."""
+        rows = []
+        for judge, arms in self.arms.items():
+            for arm, curve in arms.items():
+                best = best_point(curve)
+                zero = curve.strength.index(0.0)
+                rows.append(
+                    {
+                        "concept": self.concept.name,
+                        "judge": judge,
+                        "arm": arm,
+                        "auc": curve.auc,
+                        "smoothness": curve.smoothness,
+                        "score_at_0": curve.score[zero].value,
+                        "best_strength": curve.strength[best] if best is not None else math.nan,
+                        "best_score": curve.score[best].value if best is not None else math.nan,
+                        "best_kept": curve.kept[best].value if best is not None else math.nan,
+                    }
+                )
+        return pd.DataFrame(rows)
+
+    def operating_strength(self) -> float | None:
+        """Strength of the localized arm with the largest P(concept) that every judge reads as
+        keeping at least `KEPT_FLOOR`; by the mean over judges.
+        """
+        found = [arms["localized"] for arms in self.arms.values() if "localized" in arms]
+        if not found:
+            return None
+        best: tuple[float, float] | None = None
+        for index, strength in enumerate(found[0].strength):
+            if strength and all(curve.kept[index].value >= KEPT_FLOOR for curve in found):
+                score = float(np.mean([curve.score[index].value for curve in found]))
+                best = max(best or (-1.0, 0.0), (score, strength))
+        return best[1] if best else None
+
+    def write(self, out: Path) -> None:
+        """Write `readings.csv`, `curves.csv`, `scores.csv` and `summary.json`."""
+        common.write_table(out / "readings.csv", self.readings)
+        common.write_table(out / "curves.csv", self.curve_table())
+        common.write_table(out / "scores.csv", self.score_table())
+        common.write_json(
+            out / "summary.json",
+            {
+                "concept": self.concept.name,
+                "localized": self.localized,
+                "kept": kept_attribute(self.concept),
+                "prompts": self.prompts,
+                "operating_strength": self.operating_strength(),
+                "scores": self.score_table().to_dict(orient="records"),
+            },
+        )
+
+
+def best_point(curve: ArmCurve, floor: float = KEPT_FLOOR) -> int | None:
+    """Index of the largest score among strengths != 0 that keep at least `floor`."""
+    allowed = [
+        index
+        for index, strength in enumerate(curve.strength)
+        if strength and curve.kept[index].value >= floor
+    ]
+    return max(allowed, key=lambda index: curve.score[index].value, default=None)
+
+
+def analyse(readings: pd.DataFrame, wanted: Concept, localized: Sequence[str]) -> Steering:
+    """Turn the readings of `sweep` into curves with intervals over prompts."""
+    arms: dict[str, dict[str, ArmCurve]] = {}
+    cutoffs: dict[str, dict[int, float]] = {}
+    names = [arm for arm in readings.arm.unique() if arm != "none"]
+    for judge, table in readings.groupby("judge"):
+        tables = {arm: table[table.arm.isin(["none", arm])] for arm in names}
+        cutoffs[str(judge)] = _cutoff(tables)
+        arms[str(judge)] = {
+            arm: _curve(part, wanted, cutoffs[str(judge)]) for arm, part in tables.items()
+        }
+    return Steering(wanted, list(localized), arms, cutoffs, readings.prompt.nunique(), readings)
+
+
+def _means(part: pd.DataFrame) -> pd.DataFrame:
+    return part.groupby("strength", as_index=False)[["score", "distance"]].mean()
+
+
+def _cutoff(tables: dict[str, pd.DataFrame]) -> dict[int, float]:
+    """Per direction the smallest of the largest distances that the real directions reach."""
+    reference = [tables[arm] for arm in CUTOFF_ARMS if arm in tables] or list(tables.values())
+    sweeps = [
+        (means.distance.to_numpy(), means.strength.to_numpy()) for means in map(_means, reference)
+    ]
+    signs = [s for s in (1, -1) if any((alpha * s > 0).any() for _, alpha in sweeps)]
+    return {sign: curves.cutoff(sweeps, sign) for sign in signs}
+
+
+def _curve(part: pd.DataFrame, wanted: Concept, limits: dict[int, float]) -> ArmCurve:
+    column = f"{kept_attribute(wanted)}_kept"
+    strengths = sorted(part.strength.unique())
+    points = {s: part[part.strength == s].sort_values("prompt") for s in strengths}
+    means = _means(part)
+    scored = curves.score(means.distance, means.score, means.strength, limits)
+    return ArmCurve(
+        strength=[float(s) for s in strengths],
+        score=[mean_interval(points[s].score) for s in strengths],
+        distance=[mean_interval(points[s].distance) for s in strengths],
+        kept=[proportion_interval(int(points[s][column].sum()), len(points[s])) for s in strengths],
+        auc=scored.auc,
+        smoothness=scored.smoothness,
+    )

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Strength sweeps: every strength and arm of a prompt is a row of one batch.
+
+Arms: the vector at the localized sites, at all sites, at all sites but the localized ones, and a
+random direction of the same norm at the localized sites. Strength 0 is generated once for all arms.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import soundfile
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ...data.concepts import Concept, concept
+from ...metrics.distance import feature_distance
+from ...sites import sites as list_sites
+from ...taps import steer
+from ...vectors import SteeringVector
+from .. import common
+from ..vectors import VectorConfig, build
+from .analyse import Steering, analyse
+
+ARMS = ("localized", "all", "ablated", "random")
+
+
+@dataclass(frozen=True)
+class SteeringConfig:
+    """Settings of `sidechain steer`; see `sidechain steer --help`."""
+
+    out: Path
+    concept: str | None = None
+    vector: Path | None = None
+    model: str = "zoo:music"
+    strengths: tuple[float, ...] = (0.0, 1.0, 2.0, 4.0, 8.0)
+    sites: str | None = None
+    prompts: int | tuple[str, ...] = 16
+    arms: tuple[str, ...] = ARMS
+    passes: str = "cond_only"
+    renorm: bool = False
+    steps: int = 20
+    guidance: float = 3.0
+    batch_rows: int = 64
+    seed: int = 0
+    audio: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """One clip of a sweep."""
+
+    prompt: int
+    arm: str
+    strength: float
+
+
+def run(config: SteeringConfig) -> Steering:
+    """Sweep, analyse and write tables (and clips) into `config.out`; a cut-off run continues.
+
+    Raises:
+        ValueError: neither concept nor vector, a vector of another model, unknown sites, or `out`
+            holds a run with other settings.
+    """
+    pipe, judges = common.load(config.model)
+    folder = common.RunFolder(config.out, {**asdict(config), "out": None})
+    vector = _vector(config, pipe, folder)
+    wanted = concept(config.concept or vector.concept)
+    localized = localized_sites(pipe, config.sites, wanted.name)
+    part = folder.part("sweep")
+    if part is None:
+        part = folder.save_part("sweep", sweep(config, pipe, judges, vector, wanted, localized))
+    result = analyse(part, wanted, localized)
+    result.write(config.out)
+    return result
+
+
+def localized_sites(pipe: Any, pattern: str | None, name: str) -> list[str]:
+    """Aliases of the sites a concept is steered at: `pattern`, or those that the zoo names for it."""
+    if pattern is not None:
+        return [site.alias for site in list_sites(pipe, pattern)]
+    from ... import zoo
+
+    return list(zoo.localized(name))
+
+
+def _vector(config: SteeringConfig, pipe: Any, folder: common.RunFolder) -> SteeringVector:
+    if config.vector is not None:
+        return SteeringVector.load(config.vector, pipe)
+    if config.concept is None:
+        raise ValueError("steer: expected a concept or a vector file, got neither")
+    saved = folder.path / "vector.safetensors"
+    if saved.is_file():
+        return SteeringVector.load(saved, pipe)
+    made = build(
+        pipe,
+        VectorConfig(
+            concept=config.concept,
+            normalise=False,
+            steps=config.steps,
+            guidance=config.guidance,
+            batch_rows=config.batch_rows,
+            seed=config.seed,
+        ),
+    )
+    made.save(saved)
+    return made
+
+
+def test_prompts(config: SteeringConfig, wanted: Concept) -> list[str]:
+    """Held-out prompts without the concept: the given ones, or from its templates."""
+    if isinstance(config.prompts, int):
+        pairs = wanted.pairs(config.prompts, common.TEST_PROMPTS)
+        return [pair.corrupted for pair in pairs]
+    return list(config.prompts)
+
+
+def sweep(
+    config: SteeringConfig,
+    pipe: Any,
+    judges: Mapping[str, Any],
+    vector: SteeringVector,
+    wanted: Concept,
+    localized: Sequence[str],
+) -> pd.DataFrame:
+    """Readings of every clip.
+
+    Columns: prompt, text, arm, strength, judge, score (P(concept)), distance (to the clip of
+    strength 0), and for every other attribute `<attribute>_kept`, 1 where the most probable class
+    is that of the clip of strength 0.
+    """
+    prompts = test_prompts(config, wanted)
+    strengths = [s for s in config.strengths if s != 0.0]
+    per_prompt = [Row(0, "none", 0.0)]
+    per_prompt += [Row(0, arm, strength) for arm in config.arms for strength in strengths]
+    group = max(1, config.batch_rows // len(per_prompt))
+    tables = []
+    with tqdm(
+        total=len(prompts) * len(per_prompt), desc=f"steer: {wanted.name}", unit="clip"
+    ) as progress:
+        for numbers in common.batches(range(len(prompts)), group):
+            rows = [Row(n, row.arm, row.strength) for n in numbers for row in per_prompt]
+            latents = generate_rows(config, pipe, vector, localized, prompts, rows)
+            tables.append(_read(judges, latents, rows, prompts, wanted))
+            if config.audio:
+                _write_audio(config.out, pipe, latents, rows)
+            progress.update(len(rows))
+    return pd.concat(tables, ignore_index=True)
+
+
+def generate_rows(
+    config: SteeringConfig,
+    pipe: Any,
+    vector: SteeringVector,
+    localized: Sequence[str],
+    prompts: Sequence[str],
+    rows: Sequence[Row],
+) -> Tensor:
+    """Latents of the rows, steered in one batch."""
+    every = [site.alias for site in list_sites(pipe, vector.sites)]
+    plans = {
+        "localized": (vector, list(localized)),
+        "all": (vector, every),
+        "ablated": (vector, [site for site in every if site not in localized]),
+        "random": (vector.random_like(config.seed), list(localized)),
+    }
+    used = list(dict.fromkeys(row.prompt for row in rows))
+    encoded = pipe.encode_prompt([prompts[n] for n in used])
+    encoded = encoded[[used.index(row.prompt) for row in rows]]
+    seeds = [common.noise_seed(config.seed, row.prompt) for row in rows]
+    with contextlib.ExitStack() as stack:
+        for arm, (direction, chosen) in plans.items():
+            strength = [row.strength if row.arm == arm else 0.0 for row in rows]
+            if any(strength) and chosen:
+                stack.enter_context(
+                    steer(
+                        pipe,
+                        direction,
+                        strength=strength,
+                        sites=chosen,
+                        passes=config.passes,
+                        renorm=config.renorm,
+                    )
+                )
+        return common.generate(pipe, encoded, seeds, steps=config.steps, guidance=config.guidance)
+
+
+def _read(
+    judges: Mapping[str, Any],
+    latents: Tensor,
+    rows: Sequence[Row],
+    prompts: Sequence[str],
+    wanted: Concept,
+) -> pd.DataFrame:
+    found = common.readings(judges, latents)
+    start = {row.prompt: index for index, row in enumerate(rows) if row.arm == "none"}
+    origin = [start[row.prompt] for row in rows]
+    tables = []
+    for name, judge in judges.items():
+        with torch.no_grad():
+            stages = judge.stages(latents)
+            distance = feature_distance(stages, [stage[origin] for stage in stages])
+        table = pd.DataFrame(
+            {
+                "concept": wanted.name,
+                "prompt": [row.prompt for row in rows],
+                "text": [prompts[row.prompt] for row in rows],
+                "arm": [row.arm for row in rows],
+                "strength": [row.strength for row in rows],
+                "judge": name,
+                "score": found[name][wanted.attribute][:, wanted.class_index],
+                "distance": np.where(
+                    [row.arm == "none" for row in rows], 0.0, distance.double().numpy()
+                ),
+            }
+        )
+        for attribute, values in found[name].items():
+            if attribute != wanted.attribute:
+                classes = values.argmax(axis=1)
+                table[f"{attribute}_kept"] = (classes == classes[origin]).astype(float)
+        tables.append(table)
+    return pd.concat(tables, ignore_index=True)
+
+
+def _write_audio(out: Path, pipe: Any, latents: Tensor, rows: Sequence[Row]) -> None:
+    folder = out / "audio"
+    folder.mkdir(exist_ok=True)
+    waves = pipe.codec.audio(pipe.codec.decode(latents))
+    for row, wave in zip(rows, waves, strict=True):
+        name = f"{row.prompt:03d}_{row.arm}_{row.strength:g}.flac"
+        soundfile.write(folder / name, wave, pipe.codec.config.sample_rate)
