@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton kernels for matrix- and attention-shaped ops, installed as ``sidechain.triton_kernels``."""
+"""Triton kernels, matrix- and attention-shaped; installed as ``sidechain.triton_kernels``."""
