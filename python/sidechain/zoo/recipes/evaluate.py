@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import mannwhitneyu
 from torch import Tensor
 from tqdm import tqdm
 
@@ -124,32 +125,76 @@ def generate(pipe: Any, prompts: tuple[str, ...], seed: int, *, rows: int = 24) 
 
 
 def evaluate(
-    pipe: Any, judges: Mapping[str, Any], *, per_cell: int = 48, seed: int = 777
-) -> list[dict[str, Any]]:
-    """Hit rates with Wilson intervals of every cell, for each judge.
+    pipe: Any,
+    judges: Mapping[str, Any],
+    tagger: Any = None,
+    *,
+    per_cell: int = 48,
+    seed: int = 777,
+) -> dict[str, list[dict[str, Any]]]:
+    """Hit rates with Wilson intervals of every cell for each judge, and what the tagger hears.
 
     Returns:
-        One row a cell: name, bar, n and per judge `value`, `low`, `high` and (tempo) `opposite`.
+        "cells": one row a cell with name, bar, n and per judge `value`, `low`, `high` and (tempo)
+        `opposite`; "witness" (with a tagger): one row a concept with the AUC of its evidence in
+        audio between clips that asked for it and clips of the same cells that did not.
     """
     pipe.set_progress_bar_config(disable=True)
-    rows = []
-    for index, cell in enumerate(tqdm(cells(per_cell), desc="evaluate", unit="cell")):
+    table = cells(per_cell)
+    rows, heard = [], []
+    for index, cell in enumerate(tqdm(table, desc="evaluate", unit="cell")):
         latents = generate(pipe, cell.prompts, seed + 10_000 * index)
-        classes = ATTRIBUTES[cell.attribute]
-        row: dict[str, Any] = {"cell": cell.name, "bar": cell.bar, "n": len(cell.prompts)}
-        for name, judge in judges.items():
-            picks = judge.probabilities(latents)[cell.attribute].argmax(1).tolist()
-            hits = sum(classes[p] == w for p, w in zip(picks, cell.wanted, strict=True))
-            interval = proportion_interval(hits, len(picks))
-            entry = {"value": interval.value, "low": interval.low, "high": interval.high}
-            if cell.opposite is not None:
-                entry["opposite"] = sum(classes[p] == cell.opposite for p in picks) / len(picks)
-            row[name] = {key: round(value, 4) for key, value in entry.items()}
-        rows.append(row)
+        rows.append(_row(cell, latents, judges))
+        if tagger is not None and cell.name != "instrument, inside genres":
+            audio = pipe.codec.audio(pipe.codec.decode(latents))
+            heard.append((cell, tagger.hear(audio)))
+    return {"cells": rows, "witness": _witness(heard)}
+
+
+def _row(cell: Cell, latents: Tensor, judges: Mapping[str, Any]) -> dict[str, Any]:
+    classes = ATTRIBUTES[cell.attribute]
+    row: dict[str, Any] = {"cell": cell.name, "bar": cell.bar, "n": len(cell.prompts)}
+    for name, judge in judges.items():
+        picks = judge.probabilities(latents)[cell.attribute].argmax(1).tolist()
+        hits = sum(classes[p] == w for p, w in zip(picks, cell.wanted, strict=True))
+        interval = proportion_interval(hits, len(picks))
+        entry = {"value": interval.value, "low": interval.low, "high": interval.high}
+        if cell.opposite is not None:
+            entry["opposite"] = sum(classes[p] == cell.opposite for p in picks) / len(picks)
+        row[name] = {key: round(value, 4) for key, value in entry.items()}
+    return row
+
+
+def _witness(heard: list[tuple[Cell, Any]]) -> list[dict[str, Any]]:
+    """AUC of the tagger's evidence for every concept that its tags have words for."""
+    from ...data.concepts import CONCEPTS
+    from ..musicnn import WITNESSES
+
+    rows = []
+    for name in WITNESSES:
+        wanted = CONCEPTS[name]
+        inside: list[float] = []
+        outside: list[float] = []
+        for cell, clips in heard:
+            if cell.attribute != wanted.attribute:
+                continue
+            for value, asked in zip(clips.evidence(name).tolist(), cell.wanted, strict=True):
+                (inside if asked == wanted.positive else outside).append(value)
+        if inside and outside:
+            statistic = mannwhitneyu(inside, outside).statistic
+            auc = float(statistic) / (len(inside) * len(outside))
+            rows.append(
+                {
+                    "concept": name,
+                    "auc": round(auc, 3),
+                    "with": len(inside),
+                    "without": len(outside),
+                }
+            )
     return rows
 
 
-def write(rows: list[dict[str, Any]], path: Path) -> None:
+def write(rows: Any, path: Path) -> None:
     """Write the rows as JSON, atomically."""
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(rows, indent=1) + "\n")

@@ -40,7 +40,7 @@ class MusicRecipe:
     heads: int = 5
     head_width: int = 32
     batch: int = 32
-    steps: int = 4700
+    steps: int = 2500
     warmup: int = 150
     learning_rate: float = 1.2e-3
     weight_decay: float = 0.01
