@@ -170,6 +170,10 @@ class TestContradictions:
         with pytest.raises(RuntimeError, match=r"expected 3 samples in scheduler.step"):
             pipe.scheduler.step(sample, pipe.scheduler.timesteps[0], sample)
 
+    def test_no_steps(self, watched: Any) -> None:
+        with pytest.raises(ValueError, match="expected at least one step"):
+            generate(watched[0], ["piano"], steps=0)
+
     def test_a_new_scheduler(self, watched: Any) -> None:
         pipe, _, _ = watched
         pipe.scheduler = tiny_pipeline(scheduler="heun").scheduler

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,6 @@ from torch import Tensor
 import sidechain
 from sidechain.taps import options
 from sidechain.testing import generate, tiny_pipeline
-import itertools
 
 PROMPTS = ["piano song", "drums loop"]
 Hook = Callable[[Any, str, Callable[[Tensor], Tensor | None]], Any]

@@ -86,6 +86,26 @@ class TestContext:
             out = generate(pipe, CORRUPTED, guidance_scale=1.0)
         assert torch.equal(out, generate(pipe, CLEAN, guidance_scale=1.0))
 
+    def test_a_processor_called_with_positions(self, pipe: Any, clean: Tensor) -> None:
+        module = sidechain.sites(pipe)["cross:1"].module
+        x, text = torch.randn(4, 9, 16), torch.randn(4, 10, 12)
+        with sidechain.patch(pipe, "cross:1", context=clean):
+            generate(pipe, CORRUPTED)
+            by_name = module(x, encoder_hidden_states=text)
+            assert torch.equal(module.processor(module, x, text, None), by_name)
+        assert not torch.equal(module(x, encoder_hidden_states=text), by_name)
+
+    @pytest.mark.parametrize("option", ["context", "key", "value"])
+    def test_a_mask_is_refused(self, pipe: Any, clean: Tensor, option: str) -> None:
+        module = sidechain.sites(pipe)["cross:1"].module
+        x, text = torch.randn(4, 9, 16), torch.randn(4, 10, 12)
+        with sidechain.patch(pipe, "cross:1", **{option: clean}):
+            generate(pipe, CORRUPTED)
+            with pytest.raises(
+                NotImplementedError, match="expected cross-attention without a mask"
+            ):
+                module(x, encoder_hidden_states=text, attention_mask=torch.ones(4, 10))
+
 
 class TestKeyAndValue:
     def test_both_are_the_context(self, pipe: Any, clean: Tensor) -> None:

@@ -196,6 +196,8 @@ class RunContext:
         self.run = None
 
     def _start(self, timesteps: Tensor) -> None:
+        if len(timesteps) == 0:
+            raise ValueError("sites: expected at least one step [num_inference_steps], got 0")
         self._watch_denoiser()
         self._number += 1
         self.step, self._timesteps, self.run = 0, timesteps, None

@@ -239,7 +239,7 @@ class Tapped:
         context = kwargs["encoder_hidden_states"] if named else args[place]
         for record in self._records:
             record(context)
-        if not self._swaps:
+        if not self._swaps and self._split is None:
             return args
         if kwargs.get("attention_mask") is not None:
             raise NotImplementedError(
@@ -274,7 +274,7 @@ def _make_tapped_class(inner: type) -> type[Tapped]:
     def call(
         self: Tapped, attn: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
-        if self._records or self._swaps:
+        if self._records or self._swaps or self._split is not None:
             args = self._edit_context(args, kwargs)
         seen = attn if self._split is None else self._split
         out = self._inner(seen, hidden_states, *args, **kwargs)

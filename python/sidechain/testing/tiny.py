@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PIPELINES = ("stable_audio",)
+PIPELINES = ("stable_audio", "music")
 _WORDS = (
     *("a", "an", "and", "the", "of", "with", "in", "no", "slow", "fast", "happy", "sad"),
     *("piece", "song", "music", "loop", "instrumental", "piano", "violin", "guitar", "flute"),
@@ -23,7 +23,7 @@ _WORDS = (
 def tiny_pipeline(
     name: str = "stable_audio",
     *,
-    scheduler: Any = "edm",
+    scheduler: Any = None,
     layers: int = 3,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
@@ -31,16 +31,17 @@ def tiny_pipeline(
     """Build a diffusers pipeline with random weights that generates in milliseconds.
 
     Args:
-        name: "stable_audio".
+        name: "stable_audio", or "music" for the zoo's `MusicPipeline`.
         scheduler: "edm" (deterministic), "heun", "cosine" (stochastic, needs torchsde), or a
-            diffusers scheduler.
+            diffusers scheduler. None = "edm", or the zoo's own.
         layers: number of transformer blocks.
         seed: of the weights; the global random state is left as it was.
         dtype: of the models.
 
     Returns:
         A `StableAudioPipeline`: 2 channels, 8 latent frames, width 16, cross context of 10 tokens;
-        about 80 words are known to its tokenizer, the others become `<unk>`.
+        about 80 words are known to its tokenizer, the others become `<unk>`. Or a `MusicPipeline`:
+        64 latent frames of 64 channels, width 16, the zoo's tokenizer, a random orthonormal codec.
 
     Raises:
         ValueError: an unknown name.
@@ -51,7 +52,10 @@ def tiny_pipeline(
         # diffusers' autoencoder still uses the old form of weight norm.
         warnings.simplefilter("ignore", FutureWarning)
         torch.manual_seed(seed)
-        pipe = _stable_audio(layers, _scheduler(scheduler))
+        if name == "music":
+            pipe = _music(layers, scheduler)
+        else:
+            pipe = _stable_audio(layers, _scheduler(scheduler or "edm"))
     if dtype != torch.float32:
         pipe = pipe.to(dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
@@ -76,9 +80,7 @@ def generate(
     samples = len(prompts) * call.get("num_waveforms_per_prompt", 1)
     seeds = list(range(samples)) if seeds is None else seeds
     call.setdefault("generator", [torch.Generator().manual_seed(s) for s in seeds])
-    latents: Tensor = pipe(
-        prompts, num_inference_steps=steps, output_type="latent", **call
-    ).audios
+    latents: Tensor = pipe(prompts, num_inference_steps=steps, output_type="latent", **call).audios
     return latents
 
 
@@ -156,6 +158,24 @@ def _stable_audio(layers: int, scheduler: Any) -> Any:
     # Without this the random text encoder gives nearly the same states for every word.
     pipe.text_encoder.shared.weight.data.normal_(std=3.0)
     return pipe
+
+
+def _music(layers: int, scheduler: Any) -> Any:
+    from ..zoo.codec import LinearMelCodec
+    from ..zoo.pipeline import MusicPipeline
+    from ..zoo.recipes.train_music import MusicRecipe, build_scheduler, build_transformer
+    from ..zoo.text import build_text_encoder, build_tokenizer
+
+    tokenizer = build_tokenizer()
+    transformer = build_transformer(MusicRecipe(layers=layers, heads=2, head_width=8))
+    text_encoder = build_text_encoder(len(tokenizer))
+    codec = LinearMelCodec()
+    codec.mean.fill_(-0.5)
+    codec.basis.copy_(torch.linalg.qr(torch.randn(256, 64))[0].T)
+    for module in (text_encoder, transformer, codec):
+        module.eval().requires_grad_(False)
+    own = build_scheduler() if scheduler is None else _scheduler(scheduler)
+    return MusicPipeline(tokenizer, text_encoder, transformer, own, codec)
 
 
 def _tokenizer(max_length: int) -> Any:
