@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 from collections.abc import Iterator, Mapping, Sequence
@@ -70,7 +71,7 @@ def readings(judges: Mapping[str, Any], latents: Tensor) -> dict[str, dict[str, 
     """Probabilities [B, classes] by judge and attribute."""
     return {
         name: {
-            attribute: values.double().numpy()
+            attribute: values.double().cpu().numpy()
             for attribute, values in judge.probabilities(latents).items()
         }
         for name, judge in judges.items()
@@ -80,6 +81,11 @@ def readings(judges: Mapping[str, Any], latents: Tensor) -> dict[str, dict[str, 
 def class_index(attribute: str, name: str) -> int:
     """Index of a class in the probabilities of its attribute."""
     return ATTRIBUTES[attribute].index(name)
+
+
+def site_patterns(text: str) -> list[str]:
+    """The patterns in a comma list, "cross:2,cross:5" or "cross:*", as `sites` takes them."""
+    return [part.strip() for part in text.split(",")]
 
 
 def batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
@@ -102,8 +108,22 @@ def write_table(path: Path, table: pd.DataFrame) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON, whole or not at all."""
-    write_text(path, json.dumps(content, indent=1, default=str) + "\n")
+    """Write JSON, whole or not at all; what is undefined (NaN) becomes null."""
+    text = json.dumps(_nan_to_none(content), indent=1, default=str, allow_nan=False)
+    write_text(path, text + "\n")
+
+
+def _nan_to_none(content: Any) -> Any:
+    if isinstance(content, Mapping):
+        return {key: _nan_to_none(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_nan_to_none(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, for configs: its path alone does not say what is in it."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def facts() -> dict[str, str]:
@@ -123,7 +143,7 @@ class RunFolder:
     """A folder that remembers its config and the finished parts of a run."""
 
     def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
-        """Open `path`, or start it.
+        """Open `path`, or start it; a folder in which nothing was finished yet starts anew.
 
         Raises:
             ValueError: it holds a run with another config.
@@ -131,20 +151,25 @@ class RunFolder:
         """
         self.path = path
         text = json.dumps(config, sort_keys=True, default=str)
-        digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+        config_hash = hashlib.sha256(text.encode()).hexdigest()[:16]
         manifest = path / "manifest.json"
-        if manifest.is_file():
+        if manifest.is_file() and not self._unused():
             known = json.loads(manifest.read_text())
-            if known.get("config_hash") != digest:
+            if known.get("config_hash") != config_hash:
                 raise ValueError(
                     f"--out: expected a new folder or the same settings as in {manifest}, "
                     "got other settings"
                 )
         else:
             write_json(
-                manifest, {"config_hash": digest, "config": json.loads(text), "versions": facts()}
+                manifest,
+                {"config_hash": config_hash, "config": json.loads(text), "versions": facts()},
             )
         (path / "parts").mkdir(exist_ok=True)
+
+    def _unused(self) -> bool:
+        others = {entry.name for entry in self.path.iterdir()} - {"manifest.json", "parts"}
+        return not others and not any(self.path.glob("parts/*.csv"))
 
     def part(self, name: str) -> pd.DataFrame | None:
         """A finished part, or None."""

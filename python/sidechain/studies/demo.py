@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from ..data.concepts import concept
@@ -97,7 +98,7 @@ def run(out: Path, config: DemoConfig) -> DemoResult:
         return result
 
     common.RunFolder(out, asdict(config))
-    shared = {
+    shared: dict[str, Any] = {
         "steps": config.steps,
         "guidance": config.guidance,
         "batch_rows": config.batch_rows,
@@ -120,6 +121,7 @@ def run(out: Path, config: DemoConfig) -> DemoResult:
     for name in config.steered:
         path = out / "vectors" / f"{name}.safetensors"
         if not path.is_file():
+            path.parent.mkdir(exist_ok=True)
             setup = VectorConfig(
                 concept=name, pairs=config.vector_pairs, seed=config.seed, **shared
             )
@@ -163,7 +165,8 @@ def _clips(
     mels = pipe.codec.decode(latents)
     found = common.readings(judges, latents)
     attribute = st.kept_attribute(wanted)
-    first = int(sum(f[attribute] for f in found.values())[0].argmax())
+    means = np.mean([f[attribute] for f in found.values()], axis=0)  # [strengths, classes]
+    first = int(means[config.strengths.index(0.0)].argmax())
     label = judges["latent"].attributes[attribute][first]
     label = label if attribute == "instrument" else f"drums: {label}"
     return SweepClips(
@@ -177,10 +180,7 @@ def _clips(
             {judge: float(f[wanted.attribute][i, wanted.class_index]) for judge, f in found.items()}
             for i in range(len(rows))
         ],
-        kept=[
-            {label: sum(float(f[attribute][i, first]) for f in found.values()) / len(found)}
-            for i in range(len(rows))
-        ],
+        kept=[{label: float(means[i, first])} for i in range(len(rows))],
     )
 
 

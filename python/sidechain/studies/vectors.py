@@ -43,7 +43,7 @@ def build(pipe: Any, config: VectorConfig, *, progress: bool = True) -> Steering
         pipe,
         positive,
         negative,
-        config.sites,
+        common.site_patterns(config.sites),
         seeds=seeds,
         batch_size=max(1, config.batch_rows // 2),
         normalise=config.normalise,
@@ -59,5 +59,6 @@ def run(config: VectorConfig) -> SteeringVector:
     pipe, _ = common.load(config.model)
     vector = build(pipe, config)
     if config.out is not None:
+        config.out.parent.mkdir(parents=True, exist_ok=True)
         vector.save(config.out)
     return vector

@@ -21,7 +21,7 @@ class Preset:
 
 
 def window_name(sites: Sequence[str]) -> str:
-    """ "cross:2-4" of ("cross:2", "cross:3", "cross:4")."""
+    """Name of a run of sites: "cross:2-4" of ("cross:2", "cross:3", "cross:4")."""
     if len(sites) == 1:
         return sites[0]
     kind, first = sites[0].split(":")

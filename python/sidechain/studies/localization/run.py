@@ -2,12 +2,13 @@
 """Localization by activation patching, all presets of a prompt pair in one batch.
 
 Every row starts from the corrupted prompt; a row's preset names the cross-attention sites that see
-the clean prompt instead, in the conditional pass and at every step (TADA, arXiv 2602.11910). No clean
-run is needed, because what a site sees of a prompt is the same at every step.
+the clean prompt instead, in the conditional pass and at every step (TADA, arXiv 2602.11910). No
+clean run is needed, because what a site sees of a prompt is the same at every step.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -74,16 +75,23 @@ def run(config: LocalizationConfig) -> Localization:
     for name in config.concepts:
         concept(name)
     pipe, judges = common.load(config.model)
-    names = [site.alias for site in list_sites(pipe, config.sites, kind="cross")]
-    folder = common.RunFolder(config.out, {**asdict(config), "out": None})
+    names = _site_names(pipe, config)
     presets = single_presets(names) + window_presets(names, config.windows)
+    folder = common.RunFolder(config.out, {**asdict(config), "out": None})
     parts = _measure(config, folder, pipe, judges, presets, "sites")
     ranking = analyse(config, names, parts)
     top = top_presets(ranking.order)
-    cumulative = _measure(config, folder, pipe, judges, top, "top", config.seeds[:1])
-    result = analyse(config, names, pd.concat([parts, cumulative], ignore_index=True))
+    if top:
+        cumulative = _measure(config, folder, pipe, judges, top, "top", config.seeds[:1])
+        parts = pd.concat([parts, cumulative], ignore_index=True)
+    result = analyse(config, names, parts)
     result.write(config.out)
     return result
+
+
+def _site_names(pipe: Any, config: LocalizationConfig) -> list[str]:
+    patterns = common.site_patterns(config.sites)
+    return [site.alias for site in list_sites(pipe, patterns, kind="cross")]
 
 
 def _measure(
@@ -156,16 +164,15 @@ def _generate(
     encoded: Tensor,
     seed: int,
 ) -> Tensor:
-    touched = [name for _, preset in chunk for name in preset.sites]
-    order = [site.alias for site in list_sites(pipe, config.sites) if site.alias in set(touched)]
+    touched = {name for _, preset in chunk for name in preset.sites}
+    order = [name for name in _site_names(pipe, config) if name in touched]
     seeds = [common.noise_seed(seed, pair.index) for pair, _ in chunk]
-    settings = {"steps": config.steps, "guidance": config.guidance}
-    if not order:
-        return common.generate(pipe, encoded, seeds, **settings)
-    masks = row_masks([preset for _, preset in chunk], order)
-    source = {config.how: clean}
-    with patch(pipe, order, **source, rows=masks):
-        return common.generate(pipe, encoded, seeds, **settings)
+    with contextlib.ExitStack() as stack:
+        if order:
+            masks = row_masks([preset for _, preset in chunk], order)
+            source: dict[str, Any] = {config.how: clean}
+            stack.enter_context(patch(pipe, order, rows=masks, **source))
+        return common.generate(pipe, encoded, seeds, steps=config.steps, guidance=config.guidance)
 
 
 def check_equal(pipe: Any, config: LocalizationConfig, name: str) -> dict[str, float]:
@@ -175,8 +182,7 @@ def check_equal(pipe: Any, config: LocalizationConfig, name: str) -> dict[str, f
     third compares a batch with one-by-one runs, relative to the largest latent.
     """
     pair = pairs_of(config, name)[0]
-    names = [site.alias for site in list_sites(pipe, config.sites, kind="cross")]
-    presets = single_presets(names)
+    presets = single_presets(_site_names(pipe, config))
     count = len(presets)
     jobs = [(pair, preset) for preset in presets]
     clean = contexts(pipe, [pair.clean] * count)

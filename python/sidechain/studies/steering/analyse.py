@@ -113,8 +113,9 @@ class Steering:
         return pd.DataFrame(rows)
 
     def operating_strength(self) -> float | None:
-        """Strength of the localized arm with the largest P(concept) that every judge reads as
-        keeping at least `KEPT_FLOOR`; by the mean over judges.
+        """Strength of the localized arm with the largest P(concept), mean over judges.
+
+        Only strengths count that every judge reads as keeping at least `KEPT_FLOOR`.
         """
         found = [arms["localized"] for arms in self.arms.values() if "localized" in arms]
         if not found:

@@ -70,10 +70,16 @@ def run(config: SteeringConfig) -> Steering:
             holds a run with other settings.
     """
     pipe, judges = common.load(config.model)
-    folder = common.RunFolder(config.out, {**asdict(config), "out": None})
-    vector = _vector(config, pipe, folder)
-    wanted = concept(config.concept or vector.concept)
+    given = None if config.vector is None else SteeringVector.load(config.vector, pipe)
+    name = config.concept or (given.concept if given is not None else None)
+    if name is None:
+        raise ValueError("steer: expected a concept or a vector file, got neither")
+    wanted = concept(name)
     localized = localized_sites(pipe, config.sites, wanted.name)
+    _check_sites(pipe, localized, given)
+    content = None if config.vector is None else common.digest(config.vector)
+    folder = common.RunFolder(config.out, {**asdict(config), "out": None, "vector": content})
+    vector = given if given is not None else _make_vector(config, pipe, wanted, folder)
     part = folder.part("sweep")
     if part is None:
         part = folder.save_part("sweep", sweep(config, pipe, judges, vector, wanted, localized))
@@ -83,26 +89,33 @@ def run(config: SteeringConfig) -> Steering:
 
 
 def localized_sites(pipe: Any, pattern: str | None, name: str) -> list[str]:
-    """Aliases of the sites a concept is steered at: `pattern`, or those that the zoo names for it."""
+    """Aliases of the sites a concept is steered at: `pattern`, or those the zoo names for it."""
     if pattern is not None:
-        return [site.alias for site in list_sites(pipe, pattern)]
+        return [site.alias for site in list_sites(pipe, common.site_patterns(pattern))]
     from ... import zoo
 
     return list(zoo.localized(name))
 
 
-def _vector(config: SteeringConfig, pipe: Any, folder: common.RunFolder) -> SteeringVector:
-    if config.vector is not None:
-        return SteeringVector.load(config.vector, pipe)
-    if config.concept is None:
-        raise ValueError("steer: expected a concept or a vector file, got neither")
+def _check_sites(pipe: Any, localized: Sequence[str], given: SteeringVector | None) -> None:
+    held = list_sites(pipe, VectorConfig.sites if given is None else given.sites)
+    missing = [site for site in localized if site not in held.aliases]
+    if missing:
+        raise ValueError(
+            f"steer: expected sites of {held.summary()} [those of the vector], got {missing[0]}"
+        )
+
+
+def _make_vector(
+    config: SteeringConfig, pipe: Any, wanted: Concept, folder: common.RunFolder
+) -> SteeringVector:
     saved = folder.path / "vector.safetensors"
     if saved.is_file():
         return SteeringVector.load(saved, pipe)
     made = build(
         pipe,
         VectorConfig(
-            concept=config.concept,
+            concept=wanted.name,
             normalise=False,
             steps=config.steps,
             guidance=config.guidance,
