@@ -34,6 +34,11 @@ def rotary_embedding(transformer: StableAudioDiTModel) -> tuple[Tensor, Tensor]:
     return table
 
 
+def _are_texts(prompt: object) -> bool:
+    texts = [prompt] if isinstance(prompt, str) else prompt
+    return isinstance(texts, list) and bool(texts) and all(t and isinstance(t, str) for t in texts)
+
+
 class MusicPipeline(DiffusionPipeline):  # type: ignore[misc, unused-ignore]
     """5.12 seconds of 16 kHz music from a short description.
 
@@ -64,8 +69,12 @@ class MusicPipeline(DiffusionPipeline):  # type: ignore[misc, unused-ignore]
         )
 
     def encode_prompt(self, prompt: str | list[str]) -> Tensor:
-        """Text states [B, 20, 128], zero at padding. Warns of words the model has never seen."""
+        """Text states [B, 20, 128], zero at padding.
+
+        Warns of words that the model has never seen, and of those past the end of its context.
+        """
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
+        self._warn_of_lost_words(texts)
         tokens = self.tokenizer(
             texts,
             padding="max_length",
@@ -73,28 +82,31 @@ class MusicPipeline(DiffusionPipeline):  # type: ignore[misc, unused-ignore]
             truncation=True,
             return_tensors="pt",
         )
-        self._warn_unknown(texts, tokens.input_ids)
         ids = tokens.input_ids.to(self.text_encoder.device)
         mask = tokens.attention_mask.to(self.text_encoder.device)
         with torch.no_grad():
             states: Tensor = self.text_encoder(input_ids=ids, attention_mask=mask)[0]
         return states * mask[..., None].to(states.dtype)
 
-    def _warn_unknown(self, texts: list[str], ids: Tensor) -> None:
-        rows = (ids == self.tokenizer.unk_token_id).any(dim=1).nonzero().flatten().tolist()
-        if not rows:
-            return
+    def _warn_of_lost_words(self, texts: list[str]) -> None:
         known = self.tokenizer.get_vocab()
-        backend = self.tokenizer.backend_tokenizer
-        words: set[str] = set()
-        for row in rows:
-            plain = backend.normalizer.normalize_str(texts[row])
-            words.update(word for word in plain.split() if word not in known)
-        warnings.warn(
-            f"prompt: expected words of the model's vocabulary, got unknown {sorted(words)}; "
-            "they are ignored",
-            stacklevel=3,
-        )
+        normalizer = self.tokenizer.backend_tokenizer.normalizer
+        rows = [normalizer.normalize_str(text).split() for text in texts]
+        unknown = sorted({word for words in rows for word in words if word not in known})
+        if unknown:
+            warnings.warn(
+                f"prompt: expected words of the model's vocabulary, got unknown {unknown}; "
+                "they are ignored",
+                stacklevel=3,
+            )
+        room = self.tokenizer.model_max_length - 1  # the end token takes one place
+        cut = next((words for words in rows if len(words) > room), None)
+        if cut is not None:
+            warnings.warn(
+                f"prompt: expected at most {room} words, got {len(cut)}; the end is cut off: "
+                f"{' '.join(cut[room:])!r}",
+                stacklevel=3,
+            )
 
     def prepare_latents(
         self,
@@ -123,16 +135,37 @@ class MusicPipeline(DiffusionPipeline):  # type: ignore[misc, unused-ignore]
         num_inference_steps: int,
         output_type: str,
         callback_on_step_end_tensor_inputs: list[str],
+        negative_prompt: str | list[str] | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        num_waveforms_per_prompt: int = 1,
     ) -> None:
         """Raise ValueError for a call that cannot be served."""
         if (prompt is None) == (prompt_embeds is None):
+            got = "none" if prompt is None else "both"
+            raise ValueError(f"prompt: expected exactly one of prompt and prompt_embeds, got {got}")
+        if negative_prompt is not None and negative_prompt_embeds is not None:
             raise ValueError(
-                "prompt: expected exactly one of prompt and prompt_embeds, got both or none"
+                "negative_prompt: expected at most one of negative_prompt and "
+                "negative_prompt_embeds, got both"
             )
-        if prompt is not None and (not prompt or not isinstance(prompt, str | list)):
+        if prompt is not None and not _are_texts(prompt):
             raise ValueError(f"prompt: expected a text or a list of texts, got {prompt!r}")
-        if num_inference_steps < 1:
-            raise ValueError(f"num_inference_steps: expected at least 1, got {num_inference_steps}")
+        width = self.transformer.config.cross_attention_input_dim
+        for name, embeds in (
+            ("prompt_embeds", prompt_embeds),
+            ("negative_prompt_embeds", negative_prompt_embeds),
+        ):
+            if embeds is not None and (embeds.ndim != 3 or embeds.shape[2] != width):
+                raise ValueError(
+                    f"{name}: expected shape [B, S, {width}] [width of the text encoder], got "
+                    f"{list(embeds.shape)}"
+                )
+        for name, number in (
+            ("num_inference_steps", num_inference_steps),
+            ("num_waveforms_per_prompt", num_waveforms_per_prompt),
+        ):
+            if number < 1:
+                raise ValueError(f"{name}: expected at least 1, got {number}")
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type: expected one of {OUTPUT_TYPES}, got {output_type!r}")
         unknown = set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs)
@@ -189,23 +222,25 @@ class MusicPipeline(DiffusionPipeline):  # type: ignore[misc, unused-ignore]
             num_inference_steps,
             output_type,
             callback_on_step_end_tensor_inputs,
+            negative_prompt,
+            negative_prompt_embeds,
+            num_waveforms_per_prompt,
         )
         device, dtype = self._execution_device, self.transformer.dtype
         if prompt_embeds is None:
             assert prompt is not None
             prompt_embeds = self.encode_prompt(prompt)
         prompt_embeds = prompt_embeds.to(device, dtype)
+        guided = guidance_scale > 1.0
+        if guided:
+            if negative_prompt is not None:
+                negative_prompt_embeds = self.encode_prompt(negative_prompt)
+            negative_prompt_embeds = self._match_negative(negative_prompt_embeds, prompt_embeds)
+            negative_prompt_embeds = negative_prompt_embeds.repeat_interleave(
+                num_waveforms_per_prompt, dim=0
+            )
         prompt_embeds = prompt_embeds.repeat_interleave(num_waveforms_per_prompt, dim=0)
         batch = prompt_embeds.shape[0]
-        guided = guidance_scale > 1.0
-        if guided and negative_prompt_embeds is None:
-            if negative_prompt is None:
-                negative_prompt_embeds = torch.zeros_like(prompt_embeds)
-            else:
-                negative_prompt_embeds = self.encode_prompt(negative_prompt)
-        if guided:
-            assert negative_prompt_embeds is not None
-            negative_prompt_embeds = self._match_batch(negative_prompt_embeds, prompt_embeds)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         latents = self.prepare_latents(batch, dtype, device, generator, latents)
         rotary = tuple(table.to(device) for table in rotary_embedding(self.transformer))
@@ -216,9 +251,9 @@ class MusicPipeline(DiffusionPipeline):  # type: ignore[misc, unused-ignore]
         limit = self.scheduler.config.num_train_timesteps
         with self.progress_bar(total=num_inference_steps) as progress:
             for index, timestep in enumerate(self.scheduler.timesteps):
-                context = (
-                    torch.cat([negative_prompt_embeds, prompt_embeds]) if guided else prompt_embeds
-                )
+                context = prompt_embeds
+                if guided and negative_prompt_embeds is not None:
+                    context = torch.cat([negative_prompt_embeds, prompt_embeds])
                 rows = self.scheduler.scale_model_input(torch.cat([latents] * passes), timestep)
                 velocity = self.transformer(
                     rows,
@@ -251,14 +286,17 @@ class MusicPipeline(DiffusionPipeline):  # type: ignore[misc, unused-ignore]
         return AudioPipelineOutput(audios=audios) if return_dict else (audios,)
 
     @staticmethod
-    def _match_batch(negative: Tensor, positive: Tensor) -> Tensor:
-        negative = negative.to(positive.device, positive.dtype)
-        if positive.shape[0] % negative.shape[0] or negative.shape[1:] != positive.shape[1:]:
+    def _match_negative(negative: Tensor | None, positive: Tensor) -> Tensor:
+        """Zeros, or one negative prompt for all prompts or for each."""
+        if negative is None:
+            return torch.zeros_like(positive)
+        count, *shape = positive.shape
+        if negative.shape[0] not in (1, count) or list(negative.shape[1:]) != shape:
             raise ValueError(
-                f"negative_prompt: expected 1 or {positive.shape[0]} rows [as prompt], "
-                f"got {negative.shape[0]}"
+                f"negative_prompt: expected 1 or {count} of shape {shape} [as prompt], got "
+                f"{negative.shape[0]} of shape {list(negative.shape[1:])}"
             )
-        return negative.repeat_interleave(positive.shape[0] // negative.shape[0], dim=0)
+        return negative.to(positive.device, positive.dtype).expand(count, *shape)
 
     def _output(self, latents: Tensor, output_type: str) -> Any:
         if output_type == "latent":
