@@ -46,6 +46,14 @@ def verify(folder: Path) -> None:
             )
 
 
+def _folder(given: Path | str | None, shipped: str) -> Path:
+    """The folder to load, verified; a folder that `save_pretrained` wrote has no checksums."""
+    path = Path(given) if given is not None else WEIGHTS / shipped
+    if given is None or not path.is_dir() or (path / CHECKSUMS).is_file():
+        verify(path)
+    return path
+
+
 def music(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -70,8 +78,7 @@ def music(
     """
     from .pipeline import MusicPipeline
 
-    path = Path(folder) if folder is not None else WEIGHTS / "music"
-    verify(path)
+    path = _folder(folder, "music")
     pipe = MusicPipeline.from_pretrained(path, torch_dtype=dtype, local_files_only=True)
     return pipe.to(device)
 
@@ -85,8 +92,7 @@ def judges(device: str | torch.device = "cpu", folder: Path | str | None = None)
     """
     from .judge import LatentJudge, MelJudge
 
-    path = Path(folder) if folder is not None else WEIGHTS / "judges"
-    verify(path)
+    path = _folder(folder, "judges")
     found = {
         "latent": LatentJudge.from_pretrained(path / "latent", local_files_only=True),
         "mel": MelJudge.from_pretrained(path / "mel", local_files_only=True),
