@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Concepts of the zoo's music model, and prompt pairs that differ in one concept only.
 
-A concept is one class of one attribute. Additive concepts (drums, vocals) are in the clean prompt and
-absent from the corrupted one; the others replace a word (violin by another instrument, fast by slow).
+A concept is one class of one attribute. Additive concepts (drums, vocals) are in the clean prompt
+and absent from the corrupted one; the others replace a word (violin by another instrument, fast by
+slow).
 """
 
 from __future__ import annotations
@@ -143,7 +144,7 @@ def read_pairs(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
         ValueError: missing columns, an empty cell or no rows.
         FileNotFoundError: no such file.
     """
-    with Path(path).open(newline="", encoding="utf-8") as file:
+    with Path(path).open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)
         header = tuple(reader.fieldnames or ())
         missing = [name for name in columns if name not in header]

@@ -63,8 +63,8 @@ def _findings(result: DemoResult) -> list[str]:
     rows = []
     if found.functional:
         rows.append(
-            f"The mean impact of {_listed(found.functional)} reaches the threshold of {found.tau:.2f}; "
-            f"the strongest is {found.order[0]}."
+            f"The mean impact of {_listed(found.functional)} reaches the threshold of "
+            f"{found.tau:.2f}; the strongest is {found.order[0]}."
         )
     else:
         rows.append(
@@ -117,8 +117,8 @@ def _method(result: DemoResult) -> list[str]:
 def _limits() -> list[str]:
     return [
         "The model knows eight instruments, five seconds and about sixty words.",
-        "The judges learned from the same renderer as the model; `sidechain.zoo.music_tagger` is an "
-        "outside witness.",
+        "The judges learned from the same renderer as the model; `sidechain.zoo.music_tagger` is "
+        "an outside witness.",
         "Few prompts: read intervals, not points. `sidechain localize` and `sidechain steer` run "
         "the same studies at full size.",
     ]

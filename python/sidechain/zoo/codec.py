@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
+from librosa.filters import mel as mel_filters
 from torch import Tensor
 
 FLOOR = 1e-2  # smallest mel magnitude; 60-70 dB below the loudest partials
@@ -114,7 +115,7 @@ class LinearMelCodec(ModelMixin, ConfigMixin):  # type: ignore[misc, unused-igno
         from librosa's Griffin-Lim with a fixed seed, so equal mels give equal audio.
         """
         config: Any = self.config
-        filters = librosa.filters.mel(
+        filters = mel_filters(
             sr=config.sample_rate, n_fft=config.n_fft, n_mels=config.n_mels, fmin=30.0, norm=None
         )
         values = mels.detach().to("cpu", torch.float32).numpy().clip(-4.0, 4.0)

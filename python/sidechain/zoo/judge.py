@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two judges of generated music: independent classifiers of every attribute.
 
-They differ in input (latents / decoded log-mel), architecture (1-D residual / 2-D then dilated 1-D),
-data (even / odd clips) and augmentation, so that what fools one need not fool the other.
+They differ in input (latents / decoded log-mel), architecture (1-D residual / 2-D then dilated
+1-D), data (even / odd clips) and augmentation, so that what fools one need not fool the other.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Words for clips: captions for training and prompts for studies, from one closed vocabulary.
 
-What a caption leaves out means something: drums and vocals that are not mentioned are absent (except
-drums inside jazz, rock and techno), and a tempo that is not mentioned is medium.
+What a caption leaves out means something: drums and vocals that are not mentioned are absent
+(except drums inside jazz, rock and techno), and a tempo that is not mentioned is medium.
 """
 
 from __future__ import annotations

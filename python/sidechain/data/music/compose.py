@@ -2,8 +2,8 @@
 """Notes of a clip: a lead melody over a beat-marking bass, with drums, choir and genre parts.
 
 Design rules, so that each attribute can be heard alone: the bass marks every beat in every clip
-(tempo is audible without drums); the lead is the loudest part (the instrument stays audible inside a
-genre); mood is scale, register, density, articulation and loudness together; drums never play
+(tempo is audible without drums); the lead is the loudest part (the instrument stays audible inside
+a genre); mood is scale, register, density, articulation and loudness together; drums never play
 half-time; choir is the only voice-like timbre.
 """
 
@@ -64,7 +64,7 @@ class _Score:
         self._rng = rng
 
     def add(self, channel: int, key: int, velocity: float, start: float, length: float) -> None:
-        """Add a note that starts at beat `start` and lasts `length` beats; late ones are dropped."""
+        """Add a note of `length` beats from beat `start` on; late ones are dropped."""
         begin = self.offset + start * self.beat + float(self._rng.normal(0.0, 0.004))
         if begin >= CLIP_SECONDS - 0.03:
             return
@@ -124,10 +124,7 @@ def _lead(
     position = 0.0
     while position < score.beats:
         degree = degrees[int(position // 4) % len(degrees)]
-        if happy:
-            length = float(rng.choice((0.5, 0.5, 1.0)))
-        else:
-            length = float(rng.choice((1.0, 2.0, 2.0)))
+        length = float(rng.choice((0.5, 0.5, 1.0) if happy else (1.0, 2.0, 2.0)))
         if position % 2 == 0:  # chord tone on the strong beats
             step = degree + int(rng.choice((0, 2, 4)))
         else:

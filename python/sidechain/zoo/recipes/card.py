@@ -31,7 +31,8 @@ choir) or none; slow, medium, fast; sad, happy; jazz, rock, techno, classical. O
 _LIMITS = """
 ## Limits
 - The judges learned from the same renderer as the model and share its shortcuts: mood is scale,
-  register, density and loudness together; vocals are a General MIDI choir; drums lean towards genres.
+  register, density and loudness together; vocals are a General MIDI choir; drums lean towards
+  genres.
 - Audio comes from Griffin-Lim and sounds like it. Score in latents or mels where you can.
 - One training seed. Intervals are over prompts and noise, not over trainings.
 

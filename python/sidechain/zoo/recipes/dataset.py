@@ -41,7 +41,7 @@ def build(folder: Path, *, train: int, test: int, workers: int | None = None) ->
         seeds = list(range(first, first + count))
         chunks = [seeds[i : i + CHUNK] for i in range(0, count, CHUNK)]
         temporary = folder / f"{split}_mels.partial.npy"
-        mels = np.lib.format.open_memmap(
+        mels = np.lib.format.open_memmap(  # type: ignore[no-untyped-call, unused-ignore]
             temporary, mode="w+", dtype=np.float16, shape=(count, 256, 64)
         )
         labels = np.empty((count, len(ATTRIBUTES)), np.int64)

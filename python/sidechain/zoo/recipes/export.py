@@ -31,7 +31,8 @@ def load_trained(run: Path, recipe: MusicRecipe) -> MusicPipeline:
         tied = {"encoder.embed_tokens.weight"}
         if set(missing) - tied or unexpected:
             raise ValueError(
-                f"export: expected weights of {name}, got missing {missing}, unexpected {unexpected}"
+                f"export: expected weights of {name}, got missing {missing}, "
+                f"unexpected {unexpected}"
             )
     _quiet_fillers(tokenizer, text_encoder)
     return MusicPipeline(

@@ -2,8 +2,8 @@
 """Train the text-to-music diffusion transformer and its text encoder together.
 
 v-prediction on the cosine schedule: x_t = sqrt(a_t) x + sqrt(1 - a_t) e, target
-v = sqrt(a_t) e - sqrt(1 - a_t) x (Salimans and Ho 2022, arXiv:2202.00512), captions re-worded in every
-epoch, 10 % of them dropped (zero context) for classifier-free guidance.
+v = sqrt(a_t) e - sqrt(1 - a_t) x (Salimans and Ho 2022, arXiv:2202.00512), captions re-worded in
+every epoch, 10 % of them dropped (zero context) for classifier-free guidance.
 """
 
 from __future__ import annotations
