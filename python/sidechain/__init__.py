@@ -19,7 +19,19 @@ if TYPE_CHECKING:
 __all__ = ["SteeringVector", "capture", "contexts", "patch", "sites", "steer"]
 
 _LAZY_MODULES = frozenset(
-    {"cli", "data", "metrics", "ops", "reference", "report", "studies", "testing", "vectors", "zoo"}
+    {
+        "cli",
+        "data",
+        "doctor",
+        "metrics",
+        "ops",
+        "reference",
+        "report",
+        "studies",
+        "testing",
+        "vectors",
+        "zoo",
+    }
 )
 
 
