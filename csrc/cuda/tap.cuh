@@ -66,139 +66,197 @@ __device__ inline void block_sum(float (&value)[kCount], float* scratch, int tur
   }
 }
 
+// One row as one thread block sees it.
+template <class T>
+struct TapBlock {
+  T* x;            // [T, C] of the row
+  const float* v;  // [C], nullptr = not steered
+  float a, b;
+  int64_t row, capture_slot;
+  bool to_ring, to_sums;
+  float *sums, *squares;  // [C] each; a thread touches only its own channels: no barrier needed
+  int64_t first, stride;  // channels of this thread: first, first + stride, ...
+};
+
+// What happens to each token of a group; the same in every thread of the block.
+struct TapGroup {
+  int64_t begin;
+  bool capture[kTapGroup], steer[kTapGroup];
+  bool any_capture, any_steer;
+};
+
+template <class T>
+__device__ inline TapBlock<T> tap_block(const TapParams& p, int64_t row) {
+  TapBlock<T> block = {};
+  block.row = row;
+  block.x = static_cast<T*>(p.x) + row * p.x_row;
+  block.capture_slot = p.capture_slot != nullptr ? *p.capture_slot : 0;
+  block.to_ring = p.ring.data != nullptr && tap_inside(block.capture_slot, p.ring.slots);
+  block.to_sums = (p.sums.data != nullptr && tap_inside(block.capture_slot, p.sums.slots)) ||
+                  (p.squares.data != nullptr && tap_inside(block.capture_slot, p.squares.slots));
+  if (p.vectors == nullptr) return block;
+  block.a = p.strength != nullptr ? p.strength[row * p.strength_stride] : 0.0f;
+  block.b = p.removal != nullptr ? p.removal[row * p.removal_stride] : 0.0f;
+  const int64_t which = p.index != nullptr ? p.index[row * p.index_stride] : 0;
+  const int64_t slot = p.steer_slot != nullptr ? *p.steer_slot : 0;
+  if ((block.a != 0.0f || block.b != 0.0f) && tap_inside(which, p.vector_count) &&
+      tap_inside(slot, p.vector_slots)) {
+    block.v = p.vectors + which * p.vector_stride + slot * p.vector_slot_stride;
+  }
+  return block;
+}
+
+template <class T>
+__device__ inline TapGroup tap_group(const TapParams& p, const TapBlock<T>& block, int64_t begin,
+                                     int64_t end) {
+  TapGroup group = {};
+  group.begin = begin;
+#pragma unroll
+  for (int i = 0; i < kTapGroup; ++i) {
+    const int64_t t = begin + i;
+    group.capture[i] =
+        t < end && (block.to_sums || block.to_ring) && tap_holds(p.capture_mask, block.row, t);
+    group.steer[i] = t < end && block.v != nullptr && tap_holds(p.steer_mask, block.row, t);
+    group.any_capture = group.any_capture || group.capture[i];
+    group.any_steer = group.any_steer || group.steer[i];
+  }
+  return group;
+}
+
+// Captures the group and, where `dots`, leaves this thread's share of <x, x> and <x, v> in `dot`:
+// [xx of the group, xv of the group].
+template <int kWidth, class T>
+__device__ inline void tap_measure(const TapParams& p, const TapLaunch& launch,
+                                   const TapBlock<T>& block, const TapGroup& group, bool dots,
+                                   float (&dot)[2 * kTapGroup]) {
+  for (int64_t c = block.first; c < p.channels; c += block.stride) {
+    float direction[kWidth] = {}, total[kWidth] = {}, total_square[kWidth] = {};
+    if (dots) load(block.v + c, launch.vectors_aligned, direction);
+#pragma unroll
+    for (int i = 0; i < kTapGroup; ++i) {
+      if (!group.capture[i] && !(dots && group.steer[i])) continue;
+      const int64_t t = group.begin + i;
+      float value[kWidth];
+      load(block.x + t * p.x_token + c, value);
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k) {
+        const float square = value[k] * value[k];
+        dot[i] += square;
+        dot[kTapGroup + i] += value[k] * direction[k];
+        total[k] += group.capture[i] ? value[k] : 0.0f;
+        total_square[k] += group.capture[i] ? square : 0.0f;
+      }
+      if (group.capture[i] && block.to_ring && t % p.ring.every == 0) {
+        const int64_t at = block.capture_slot * p.ring.slot + block.row * p.ring.row +
+                           t / p.ring.every * p.ring.token + c;
+        store_as(p.ring.data, p.ring.dtype, at, launch.ring_aligned, value);
+      }
+    }
+    if (!block.to_sums || !group.any_capture) continue;
+    float sum[kWidth], square[kWidth];
+    load(block.sums + c, sum);
+    load(block.squares + c, square);
+#pragma unroll
+    for (int k = 0; k < kWidth; ++k) {
+      sum[k] += total[k];
+      square[k] += total_square[k];
+    }
+    store(block.sums + c, sum);
+    store(block.squares + c, square);
+  }
+}
+
+// This thread's share of |x + along v|^2, from the elements: the expansion in <x, v> cancels for
+// short y, and the tokens are in the cache anyway.
+template <int kWidth, class T>
+__device__ inline void tap_norms(const TapParams& p, const TapLaunch& launch,
+                                 const TapBlock<T>& block, const TapGroup& group,
+                                 const float (&along)[kTapGroup], float (&yy)[kTapGroup]) {
+  for (int64_t c = block.first; c < p.channels; c += block.stride) {
+    float direction[kWidth];
+    load(block.v + c, launch.vectors_aligned, direction);
+#pragma unroll
+    for (int i = 0; i < kTapGroup; ++i) {
+      if (!group.steer[i]) continue;
+      float value[kWidth];
+      load(block.x + (group.begin + i) * p.x_token + c, value);
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k) {
+        const float y = value[k] + along[i] * direction[k];
+        yy[i] += y * y;
+      }
+    }
+  }
+}
+
+// x <- (x + along v) scale.
+template <int kWidth, class T>
+__device__ inline void tap_move(const TapParams& p, const TapLaunch& launch,
+                                const TapBlock<T>& block, const TapGroup& group,
+                                const float (&along)[kTapGroup], const float (&scale)[kTapGroup]) {
+  for (int64_t c = block.first; c < p.channels; c += block.stride) {
+    float direction[kWidth];
+    load(block.v + c, launch.vectors_aligned, direction);
+#pragma unroll
+    for (int i = 0; i < kTapGroup; ++i) {
+      if (!group.steer[i]) continue;
+      float value[kWidth];
+      T* const at = block.x + (group.begin + i) * p.x_token + c;
+      load(at, value);
+#pragma unroll
+      for (int k = 0; k < kWidth; ++k) value[k] = (value[k] + along[i] * direction[k]) * scale[i];
+      store(at, value);
+    }
+  }
+}
+
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kMaxThreads, 1)
     tap_kernel(const TapParams p, const TapLaunch launch) {
   extern __shared__ __align__(16) float shared_sums[];  // [2][C] where C <= kSharedChannels
   __shared__ float scratch[2 * kScratch];
-  const int64_t row = blockIdx.x / launch.chunks;
   const int64_t chunk = blockIdx.x % launch.chunks;
-  const int64_t channels = p.channels;
+  TapBlock<T> block = tap_block<T>(p, blockIdx.x / launch.chunks);
+  if (block.v == nullptr && !block.to_ring && !block.to_sums) return;
+  block.first = static_cast<int64_t>(threadIdx.x) * kWidth;
+  block.stride = static_cast<int64_t>(blockDim.x) * kWidth;
+
+  float* partial = nullptr;
+  if (block.to_sums) {
+    partial = launch.workspace + (block.row * launch.chunks + chunk) * 2 * p.channels;
+    block.sums = p.channels <= kSharedChannels ? shared_sums : partial;
+    block.squares = block.sums + p.channels;
+    const float zero[kWidth] = {};
+    for (int64_t c = block.first; c < p.channels; c += block.stride) {
+      store(block.sums + c, zero);
+      store(block.squares + c, zero);
+    }
+  }
+
+  int turn = 0;
   const int64_t begin = chunk * kTokensPerBlock;
   const int64_t end = min(begin + kTokensPerBlock, p.tokens);
-  const int64_t stride = static_cast<int64_t>(blockDim.x) * kWidth;
-  const int64_t first = static_cast<int64_t>(threadIdx.x) * kWidth;
-  T* const x = static_cast<T*>(p.x) + row * p.x_row;
-
-  const int64_t capture_slot = p.capture_slot != nullptr ? *p.capture_slot : 0;
-  const bool to_ring = p.ring.data != nullptr && tap_inside(capture_slot, p.ring.slots);
-  const bool to_sums = (p.sums.data != nullptr && tap_inside(capture_slot, p.sums.slots)) ||
-                       (p.squares.data != nullptr && tap_inside(capture_slot, p.squares.slots));
-
-  const float* v = nullptr;
-  float a = 0.0f, b = 0.0f;
-  if (p.vectors != nullptr) {
-    a = p.strength != nullptr ? p.strength[row * p.strength_stride] : 0.0f;
-    b = p.removal != nullptr ? p.removal[row * p.removal_stride] : 0.0f;
-    const int64_t which = p.index != nullptr ? p.index[row * p.index_stride] : 0;
-    const int64_t slot = p.steer_slot != nullptr ? *p.steer_slot : 0;
-    if ((a != 0.0f || b != 0.0f) && tap_inside(which, p.vector_count) &&
-        tap_inside(slot, p.vector_slots)) {
-      v = p.vectors + which * p.vector_stride + slot * p.vector_slot_stride;
-    }
-  }
-  if (v == nullptr && !to_ring && !to_sums) return;
-
-  // Every thread touches only its own channels of these, so they need no barrier.
-  float* const partial =
-      to_sums ? launch.workspace + (row * launch.chunks + chunk) * 2 * channels : nullptr;
-  float* const sums = channels <= kSharedChannels ? shared_sums : partial;
-  float* const squares = sums + channels;
-  const float zero[kWidth] = {};
-  for (int64_t c = first; to_sums && c < channels; c += stride) {
-    store(sums + c, zero);
-    store(squares + c, zero);
-  }
-
-  const bool dots = v != nullptr && (p.renorm || b != 0.0f);
-  int turn = 0;
   for (int64_t t = begin; t < end; t += kTapGroup) {
-    bool capture[kTapGroup], steer[kTapGroup], any_steer = false, any_capture = false;
-#pragma unroll
-    for (int i = 0; i < kTapGroup; ++i) {
-      const bool there = t + i < end;
-      capture[i] = there && (to_sums || to_ring) && tap_holds(p.capture_mask, row, t + i);
-      steer[i] = there && v != nullptr && tap_holds(p.steer_mask, row, t + i);
-      any_capture = any_capture || capture[i];
-      any_steer = any_steer || steer[i];
-    }
-
-    // Pass 1: dot products and captures. [xx of the group, xv of the group]
+    const TapGroup group = tap_group(p, block, t, end);
+    const bool dots = group.any_steer && (p.renorm || block.b != 0.0f);
     float dot[2 * kTapGroup] = {};
-    if (any_capture || (dots && any_steer)) {
-      for (int64_t c = first; c < channels; c += stride) {
-        float direction[kWidth] = {};
-        if (dots && any_steer) load(v + c, launch.vectors_aligned, direction);
-        float total[kWidth] = {}, total_square[kWidth] = {};
-#pragma unroll
-        for (int i = 0; i < kTapGroup; ++i) {
-          if (!capture[i] && !(dots && steer[i])) continue;
-          float value[kWidth];
-          load(x + (t + i) * p.x_token + c, value);
-#pragma unroll
-          for (int k = 0; k < kWidth; ++k) {
-            dot[i] += value[k] * value[k];
-            dot[kTapGroup + i] += value[k] * direction[k];
-            if (capture[i]) {
-              total[k] += value[k];
-              total_square[k] += value[k] * value[k];
-            }
-          }
-          if (capture[i] && to_ring && (t + i) % p.ring.every == 0) {
-            store_as(p.ring.data, p.ring.dtype,
-                     capture_slot * p.ring.slot + row * p.ring.row +
-                         (t + i) / p.ring.every * p.ring.token + c,
-                     launch.ring_aligned, value);
-          }
-        }
-        if (to_sums && any_capture) {
-          float sum[kWidth], square[kWidth];
-          load(sums + c, sum);
-          load(squares + c, square);
-#pragma unroll
-          for (int k = 0; k < kWidth; ++k) {
-            sum[k] += total[k];
-            square[k] += total_square[k];
-          }
-          store(sums + c, sum);
-          store(squares + c, square);
-        }
-      }
-    }
-    if (!any_steer) continue;  // the same decision in every thread of the block
-
-    float along[kTapGroup], scale[kTapGroup];
+    if (group.any_capture || dots) tap_measure<kWidth>(p, launch, block, group, dots, dot);
+    if (!group.any_steer) continue;
     if (dots) {
       block_sum(dot, scratch, turn);
       turn ^= 1;
     }
+    float along[kTapGroup], scale[kTapGroup];
 #pragma unroll
     for (int i = 0; i < kTapGroup; ++i) {
       // Written so that a NaN projection stays NaN.
       const float xv = dot[kTapGroup + i] < 0.0f ? 0.0f : dot[kTapGroup + i];
-      along[i] = b != 0.0f ? a - b * xv : a;
+      along[i] = block.b != 0.0f ? block.a - block.b * xv : block.a;
       scale[i] = 1.0f;
     }
-
-    // |y|^2 from the elements: the expansion in <x, v> cancels for short y, and the tokens are in
-    // the cache anyway.
     if (p.renorm) {
       float yy[kTapGroup] = {};
-      for (int64_t c = first; c < channels; c += stride) {
-        float direction[kWidth];
-        load(v + c, launch.vectors_aligned, direction);
-#pragma unroll
-        for (int i = 0; i < kTapGroup; ++i) {
-          if (!steer[i]) continue;
-          float value[kWidth];
-          load(x + (t + i) * p.x_token + c, value);
-#pragma unroll
-          for (int k = 0; k < kWidth; ++k) {
-            const float y = value[k] + along[i] * direction[k];
-            yy[i] += y * y;
-          }
-        }
-      }
+      tap_norms<kWidth>(p, launch, block, group, along, yy);
       block_sum(yy, scratch, turn);
       turn ^= 1;
 #pragma unroll
@@ -206,30 +264,16 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
         scale[i] = yy[i] == 0.0f ? 1.0f : sqrtf(dot[i]) / sqrtf(yy[i]);
       }
     }
-
-    for (int64_t c = first; c < channels; c += stride) {
-      float direction[kWidth];
-      load(v + c, launch.vectors_aligned, direction);
-#pragma unroll
-      for (int i = 0; i < kTapGroup; ++i) {
-        if (!steer[i]) continue;
-        float value[kWidth];
-        T* const at = x + (t + i) * p.x_token + c;
-        load(at, value);
-#pragma unroll
-        for (int k = 0; k < kWidth; ++k) value[k] = (value[k] + along[i] * direction[k]) * scale[i];
-        store(at, value);
-      }
-    }
+    tap_move<kWidth>(p, launch, block, group, along, scale);
   }
 
-  if (!to_sums || sums == partial) return;
-  for (int64_t c = first; c < channels; c += stride) {
+  if (!block.to_sums || block.sums == partial) return;
+  for (int64_t c = block.first; c < p.channels; c += block.stride) {
     float sum[kWidth], square[kWidth];
-    load(sums + c, sum);
-    load(squares + c, square);
+    load(block.sums + c, sum);
+    load(block.squares + c, square);
     store(partial + c, sum);
-    store(partial + channels + c, square);
+    store(partial + p.channels + c, square);
   }
 }
 
