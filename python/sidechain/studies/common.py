@@ -88,6 +88,13 @@ def site_patterns(text: str) -> list[str]:
     return [part.strip() for part in text.split(",")]
 
 
+def log_odds(probability: Array, floor: float = 1e-4) -> Array:
+    """ln(p / (1 - p)), with p kept away from 0 and 1 by `floor`."""
+    inside = np.clip(probability, floor, 1.0 - floor)
+    odds: Array = np.log(inside / (1.0 - inside))
+    return odds
+
+
 def batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
     """Consecutive pieces of at most `size` items."""
     for start in range(0, len(items), size):

@@ -32,7 +32,7 @@ from .. import common
 if TYPE_CHECKING:
     from .run import LocalizationConfig
 
-#: The ranking reads both judges: the mean of their probabilities.
+#: The ranking reads both judges: the mean of their scores.
 BOTH = "both"
 
 

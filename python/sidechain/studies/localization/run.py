@@ -128,7 +128,12 @@ def score_presets(
     presets: Sequence[Preset],
     progress: Any = None,
 ) -> pd.DataFrame:
-    """P(concept) of every pair and preset: columns concept, preset, pair, seed, judge, score."""
+    """Reading of every pair and preset.
+
+    Columns: concept, preset, pair, seed, judge, probability (of the concept) and score, its
+    log-odds: like the alignment scores of the published method it does not saturate, so partial
+    effects of single sites can be seen.
+    """
     wanted = concept(name)
     pairs = pairs_of(config, name)
     clean = contexts(pipe, [pair.clean for pair in pairs])
@@ -139,6 +144,7 @@ def score_presets(
         rows = [pair.index for pair, _ in chunk]
         latents = _generate(config, pipe, chunk, clean[rows], encoded[rows], seed)
         for judge, found in common.readings(judges, latents).items():
+            probability = found[wanted.attribute][:, wanted.class_index]
             tables.append(
                 pd.DataFrame(
                     {
@@ -147,7 +153,8 @@ def score_presets(
                         "pair": rows,
                         "seed": seed,
                         "judge": judge,
-                        "score": found[wanted.attribute][:, wanted.class_index],
+                        "probability": probability,
+                        "score": common.log_odds(probability),
                     }
                 )
             )
