@@ -43,7 +43,7 @@ class TestPairs:
     def test_differ_in_the_concept_only(self, name):
         wanted = concept(name)
         allowed = own_words(wanted.attribute)
-        for pair in wanted.pairs(60, seed=5):
+        for pair in wanted.pairs(40, seed=5):
             clean, corrupted = Counter(words_of(pair.clean)), Counter(words_of(pair.corrupted))
             gained, lost = clean - corrupted, corrupted - clean
             assert gained
@@ -59,12 +59,12 @@ class TestPairs:
 
     def test_words_are_known(self, name):
         known = set(vocabulary())
-        for pair in concept(name).pairs(60, seed=6):
+        for pair in concept(name).pairs(40, seed=6):
             assert set(words_of(pair.clean)) | set(words_of(pair.corrupted)) <= known
 
     def test_spec_leaves_the_attribute_open(self, name):
         wanted = concept(name)
-        for pair in wanted.pairs(60, seed=7):
+        for pair in wanted.pairs(40, seed=7):
             assert wanted.attribute not in pair.spec
             assert wanted.attribute == "instrument" or "instrument" in pair.spec
             if wanted.attribute in ("drums", "genre"):

@@ -80,10 +80,8 @@ def run(config: SteeringConfig) -> Steering:
     content = None if config.vector is None else common.digest(config.vector)
     folder = common.RunFolder(config.out, {**asdict(config), "out": None, "vector": content})
     vector = given if given is not None else _make_vector(config, pipe, wanted, folder)
-    part = folder.part("sweep")
-    if part is None:
-        part = folder.save_part("sweep", sweep(config, pipe, judges, vector, wanted, localized))
-    result = analyse(part, wanted, localized)
+    readings = sweep(config, pipe, judges, vector, wanted, localized, folder)
+    result = analyse(readings, wanted, localized)
     result.write(config.out)
     return result
 
@@ -142,8 +140,9 @@ def sweep(
     vector: SteeringVector,
     wanted: Concept,
     localized: Sequence[str],
+    folder: common.RunFolder | None = None,
 ) -> pd.DataFrame:
-    """Readings of every clip.
+    """Readings of every clip; batches that are parts of `folder` are not generated again.
 
     Columns: prompt, text, arm, strength, judge, score (P(concept)), distance (to the clip of
     strength 0), and for every other attribute `<attribute>_kept`, 1 where the most probable class
@@ -160,10 +159,16 @@ def sweep(
     ) as progress:
         for numbers in common.batches(range(len(prompts)), group):
             rows = [Row(n, row.arm, row.strength) for n in numbers for row in per_prompt]
-            latents = generate_rows(config, pipe, vector, localized, prompts, rows)
-            tables.append(_read(judges, latents, rows, prompts, wanted))
-            if config.audio:
-                _write_audio(config.out, pipe, latents, rows)
+            label = f"sweep-{numbers[0]:03d}"
+            part = None if folder is None else folder.part(label)
+            if part is None:
+                latents = generate_rows(config, pipe, vector, localized, prompts, rows)
+                if config.audio:
+                    _write_audio(config.out, pipe, latents, rows)
+                part = _read(judges, latents, rows, prompts, wanted)
+                if folder is not None:
+                    part = folder.save_part(label, part)
+            tables.append(part)
             progress.update(len(rows))
     return pd.concat(tables, ignore_index=True)
 

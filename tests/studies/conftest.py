@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from sidechain.studies import common
+from sidechain.testing import tiny_pipeline
+from sidechain.zoo.judge import LatentJudge, MelJudge
+
+
+class Model:
+    """A tiny music pipeline with tiny random judges, and a count of what it generates."""
+
+    def __init__(self, layers: int = 3) -> None:
+        self.pipe = tiny_pipeline("music", layers=layers)
+        torch.manual_seed(0)
+        mel = MelJudge(channels=(4, 8, 8), width=16)
+        mel.codec.load_state_dict(self.pipe.codec.state_dict())
+        self.judges = {"latent": LatentJudge(width=16).eval(), "mel": mel.eval()}
+        self.clips = 0
+        self.calls = 0
+        self.stop_after: int | None = None
+        self._generate = common.generate
+
+    def generate(self, *args: Any, **call: Any) -> Any:
+        if self.calls == self.stop_after:
+            raise KeyboardInterrupt
+        latents = self._generate(*args, **call)
+        self.calls += 1
+        self.clips += len(latents)
+        return latents
+
+    def reset(self, stop_after: int | None = None) -> None:
+        self.calls = self.clips = 0
+        self.stop_after = stop_after
+
+
+@pytest.fixture(scope="session")
+def shared_model() -> Model:
+    return Model()
+
+
+@pytest.fixture
+def model(shared_model: Model, monkeypatch: pytest.MonkeyPatch) -> Model:
+    """What the studies load instead of the shipped weights."""
+    shared_model.reset()
+    monkeypatch.setattr(common, "load", lambda name: (shared_model.pipe, shared_model.judges))
+    monkeypatch.setattr(common, "generate", shared_model.generate)
+    return shared_model
