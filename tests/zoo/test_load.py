@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -61,6 +62,17 @@ class TestVerify:
 
 
 class TestMusic:
+    def test_loads_quietly_and_in_any_dtype(self, tmp_path, capfd):
+        tiny_pipeline("music", layers=1).save_pretrained(tmp_path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            pipe = zoo.music(folder=tmp_path, dtype=torch.bfloat16)
+        assert capfd.readouterr() == ("", "")
+        parts = (pipe.transformer, pipe.text_encoder, pipe.codec)
+        assert [part.dtype for part in parts] == [torch.bfloat16] * 3
+        out = pipe("flute", num_inference_steps=1, output_type="latent").audios
+        assert out.dtype == torch.bfloat16
+
     def test_own_folder(self, tmp_path):
         pipe = tiny_pipeline("music", layers=2)
         pipe.save_pretrained(tmp_path)

@@ -105,7 +105,8 @@ def _method(result: DemoResult) -> list[str]:
     return [
         f"Localization: {config.pairs} prompt pairs per concept. The run starts from the prompt "
         "without the concept; one site at a time sees the prompt with it. Impact is the share of "
-        "the full effect that comes through. All presets of a pair run in one batch.",
+        "the full effect that comes through, in log-odds of the judges (mean of both). All presets "
+        "of a pair run in one batch.",
         f"Steering: the vector is the mean difference of a site's output over "
         f"{config.vector_pairs} other prompt pairs, per step; strength 1 adds exactly that "
         "difference to the conditional pass. All strengths and arms of a prompt run in one batch.",

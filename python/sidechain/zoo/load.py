@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,23 @@ def _folder(given: Path | str | None, shipped: str) -> Path:
     return path
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the bars that both libraries draw while they load: it takes a second."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    libraries = (diffusers.utils.logging, transformers.utils.logging)
+    shown = [library for library in libraries if library.is_progress_bar_enabled()]
+    for library in shown:
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library in shown:
+            library.enable_progress_bar()
+
+
 def music(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
@@ -79,8 +98,9 @@ def music(
     from .pipeline import MusicPipeline
 
     path = _folder(folder, "music")
-    pipe = MusicPipeline.from_pretrained(path, torch_dtype=dtype, local_files_only=True)
-    return pipe.to(device)
+    with _quiet():
+        pipe = MusicPipeline.from_pretrained(path, local_files_only=True)
+    return pipe.to(device, dtype)
 
 
 def judges(device: str | torch.device = "cpu", folder: Path | str | None = None) -> dict[str, Any]:
@@ -93,10 +113,11 @@ def judges(device: str | torch.device = "cpu", folder: Path | str | None = None)
     from .judge import LatentJudge, MelJudge
 
     path = _folder(folder, "judges")
-    found = {
-        "latent": LatentJudge.from_pretrained(path / "latent", local_files_only=True),
-        "mel": MelJudge.from_pretrained(path / "mel", local_files_only=True),
-    }
+    with _quiet():
+        found = {
+            "latent": LatentJudge.from_pretrained(path / "latent", local_files_only=True),
+            "mel": MelJudge.from_pretrained(path / "mel", local_files_only=True),
+        }
     return {name: judge.eval().to(device) for name, judge in found.items()}
 
 
@@ -108,8 +129,12 @@ def localized(name: str) -> tuple[str, ...]:
 
     Raises:
         ValueError: a concept that was not localized.
+        FileNotFoundError: the model was not localized yet.
     """
-    table = json.loads((WEIGHTS / "localization.json").read_text())["localized"]
+    path = WEIGHTS / "localization.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"localized: expected the shipped localization {path}, got none")
+    table = json.loads(path.read_text())["localized"]
     if name not in table:
         raise ValueError(f"localized: expected one of {', '.join(table)}, got {name!r}")
     return tuple(table[name])
