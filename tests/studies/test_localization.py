@@ -83,7 +83,9 @@ class TestRun:
         assert list(pd.read_csv(config.out / "ranking.csv").site) == found.order
         summary = json.loads((config.out / "summary.json").read_text())
         assert summary["order"] == found.order
-        assert set(summary["localized"]) <= set(SITES)
+        assert set(summary["localized"]) == {"drums", "violin"}
+        for chosen in summary["localized"].values():
+            assert set(chosen) <= set(SITES)
         assert summary["stability"] is None
         manifest = json.loads((config.out / "manifest.json").read_text())
         assert manifest["config"]["steps"] == 2
@@ -124,7 +126,7 @@ class TestRun:
     def test_one_site(self, model, config):
         found = loc.run(replace(config, sites="cross:1", windows=1))
         assert found.cumulative is None
-        assert found.localized == ["cross:1"]
+        assert found.localized == {"drums": ["cross:1"], "violin": ["cross:1"]}
 
     def test_comma_list_of_sites(self, model, config):
         found = loc.run(replace(config, sites="cross:2, cross:0", windows=1))
@@ -190,7 +192,7 @@ class TestPlanted:
         assert defined == [[0.0, 1.0, 0.0]] * len(defined)
         assert found.order[0] == "cross:1"
         assert found.functional == ["cross:1"]
-        assert found.localized == ["cross:1"]
+        assert found.localized == dict.fromkeys(concepts, ["cross:1"])
         assert found.cumulative.needed == 1
         assert [i.value for i in found.windows["both"].means] == [1.0, 1.0]
         table = impact_table.read_impacts(str(config.out / "impact.csv"))

@@ -73,8 +73,8 @@ def _findings(result: DemoResult) -> list[str]:
         )
     if found.cumulative is not None and found.cumulative.needed:
         rows.append(
-            f"The best {found.cumulative.needed} of {len(found.sites)} sites together carry "
-            f"{found.cumulative.share:.0%} of the full effect."
+            f"The best {found.cumulative.needed} of {len(found.sites)} sites of a concept together "
+            f"carry {found.cumulative.share:.0%} of its full effect (mean over concepts)."
         )
     for name, steering in result.steering.items():
         rows.append(_steering_finding(name, steering))

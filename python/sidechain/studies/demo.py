@@ -126,7 +126,7 @@ def run(out: Path, config: DemoConfig) -> DemoResult:
                 concept=name, pairs=config.vector_pairs, seed=config.seed, **shared
             )
             timed("vectors", lambda setup=setup, path=path: build(pipe, setup).save(path))  # type: ignore[misc]
-        sites = localized_for(localization, name)
+        sites = localization.localized.get(name, localization.order[:1])
         sweep = st.SteeringConfig(
             out=out / f"steering-{name}",
             concept=name,
@@ -142,14 +142,6 @@ def run(out: Path, config: DemoConfig) -> DemoResult:
             timed("audio", lambda sweep=sweep, sites=sites: _clips(sweep, pipe, judges, sites))  # type: ignore[misc]
         )
     return DemoResult(config, localization, steering, clips, seconds, _model_facts(pipe))
-
-
-def localized_for(found: loc.Localization, name: str) -> list[str]:
-    """Sites of one concept: its best ones up to 90 % of its effect, else those of all concepts."""
-    curve = found.cumulative_by_concept.get(name)
-    if curve is not None and curve.needed:
-        return list(curve.order[: curve.needed])
-    return found.localized
 
 
 def _clips(

@@ -66,12 +66,14 @@ class Localization:
         windows: the same for windows of consecutive sites, and their names.
         window_names: names of the windows.
         order: sites by falling mean impact.
+        orders: sites by falling impact on each concept.
         functional: sites whose mean impact reaches tau.
         tau: the threshold.
         stability: agreement of the ranking between seeds, None for one seed.
         stability_interval: bootstrap interval of its mean correlation.
-        cumulative: effect of the best k sites, mean over concepts; None until it was measured.
-        cumulative_by_concept: the same of each concept.
+        cumulative: effect of each concept's best k sites, mean over concepts; None until it was
+            measured.
+        cumulative_by_concept: the same of each concept, in its own order.
         scores: every score behind it.
     """
 
@@ -81,6 +83,7 @@ class Localization:
     windows: dict[str, JudgeResult]
     window_names: list[str]
     order: list[str]
+    orders: dict[str, list[str]]
     functional: list[str]
     tau: float
     stability: Stability | None
@@ -90,11 +93,20 @@ class Localization:
     scores: pd.DataFrame
 
     @property
-    def localized(self) -> list[str]:
-        """The sites to steer: the best ones up to 90 % of the full effect, else the functional."""
-        if self.cumulative is not None and self.cumulative.needed:
-            return self.order[: self.cumulative.needed]
-        return self.functional or self.order[:1]
+    def localized(self) -> dict[str, list[str]]:
+        """Sites to steer each concept at: its best ones until 90 % of its full effect.
+
+        A concept without a measured effect gets the functional sites, or else the best one.
+        """
+        found = {}
+        for name in self.concepts:
+            curve = self.cumulative_by_concept.get(name)
+            found[name] = (
+                list(curve.order[: curve.needed])
+                if curve and curve.needed
+                else (self.functional or self.order[:1])
+            )
+        return found
 
     def impact_table(self) -> pd.DataFrame:
         """Impacts in the columns that `sidechain impact` reads."""
@@ -185,7 +197,11 @@ def analyse(config: LocalizationConfig, sites: Sequence[str], scores: pd.DataFra
     order = [sites[index] for index in ranking(means)]
     flags = functional(means, config.tau)
     stability, interval = _stability(averaged, concepts, list(sites), config.seeds)
-    by_concept = _cumulative(averaged, concepts, order, config.seeds[0])
+    orders = {
+        name: [sites[index] for index in ranking([interval.value for interval in row])]
+        for name, row in zip(concepts, judges[BOTH].impacts, strict=True)
+    }
+    by_concept = _cumulative(averaged, orders, config.seeds[0])
     return Localization(
         sites=list(sites),
         concepts=concepts,
@@ -193,6 +209,7 @@ def analyse(config: LocalizationConfig, sites: Sequence[str], scores: pd.DataFra
         windows=windows,
         window_names=names,
         order=order,
+        orders=orders,
         functional=[site for site, flag in zip(sites, flags, strict=True) if flag],
         tau=config.tau,
         stability=stability,
@@ -240,23 +257,23 @@ def _stability(
 
 
 def _cumulative(
-    scores: pd.DataFrame, concepts: list[str], order: list[str], seed: int
+    scores: pd.DataFrame, orders: dict[str, list[str]], seed: int
 ) -> dict[str, Cumulative]:
     """Cumulative effect by concept, and under "" of their mean; empty until it was measured."""
     if "top:1" not in set(scores.preset):
         return {}
-    growing = ["none", *(f"top:{k}" for k in range(1, len(order))), "all"]
+    count = len(next(iter(orders.values())))
+    growing = ["none", *(f"top:{k}" for k in range(1, count)), "all"]
     part = scores[scores.seed == seed]
     table = part.pivot_table(index="concept", columns="preset", values="score", aggfunc="mean")
-    values = table.loc[concepts, growing].to_numpy()
-    usable = values[:, -1] > values[:, 0]
-    found = {
-        name: cumulative(order, row, float(row[0]), float(row[-1]))
-        for name, row, good in zip(concepts, values, usable, strict=True)
-        if good
-    }
-    if usable.any():
+    found = {}
+    for name, order in orders.items():
+        row = table.loc[name, growing].to_numpy()
+        if row[-1] > row[0]:
+            found[name] = cumulative(order, row, float(row[0]), float(row[-1]))
+    if found:
         # every concept counts alike: the mean of shares, not the share of the mean
-        shares = np.mean([found[name].effect for name in found], axis=0)
-        found[""] = cumulative(order, shares, 0.0, 1.0)
+        shares = np.mean([curve.effect for curve in found.values()], axis=0)
+        labels = [f"best {k}" for k in range(1, count + 1)]
+        found[""] = cumulative(labels, shares, 0.0, 1.0)
     return found

@@ -78,10 +78,11 @@ def run(config: LocalizationConfig) -> Localization:
     names = _site_names(pipe, config)
     presets = single_presets(names) + window_presets(names, config.windows)
     folder = common.RunFolder(config.out, {**asdict(config), "out": None})
-    parts = _measure(config, folder, pipe, judges, presets, "sites")
+    everywhere = dict.fromkeys(config.concepts, presets)
+    parts = _measure(config, folder, pipe, judges, everywhere, "sites", config.seeds)
     ranking = analyse(config, names, parts)
-    top = top_presets(ranking.order)
-    if top:
+    top = {name: top_presets(order) for name, order in ranking.orders.items()}
+    if len(names) > 1:
         cumulative = _measure(config, folder, pipe, judges, top, "top", config.seeds[:1])
         parts = pd.concat([parts, cumulative], ignore_index=True)
     result = analyse(config, names, parts)
@@ -99,19 +100,20 @@ def _measure(
     folder: common.RunFolder,
     pipe: Any,
     judges: Mapping[str, Any],
-    presets: Sequence[Preset],
+    presets: Mapping[str, Sequence[Preset]],
     stage: str,
-    seeds: Sequence[int] | None = None,
+    seeds: Sequence[int],
 ) -> pd.DataFrame:
+    """Scores of every concept with its own presets, part by part."""
     tables = []
-    work = [(name, seed) for seed in seeds or config.seeds for name in config.concepts]
-    total = sum(len(pairs_of(config, name)) for name, _ in work) * len(presets)
+    work = [(name, seed) for seed in seeds for name in config.concepts]
+    total = sum(len(pairs_of(config, name)) * len(presets[name]) for name, _ in work)
     with tqdm(total=total, desc=f"localize: {stage}", unit="clip") as progress:
         for name, seed in work:
             label = f"{stage}-{name}-{seed}"
             part = folder.part(label)
             if part is None:
-                rows = score_presets(config, pipe, judges, name, seed, presets, progress)
+                rows = score_presets(config, pipe, judges, name, seed, presets[name], progress)
                 part = folder.save_part(label, rows)
             else:
                 progress.update(part.preset.size // len(judges))
