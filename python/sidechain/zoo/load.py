@@ -100,7 +100,10 @@ def music(
     path = _folder(folder, "music")
     with _quiet():
         pipe = MusicPipeline.from_pretrained(path, local_files_only=True)
-    return pipe.to(device, dtype)
+    # The argument of from_pretrained for the dtype changed its name; modules' own `to` did not.
+    for part in (pipe.text_encoder, pipe.transformer, pipe.codec):
+        torch.nn.Module.to(part, device, dtype)
+    return pipe
 
 
 def judges(device: str | torch.device = "cpu", folder: Path | str | None = None) -> dict[str, Any]:
