@@ -192,7 +192,7 @@ class TestPlanted:
         assert defined == [[0.0, 1.0, 0.0]] * len(defined)
         assert found.order[0] == "cross:1"
         assert found.functional == ["cross:1"]
-        assert found.localized == dict.fromkeys(concepts, ["cross:1"])
+        assert found.localized == {name: ["cross:1"] for name in concepts}
         assert found.cumulative.needed == 1
         assert [i.value for i in found.windows["both"].means] == [1.0, 1.0]
         table = impact_table.read_impacts(str(config.out / "impact.csv"))
