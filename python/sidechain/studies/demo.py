@@ -31,8 +31,8 @@ class DemoConfig:
     steered: tuple[str, ...] = ("drums", "vocals", "violin")
     pairs: int = 4
     vector_pairs: int = 16
-    prompts: int = 8
-    strengths: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0, 3.0)
+    prompts: int = 6
+    strengths: tuple[float, ...] = (0.0, 1.0, 2.0, 3.0, 4.0, 5.0)
     steps: int = 12
     guidance: float = 3.0
     batch_rows: int = 24

@@ -127,8 +127,7 @@ def judges(device: str | torch.device = "cpu", folder: Path | str | None = None)
 def localized(name: str) -> tuple[str, ...]:
     """Aliases of the sites of the music model that carry a concept, best first.
 
-    Read from the shipped localization: the best sites of the concept's attribute until 90 % of the
-    full effect.
+    Read from the shipped localization: the concept's best sites until half of its full effect.
 
     Raises:
         ValueError: a concept that was not localized.

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 #: The ranking reads both judges: the mean of their scores.
 BOTH = "both"
+#: Share of the full effect that the sites to steer at must carry together when patched.
+STEERED_SHARE = 0.5
 
 
 class _Settings(Protocol):
@@ -94,16 +96,18 @@ class Localization:
 
     @property
     def localized(self) -> dict[str, list[str]]:
-        """Sites to steer each concept at: its best ones until 90 % of its full effect.
+        """Sites to steer each concept at: its best ones, until half of its full effect.
 
+        An added vector need not replace the prompt, so less than the 90 % of `cumulative` will do.
         A concept without a measured effect gets the functional sites, or else the best one.
         """
         found = {}
         for name in self.concepts:
             curve = self.cumulative_by_concept.get(name)
+            reached = [k for k, e in enumerate(curve.effect) if e >= STEERED_SHARE] if curve else []
             found[name] = (
-                list(curve.order[: curve.needed])
-                if curve and curve.needed
+                list(curve.order[: reached[0]])
+                if curve and reached
                 else (self.functional or self.order[:1])
             )
         return found
@@ -166,6 +170,10 @@ class Localization:
             "cumulative": None
             if self.cumulative is None
             else {"effect": self.cumulative.effect, "needed": self.cumulative.needed},
+            "cumulative_by_concept": {
+                name: {"order": curve.order, "effect": curve.effect, "needed": curve.needed}
+                for name, curve in self.cumulative_by_concept.items()
+            },
             "windows": {
                 name: interval.value
                 for name, interval in zip(self.window_names, self.windows[BOTH].means, strict=True)
