@@ -192,7 +192,7 @@ class TestStudies:
             "guidance": 3.0,
             "batch_rows": 64,
             "seed": 0,
-            "normalise": False,
+            "normalise": True,
             "out": Path("runs/vectors/drums.safetensors"),
         }
         assert capsys.readouterr().out == "runs/vectors/drums.safetensors\n"
@@ -304,7 +304,8 @@ def test_bad_input(line, match, studies, capsys, tmp_path):
     assert captured.err.count("\n") == 1
     assert re.search(match, captured.err), captured.err
     assert sorted(tmp_path.iterdir()) == before
-    assert all(getattr(study, "settings", None) is None for study in studies.values())
+    assert studies["demo"].calls == []
+    assert all(studies[name].settings is None for name in studies if name != "demo")
 
 
 class TestErrors:
