@@ -55,6 +55,11 @@ def clips(model, config, vector, rows):
     return module.generate_rows(config, model.pipe, vector, ["cross:1"], prompts, rows)
 
 
+def alike(first, second):
+    """Equal but for rounding: a product's rows round differently by their place in the batch."""
+    return torch.allclose(first, second, rtol=2e-5, atol=2e-5)
+
+
 class TestRows:
     def test_strength_zero_is_the_unsteered_clip_bit_for_bit(self, model, config):
         rows = [
@@ -77,15 +82,15 @@ class TestRows:
         arms = ("none", *st.ARMS)
         rows = [module.Row(0, arm, 0.0 if arm == "none" else 5.0) for arm in arms]
         inside = dict(zip(arms, clips(model, config, vector_at("cross:1"), rows), strict=True))
-        assert torch.equal(inside["ablated"], inside["none"])
-        assert torch.equal(inside["localized"], inside["all"])
-        assert not torch.equal(inside["localized"], inside["none"])
-        assert not torch.equal(inside["random"], inside["localized"])
+        assert alike(inside["ablated"], inside["none"])
+        assert alike(inside["localized"], inside["all"])
+        assert not alike(inside["localized"], inside["none"])
+        assert not alike(inside["random"], inside["localized"])
         outside = clips(model, config, vector_at("cross:0", "cross:2"), rows)
         outside = dict(zip(arms, outside, strict=True))
-        assert torch.equal(outside["localized"], outside["none"])
-        assert torch.equal(outside["random"], outside["none"])  # of norm zero where it acts
-        assert torch.equal(outside["ablated"], outside["all"])
+        assert alike(outside["localized"], outside["none"])
+        assert alike(outside["random"], outside["none"])  # of norm zero where it acts
+        assert alike(outside["ablated"], outside["all"])
 
     def test_a_row_does_not_depend_on_its_batch(self, model, config):
         vector = vector_at("cross:1", "cross:2")

@@ -20,7 +20,8 @@ from .data import (
 )
 from .html import write_report
 
-_JUDGES = {"both": "both judges", "latent": "latent judge", "mel": "mel judge"}
+#: Names before the word "judge"; "both" is the mean of the two.
+_JUDGES = {"both": "average", "latent": "latent", "mel": "mel"}
 
 
 def write(result: DemoResult, path: Path) -> Path:
@@ -92,7 +93,7 @@ def _steering_finding(name: str, steering: st.Steering) -> str:
         at, zero = curve.strength.index(strength), curve.strength.index(0.0)
         parts.append(
             f"{curve.score[zero].value:.2f} to {curve.score[at].value:.2f} "
-            f"({_JUDGES[judge]}, {kept} kept {curve.kept[at].value:.0%})"
+            f"({_JUDGES[judge]} judge, {kept} kept {curve.kept[at].value:.0%})"
         )
     return (
         f"Steering {name} at {_listed(steering.localized)} with strength {strength:g} moves "
@@ -179,7 +180,7 @@ def ranking_table(found: Localization) -> Table:
         )
     return Table(
         "Ranking",
-        ["site", "both judges", *(_JUDGES[j] for j in judges), "functional"],
+        ["site", "both judges", *(f"{_JUDGES[j]} judge" for j in judges), "functional"],
         rows,
         caption,
     )
