@@ -45,11 +45,13 @@ def load_trained(run: Path, recipe: MusicRecipe) -> MusicPipeline:
 
 
 def _quiet_fillers(tokenizer: Any, text_encoder: Any) -> None:
-    # The fillers were never trained: give them the meaning of the one article that was.
+    # Fillers and the unknown word were never trained: they get the meaning of the one article that
+    # was, which is none.
     known = tokenizer.get_vocab()
     table = text_encoder.get_input_embeddings().weight
+    untrained = [known[word] for word in (*FILLERS, tokenizer.unk_token)]
     with torch.no_grad():
-        table[[known[word] for word in FILLERS]] = table[known["a"]].clone()
+        table[untrained] = table[known["a"]].clone()
 
 
 def export_music(run: Path, target: Path, recipe: MusicRecipe) -> None:
