@@ -1,0 +1,38 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The example of the readme runs as printed, with fewer pairs and steps."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+FEWER = (
+    (".pairs(50)", ".pairs(2)"),
+    ("num_inference_steps=20", "num_inference_steps=2"),
+    ("] * 3)", "] * 3, num_inference_steps=2)"),
+    ('pipe("a happy violin tune")', 'pipe("a happy violin tune", num_inference_steps=2)'),
+    ('pipe("a violin melody")', 'pipe("a violin melody", num_inference_steps=2)'),
+)
+
+
+def test_python_example():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    for printed, shorter in FEWER:
+        assert printed in code
+        code = code.replace(printed, shorter)
+    space: dict[str, object] = {}
+    exec(compile(code, "README.md", "exec"), space)
+    assert space["audio"].shape == (3, 1, 81920)
+    assert space["cap"]["cross:3"].shape == (2, 1, 1, 160)
+
+
+@pytest.mark.skipif(not (ROOT / "bench").is_dir(), reason="benches are not in this checkout")
+def test_tables_come_from_the_result_files():
+    command = [sys.executable, str(ROOT / "bench" / "readme_tables.py"), "--check"]
+    assert subprocess.run(command, check=False).returncode == 0
