@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from sidechain.data.concepts import CONCEPTS, DEFAULT_CONCEPTS, concept, read_pairs
+from sidechain.data.concepts import CONCEPTS, DEFAULT_CONCEPTS, concept
 from sidechain.data.music.attributes import ATTRIBUTES, GENRES, INSTRUMENTS
 from sidechain.data.music.captions import ADJECTIVES, INSTRUMENT_WORDS, TAILS, vocabulary
 
@@ -104,37 +104,3 @@ def test_bad_calls():
         concept("oboe")
     with pytest.raises(ValueError, match=r"pairs: expected count >= 1, got 0"):
         concept("drums").pairs(0)
-
-
-class TestReadPairs:
-    COLUMNS = ("clean", "corrupted")
-
-    def read(self, path, text, encoding="utf-8"):
-        path.write_bytes(text.encode(encoding))
-        return read_pairs(path, self.COLUMNS)
-
-    def test_reads(self, tmp_path):
-        rows = self.read(tmp_path / "p.csv", 'note,clean,corrupted\nx," a, with drums ",a\n')
-        assert rows == [{"clean": "a, with drums", "corrupted": "a"}]
-
-    def test_reads_what_spreadsheets_write(self, tmp_path):
-        rows = self.read(tmp_path / "p.csv", "clean,corrupted\r\na,b\r\n", "utf-8-sig")
-        assert rows == [{"clean": "a", "corrupted": "b"}]
-
-    @pytest.mark.parametrize(
-        ("text", "message"),
-        [
-            ("clean,other\na,b\n", r"expected columns clean, corrupted in .*, got clean, other"),
-            ("", r"expected columns clean, corrupted in .*, got "),
-            ("clean,corrupted\n", r"expected at least one row in .*, got none"),
-            ("clean,corrupted\na,b\na, \n", r"expected text in every column .* in line 3"),
-            ("clean,corrupted\na\n", r"expected text in every column .* in line 2"),
-        ],
-    )
-    def test_bad_input(self, tmp_path, text, message):
-        with pytest.raises(ValueError, match=message):
-            self.read(tmp_path / "p.csv", text)
-
-    def test_missing(self, tmp_path):
-        with pytest.raises(FileNotFoundError):
-            read_pairs(tmp_path / "none.csv", self.COLUMNS)

@@ -8,10 +8,8 @@ slow).
 
 from __future__ import annotations
 
-import csv
 import zlib
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
@@ -135,29 +133,3 @@ def concept(name: str) -> Concept:
     if name not in CONCEPTS:
         raise ValueError(f"concept: expected one of {', '.join(CONCEPTS)}, got {name!r}")
     return CONCEPTS[name]
-
-
-def read_pairs(path: Path, columns: tuple[str, ...]) -> list[dict[str, str]]:
-    """Rows of a CSV prompt file with exactly these columns (others may follow).
-
-    Raises:
-        ValueError: missing columns, an empty cell or no rows.
-        FileNotFoundError: no such file.
-    """
-    with Path(path).open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        header = tuple(reader.fieldnames or ())
-        missing = [name for name in columns if name not in header]
-        if missing:
-            raise ValueError(
-                f"prompts: expected columns {', '.join(columns)} in {path}, got {', '.join(header)}"
-            )
-        rows = [{name: (row[name] or "").strip() for name in columns} for row in reader]
-    for number, row in enumerate(rows, start=2):
-        if not all(row.values()):
-            raise ValueError(
-                f"prompts: expected text in every column of {path}, got none in line {number}"
-            )
-    if not rows:
-        raise ValueError(f"prompts: expected at least one row in {path}, got none")
-    return rows
