@@ -80,8 +80,9 @@ def _shortfall(rows: list[dict]) -> str:
     if not missed:
         return ""
     return (
-        f"Aimed at {AIM:g}x against plain hooks; missed by: {'; '.join(missed)}. The model is "
-        "small and the CPU busy with matrix products, so sharing saves overhead and clean runs only."
+        f"Aimed at {AIM:g}x against plain hooks; missed by: {'; '.join(missed)}. "
+        "The model is small and the CPU busy with matrix products, so sharing saves overhead and "
+        "clean runs only."
     )
 
 
@@ -95,9 +96,9 @@ def _probability_reading(scores: pd.DataFrame, sites: list[str], tau: float) -> 
     listed = ", ".join(f"{site} {value:.2f}" for site, value in means.items())
     passing = ", ".join(means.index[means >= tau]) or "none"
     return (
-        f"The score was changed from probability to log-odds after a first look (half-trained model, "
-        f"3 concepts, 2 pairs) in which no single site reached the threshold. In probabilities this run has mean impacts {listed}; at or "
-        f"above {tau:.2f}: {passing}."
+        "The score was changed from probability to log-odds after a first look (half-trained "
+        "model, 3 concepts, 2 pairs) in which no single site reached the threshold. In "
+        f"probabilities this run has mean impacts {listed}; at or above {tau:.2f}: {passing}."
     )
 
 
