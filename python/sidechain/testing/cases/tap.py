@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Case tables shared by tests and benches: shapes met in diffusion models beside ugly ones."""
+"""Cases of `tap_`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 SLOTS = 4
 TABLE = 3
 
