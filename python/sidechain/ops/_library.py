@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from .. import _native
+from .. import _native, _triton
 
 BACKENDS = ("reference", "cpu", "cuda", "triton")
 
@@ -45,7 +46,9 @@ def unavailable(op: str, backend: str) -> str | None:
         return None
     if backend in _ops[op]:
         return _ops[op][backend]
-    reason = _native.absent({"cpu": "_C", "cuda": "_C_cuda", "triton": "_C_cuda"}[backend])
+    if backend == "triton":
+        return _triton.absent()
+    reason = _native.absent({"cpu": "_C", "cuda": "_C_cuda"}[backend])
     if reason is None and backend == "cuda" and not torch.cuda.is_available():
         return "no CUDA device"
     return reason
@@ -69,5 +72,33 @@ def require(op: str, backend: str, device: torch.device) -> None:
     reason = unavailable(op, backend)
     if reason is not None:
         raise RuntimeError(f"{op}: expected backend {backend!r} to be available, got: {reason}")
-    if backend in ("cpu", "cuda") and device.type != backend:
-        raise RuntimeError(f"{op}: expected x on {backend} [backend={backend!r}], got {device}")
+    wanted = {"cpu": "cpu", "cuda": "cuda", "triton": "cpu" if _triton.interpreting() else "cuda"}
+    if backend in wanted and device.type != wanted[backend]:
+        raise RuntimeError(
+            f"{op}: expected tensors on {wanted[backend]} [backend={backend!r}], got {device}"
+        )
+
+
+def run(op: str, backend: str, device: torch.device, args: tuple[Any, ...]) -> Any:
+    """Call `op` on the backend named, past the choice that the dispatcher makes."""
+    require(op, backend, device)
+    if backend == "triton":
+        return _triton.launcher(op)(*args)
+    return getattr(torch.ops.sidechain, op).default(*args)
+
+
+def register_triton() -> None:
+    """Let Triton serve CUDA devices for every op that has no native CUDA kernel loaded.
+
+    Called once, after the native libraries: one winner per op, decided at import.
+    """
+    if torch.version.cuda is None or not _triton.installed():
+        return
+    native = _native.absent("_C_cuda") is None
+    for op, without in _ops.items():
+        if "triton" not in without and ("cuda" in without or not native):
+            library.impl(op, functools.partial(_launch, op), "CUDA")
+
+
+def _launch(op: str, *args: Any) -> Any:
+    return _triton.launcher(op)(*args)

@@ -9,15 +9,7 @@ import torch
 from torch import Tensor
 
 from ..reference import tap as _reference
-from . import _library
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_ANY_FLOAT = (*_FLOATS, torch.float64)
-_SINGLE = (torch.float32,)
-_DOUBLES = (torch.float32, torch.float64)
-_INT32 = (torch.int32,)
-_INT64 = (torch.int64,)
-_BOOL = (torch.bool,)
+from . import _checks, _library
 
 
 def tap_(
@@ -108,12 +100,11 @@ def tap_(
     else:
         _check(*args)
         if backend not in ("auto", "reference"):
-            _library.require("tap_", backend, x.device)
-            torch.ops.sidechain.tap_.default(*args)
+            _library.run("tap_", backend, x.device, args)
         else:
             _reference.tap_(*args)
     if grad and not torch.compiler.is_compiling():
-        _count_writes(x, sums, squares, counts, ring)
+        _checks.count_writes(x, sums, squares, counts, ring)
     return x
 
 
@@ -124,12 +115,6 @@ def _refuse_gradient(*tensors: Tensor | None) -> None:
                 "tap_: expected tensors that need no gradient [it writes in place; "
                 "sidechain.reference.tap.tap is differentiable], got requires_grad=True"
             )
-
-
-def _count_writes(*tensors: Tensor | None) -> None:
-    """Let autograd notice if it had saved one of the tensors written."""
-    written = [t for t in tensors if t is not None and not t.is_inference()]
-    torch.autograd.graph.increment_version(written)
 
 
 def _checked_reference(*args: Any) -> None:
@@ -154,21 +139,19 @@ def _check(
     capture_mask: Tensor | None,
     ring_stride: int,
 ) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"tap_: expected x to be a tensor, got {type(x).__name__}")
-    dtype = x.dtype
-    if dtype not in _ANY_FLOAT:
-        raise TypeError(f"tap_: expected x of {_names(_ANY_FLOAT)}, got {_names((dtype,))}")
+    _checks.is_tensor("tap_", "x", x, _checks.ANY_FLOAT)
     if x.dim() != 3:
         raise ValueError(f"tap_: expected x of shape [R, T, C], got {list(x.shape)}")
     rows, tokens, channels = x.shape
-    _last_contiguous("x", x)
+    _checks.last_contiguous("tap_", "x", x)
     device = x.device
-    wide = dtype == torch.float64
-    table = _DOUBLES if wide else _SINGLE
+    wide = x.dtype == torch.float64
+    table = _checks.DOUBLES if wide else _checks.SINGLE
     if vectors is not None:
-        _tensor("vectors", vectors, device, table, ("V", "S", channels), "C=x.size(-1)")
-        _last_contiguous("vectors", vectors)
+        _checks.tensor(
+            "tap_", "vectors", vectors, device, table, ("V", "S", channels), "C=x.size(-1)"
+        )
+        _checks.last_contiguous("tap_", "vectors", vectors)
         if vectors.numel() == 0 and channels > 0:
             raise ValueError(
                 f"tap_: expected vectors with V >= 1 and S >= 1, got {list(vectors.shape)}"
@@ -176,15 +159,17 @@ def _check(
         if strength is None and removal is None:
             raise ValueError("tap_: expected strength or removal beside vectors, got neither")
         if strength is not None:
-            _tensor("strength", strength, device, table, (rows,), "R=x.size(0)")
+            _checks.tensor("tap_", "strength", strength, device, table, (rows,), "R=x.size(0)")
         if removal is not None:
-            _tensor("removal", removal, device, table, (rows,), "R=x.size(0)")
+            _checks.tensor("tap_", "removal", removal, device, table, (rows,), "R=x.size(0)")
         if index is not None:
-            _tensor("index", index, device, _INT32, (rows,), "R=x.size(0)")
+            _checks.tensor("tap_", "index", index, device, _checks.INT32, (rows,), "R=x.size(0)")
         if steer_slot is not None:
-            _tensor("steer_slot", steer_slot, device, _INT64, (1,), "one S index")
+            _checks.tensor(
+                "tap_", "steer_slot", steer_slot, device, _checks.INT64, (1,), "one S index"
+            )
         if steer_mask is not None:
-            _mask("steer_mask", steer_mask, device, rows, tokens)
+            _checks.token_mask("tap_", "steer_mask", steer_mask, device, rows, tokens)
     else:
         for name, value in (
             ("strength", strength),
@@ -195,69 +180,10 @@ def _check(
         ):
             if value is not None:
                 raise ValueError(f"tap_: expected vectors beside {name}, got None")
-    if sums is not None:
-        _tensor("sums", sums, device, table, ("S", rows, channels), "R, C of x")
-        _last_contiguous("sums", sums)
-    if squares is not None:
-        _tensor("squares", squares, device, table, ("S", rows, channels), "R, C of x")
-        _last_contiguous("squares", squares)
-    if counts is not None:
-        _tensor("counts", counts, device, table, ("S", rows), "R=x.size(0)")
-    if ring is not None:
-        if ring_stride < 1:
-            raise ValueError(f"tap_: expected ring_stride >= 1, got {ring_stride}")
-        shape = ("S", rows, -(-tokens // ring_stride), channels)
-        dtypes = _ANY_FLOAT if wide else _FLOATS
-        _tensor("ring", ring, device, dtypes, shape, "R, ceil(T / ring_stride), C of x")
-        _last_contiguous("ring", ring)
-    if capture_slot is not None:
-        _tensor("capture_slot", capture_slot, device, _INT64, (1,), "one S index")
-    if capture_mask is not None:
-        _mask("capture_mask", capture_mask, device, rows, tokens)
-
-
-def _tensor(
-    name: str,
-    t: Tensor,
-    device: torch.device,
-    dtypes: tuple[torch.dtype, ...],
-    shape: tuple[int | str, ...],
-    why: str,
-) -> None:
-    """Check type, dtype, device and shape; a letter in `shape` stands for any size."""
-    if not isinstance(t, Tensor):
-        raise TypeError(f"tap_: expected {name} to be a tensor, got {type(t).__name__}")
-    if t.dtype not in dtypes:
-        raise TypeError(f"tap_: expected {name} of {_names(dtypes)}, got {_names((t.dtype,))}")
-    if t.device != device:
-        raise RuntimeError(f"tap_: expected {name} on {device} [device of x], got {t.device}")
-    got = t.shape
-    # From the back: the letters stand in front, and the first number that differs decides.
-    fits = len(got) == len(shape)
-    n = len(shape) - 1
-    while fits and n >= 0:
-        want = shape[n]
-        fits = want == got[n] or isinstance(want, str)
-        n -= 1
-    if not fits:
-        expected = ", ".join(map(str, shape))
-        raise ValueError(f"tap_: expected {name} of shape [{expected}] ({why}), got {list(got)}")
-
-
-def _mask(name: str, t: Tensor, device: torch.device, rows: int, tokens: int) -> None:
-    first = 1 if isinstance(t, Tensor) and t.dim() == 2 and t.shape[0] == 1 else rows
-    _tensor(name, t, device, _BOOL, (first, tokens), "R or 1, T of x")
-
-
-def _last_contiguous(name: str, t: Tensor) -> None:
-    if not t.is_contiguous() and t.stride(-1) != 1 and t.shape[-1] > 1:
-        raise ValueError(
-            f"tap_: expected {name} with a contiguous last dim, got strides {list(t.stride())}"
-        )
-
-
-def _names(dtypes: tuple[torch.dtype, ...]) -> str:
-    return " | ".join(str(d).removeprefix("torch.") for d in dtypes)
+    _checks.captures(
+        "tap_", device, (rows, tokens, channels), wide,
+        sums, squares, counts, ring, capture_slot, capture_mask, ring_stride,
+    )  # fmt: skip
 
 
 _library.define(
