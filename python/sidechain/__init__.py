@@ -27,6 +27,7 @@ _LAZY_MODULES = frozenset(
         "ops",
         "reference",
         "report",
+        "sae",
         "studies",
         "testing",
         "vectors",

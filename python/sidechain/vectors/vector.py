@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from .._atomic import write_atomic
 from ..sites import SitePattern, config_hash, sites
 from ..taps.grid import resample, same_grid
 
@@ -300,7 +300,6 @@ class SteeringVector:
         Raises:
             OSError: the place cannot be written.
         """
-        target = Path(path)
         tensors = {f"{name}/{branch}": t.cpu() for (name, branch), t in self._tensors.items()}
         for name, grid in (("timesteps", self.timesteps), ("sigmas", self.sigmas)):
             if grid is not None:
@@ -314,21 +313,7 @@ class SteeringVector:
         data = safetensors.torch.save(
             tensors, {_METADATA_KEY: json.dumps(metadata, sort_keys=True, default=str)}
         )
-        handle, temporary = tempfile.mkstemp(
-            dir=target.parent, prefix=f".{target.name}.", suffix=".part"
-        )
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-            # mkstemp is private to its owner; a vector is an ordinary file.
-            umask = os.umask(0)
-            os.umask(umask)
-            os.chmod(temporary, 0o666 & ~umask)
-            os.replace(temporary, target)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-        return target
+        return write_atomic(path, data)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], pipe: Any = None) -> Self:

@@ -1,0 +1,8 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Sparse dictionaries of what flows through a site: architectures, training, files."""
+
+from .config import ARCHITECTURES, Provenance, SaeConfig
+from .model import Codes, Sae
+from .normaliser import Normaliser
+
+__all__ = ["ARCHITECTURES", "Codes", "Normaliser", "Provenance", "Sae", "SaeConfig"]

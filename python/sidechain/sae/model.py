@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Sae`: a dictionary of what flows through a site."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import files
+from ._interim import Codes, sparse_decode, topk_encode
+from .config import SELECTING, Provenance, SaeConfig
+from .normaliser import Normaliser
+
+__all__ = ["Codes", "Sae"]
+
+
+class Sae(nn.Module):
+    """A sparse autoencoder, or with `transcoder=True` a sparse map between two activations.
+
+    With y = (x - mean[s]) / scale[s] and u = y - b_pre:
+
+    - z = w_enc u + b_enc; a feature is active where the architecture says so and z > 0;
+    - topk keeps the k largest z of a token, batch_topk and matryoshka the N k largest of a batch
+      while training and z > threshold afterwards, jumprelu z > threshold[f], relu z > 0;
+    - gated: active where g = w_enc u + b_gate > 0, with z = exp(r_mag) (w_enc u) + b_enc;
+    - x_hat = (sum_f z_f w_dec[f] + b_dec) * scale[s] + mean[s].
+
+    Attributes:
+        config: architecture and sizes.
+        provenance: where it comes from.
+        normaliser: of the input.
+        target_normaliser: of the output; for an autoencoder the same object.
+        w_enc: [F, d_in] parameter.
+        b_enc: [F] parameter.
+        w_dec: [F, d_out] parameter.
+        b_dec: [d_out] parameter.
+        b_pre: [d_in], subtracted before encoding: `b_dec` itself, or a buffer.
+        threshold: batch_topk, matryoshka: [] buffer, NaN until trained; jumprelu: [F] parameter,
+            not negative; otherwise None.
+        b_gate, r_mag: [F] parameters of gated; otherwise None.
+    """
+
+    _b_pre: Tensor | None
+    threshold: Tensor | None
+    b_gate: Tensor | None
+    r_mag: Tensor | None
+
+    def __init__(
+        self,
+        config: SaeConfig,
+        *,
+        normaliser: Normaliser | None = None,
+        target_normaliser: Normaliser | None = None,
+        provenance: Provenance | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.provenance = provenance or Provenance()
+        features, d_in, d_out = config.features, config.d_in, config.width_out
+        self.normaliser = normaliser or Normaliser.identity(d_in)
+        if target_normaliser is None:
+            target_normaliser = Normaliser.identity(d_out) if config.transcoder else self.normaliser
+        self.target_normaliser = target_normaliser
+        generator = torch.Generator().manual_seed(seed)
+        w_dec = torch.randn(features, d_out, generator=generator)
+        w_dec /= w_dec.norm(dim=1, keepdim=True)
+        if config.transcoder:
+            w_enc = torch.randn(features, d_in, generator=generator) / math.sqrt(d_in)
+        else:
+            w_enc = w_dec.clone()
+        self.w_enc = nn.Parameter(w_enc)
+        self.w_dec = nn.Parameter(w_dec)
+        self.b_enc = nn.Parameter(torch.zeros(features))
+        self.b_dec = nn.Parameter(torch.zeros(d_out))
+        self.register_buffer("_b_pre", None if config.tied_bias else torch.zeros(d_in))
+        self.register_buffer("threshold", None)
+        for name in ("b_gate", "r_mag"):
+            self.register_parameter(name, None)
+        if config.architecture in ("batch_topk", "matryoshka"):
+            self.threshold = torch.tensor(math.nan)
+        elif config.architecture == "jumprelu":
+            del self.threshold
+            self.threshold = nn.Parameter(torch.full((features,), 0.001))
+        elif config.architecture == "gated":
+            self.b_gate = nn.Parameter(torch.zeros(features))
+            self.r_mag = nn.Parameter(torch.zeros(features))
+
+    @property
+    def b_pre(self) -> Tensor:
+        """What is subtracted from the normalised input, [d_in]."""
+        return self.b_dec if self._b_pre is None else self._b_pre
+
+    @b_pre.setter
+    def b_pre(self, value: Tensor) -> None:
+        if self._b_pre is None:
+            raise ValueError("Sae: expected tied_bias=False to set b_pre, got b_pre = b_dec")
+        with torch.no_grad():
+            self._b_pre.copy_(value)
+
+    def extra_repr(self) -> str:
+        """Return the architecture for `repr`."""
+        c = self.config
+        width = f"{c.d_in}" if not c.transcoder else f"{c.d_in} -> {c.width_out}"
+        chosen = "" if c.k is None else f", k={c.k}"
+        return f"{c.architecture}, d={width}, features={c.features}{chosen}"
+
+    # -- forward --------------------------------------------------------------------------------
+
+    def encode(
+        self,
+        x: Tensor,
+        *,
+        step: int | Tensor | None = None,
+        precision: str = "fp32",
+        backend: str = "auto",
+    ) -> Codes:
+        """Return the active features of every token, in normalised units.
+
+        Args:
+            x: [..., d_in], any float dtype; leading dims are flattened to N rows.
+            step: scheduler step of all rows or of each [N]; needed where the model normalises
+                each step by itself.
+            precision: "fp32" | "bf16" | "int8", see `sidechain.ops.topk_encode`.
+            backend: of the op.
+
+        Returns:
+            values float32 and indices int32: [N, k] sorted by value with index -1 in empty slots
+            (topk), or CSR with offsets [N + 1] (all others).
+
+        Raises:
+            ValueError: another width, an unknown step, or a threshold that was never trained.
+        """
+        y = self._normalised(x, step)
+        config = self.config
+        if config.architecture == "topk":
+            return topk_encode(
+                y, self.w_enc, self.b_enc, self.b_pre,
+                k=config.k or 0, mode="topk", precision=precision, backend=backend,
+            )  # fmt: skip
+        if config.architecture in SELECTING and self.training:
+            return topk_encode(
+                y, self.w_enc, self.b_enc, self.b_pre,
+                k=config.k or 0, mode="batch_topk", precision=precision, backend=backend,
+            )  # fmt: skip
+        w_enc, b_enc, threshold = self.thresholded_encoder()
+        return topk_encode(
+            y, w_enc, b_enc, self.b_pre,
+            mode="threshold", threshold=threshold, precision=precision, backend=backend,
+        )  # fmt: skip
+
+    def thresholded_encoder(self) -> tuple[Tensor, Tensor, float | Tensor]:
+        """Return (w, b, t) with: a feature is active iff z = w u + b > t, with value z.
+
+        t is never negative. A gate is such a threshold too: g > 0 iff z > b_enc - exp(r_mag) b_gate
+        (arXiv 2404.16014, appendix on weight sharing).
+
+        Raises:
+            ValueError: topk, which compares features of a token with each other, or a threshold
+                that was never trained.
+        """
+        architecture = self.config.architecture
+        if architecture == "topk":
+            raise ValueError("Sae: expected an architecture with a threshold, got topk")
+        if architecture == "relu":
+            return self.w_enc, self.b_enc, 0.0
+        if self.r_mag is not None and self.b_gate is not None:
+            gain = self.r_mag.exp()
+            limit = (self.b_enc - gain * self.b_gate).clamp(min=0)
+            return gain[:, None] * self.w_enc, self.b_enc, limit
+        if self.threshold is None or bool(self.threshold.isnan().any()):
+            raise ValueError(
+                f"Sae: expected a trained threshold [{architecture} in eval mode], got none: "
+                "train it, or call train() to select over the batch"
+            )
+        return self.w_enc, self.b_enc, self.threshold.clamp(min=0)
+
+    def preactivations(self, x: Tensor, *, step: int | Tensor | None = None) -> Tensor:
+        """Return z [N, F] before any selection; dense, for looking at a few rows."""
+        y = self._normalised(x, step)
+        projected = (y - self.b_pre) @ self.w_enc.T
+        if self.r_mag is not None:
+            projected = projected * self.r_mag.exp()
+        return projected + self.b_enc
+
+    def decode(
+        self, codes: Codes, *, step: int | Tensor | None = None, backend: str = "auto"
+    ) -> Tensor:
+        """Return x_hat [N, d_out] in the units of the activations.
+
+        Args:
+            codes: of `encode`; values may have been edited.
+            step: as in `encode`.
+            backend: of the op.
+        """
+        y = sparse_decode(
+            codes.values, codes.indices, self.w_dec, self.b_dec,
+            offsets=codes.offsets, backend=backend,
+        )  # fmt: skip
+        return self.target_normaliser.restore(y, step)
+
+    def forward(self, x: Tensor, *, step: int | Tensor | None = None) -> Tensor:
+        """Return the reconstruction [..., d_out] of x [..., d_in] (or of its target)."""
+        decoded = self.decode(self.encode(x, step=step), step=step)
+        return decoded.reshape(*x.shape[:-1], self.config.width_out)
+
+    def _normalised(self, x: Tensor, step: int | Tensor | None) -> Tensor:
+        if x.shape[-1] != self.config.d_in:
+            raise ValueError(
+                f"Sae: expected x of shape [..., {self.config.d_in}] (d_in), got {list(x.shape)}"
+            )
+        rows = x.reshape(-1, self.config.d_in)
+        if isinstance(step, Tensor) and step.dim() and step.numel() != len(rows):
+            raise ValueError(
+                f"Sae: expected step of shape [{len(rows)}] (rows of x), got {list(step.shape)}"
+            )
+        return self.normaliser.normalise(rows, step)
+
+    # -- other forms ----------------------------------------------------------------------------
+
+    def folded(self, step: int | None = None) -> Sae:
+        """Return the same map at one step without a normaliser.
+
+        Values come in the units of the activations; rows of `w_dec` keep their norm:
+        with m, s of the input and m', s' of the output, b_pre' = s b_pre + m, and the encoder
+        gives z' = s' z.
+
+        Args:
+            step: scheduler step. None where one entry serves all steps.
+        """
+        place, target_place = self.normaliser.entry(step), self.target_normaliser.entry(step)
+        config = replace(self.config, tied_bias=False)
+        made = Sae(config, provenance=self.provenance)
+        with torch.no_grad():
+            mean, scale = self.normaliser.mean[place], self.normaliser.scale[place]
+            out_mean = self.target_normaliser.mean[target_place]
+            out_scale = self.target_normaliser.scale[target_place]
+            made.w_enc.copy_(self.w_enc * (out_scale / scale))
+            made.b_enc.copy_(self.b_enc * out_scale)
+            made.w_dec.copy_(self.w_dec)
+            made.b_dec.copy_(self.b_dec * out_scale + out_mean)
+            made.b_pre = self.b_pre * scale + mean
+            if self.threshold is not None and made.threshold is not None:
+                made.threshold.copy_(self.threshold * out_scale)
+            for name, factor in (("b_gate", out_scale), ("r_mag", 1.0)):
+                if getattr(self, name) is not None:
+                    getattr(made, name).copy_(getattr(self, name) * factor)
+        return made.to(self.w_enc.device).train(self.training)
+
+    def normalise_decoder(self) -> None:
+        """Give the rows of `w_dec` norm 1 and move their length into the encoder; same map."""
+        with torch.no_grad():
+            length = self.w_dec.norm(dim=1)
+            length = torch.where(length > 0, length, 1.0)
+            self.w_dec.div_(length[:, None])
+            if self.r_mag is not None:
+                self.r_mag.add_(length.log())
+            else:
+                self.w_enc.mul_(length[:, None])
+            self.b_enc.mul_(length)
+            if isinstance(self.threshold, nn.Parameter):
+                self.threshold.mul_(length)
+
+    # -- files ----------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write one safetensors file with its provenance, all or nothing.
+
+        Raises:
+            OSError: the place cannot be written.
+        """
+        return files.save(self, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, device: Any = None) -> Sae:
+        """Read a file written by `save`; it comes in eval mode.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: corrupted, or another format.
+        """
+        return files.load(path, device=device)

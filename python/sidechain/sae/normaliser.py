@@ -1,0 +1,200 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Input normalisation for each step, as a part of the model.
+
+The variance of the activations of audio models falls by a factor of about 67 along a trajectory;
+without a scale for each step the last ones are noise to the loss.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..taps.grid import resample
+
+
+class Normaliser(nn.Module):
+    """y = (x - mean[s]) / scale[s] for a row of step s, and back.
+
+    Args:
+        mean: [S, d] float32.
+        scale: [S] float32, positive; E |y|^2 = d where it comes from `fit`.
+        steps: [S] int64, ascending: the scheduler step of each entry. None = one entry for
+            everything (S = 1), whatever the step.
+        timesteps: [S] float64 of these steps, for `resampled`.
+        sigmas: [S] float64, for the record.
+    """
+
+    mean: Tensor
+    scale: Tensor
+    steps: Tensor | None
+    timesteps: Tensor | None
+    sigmas: Tensor | None
+
+    def __init__(
+        self,
+        mean: Tensor,
+        scale: Tensor,
+        steps: Tensor | None = None,
+        timesteps: Tensor | None = None,
+        sigmas: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        if mean.dim() != 2 or len(mean) < 1 or scale.shape != mean.shape[:1]:
+            raise ValueError(
+                f"Normaliser: expected mean [S, d] and scale [S], got {list(mean.shape)} and "
+                f"{list(scale.shape)}"
+            )
+        if not bool((scale > 0).all()):
+            raise ValueError("Normaliser: expected positive scales, got others")
+        if steps is None and len(mean) > 1:
+            raise ValueError(f"Normaliser: expected steps [S={len(mean)}], got None")
+        for name, grid in (("steps", steps), ("timesteps", timesteps), ("sigmas", sigmas)):
+            if grid is not None and grid.shape != scale.shape:
+                raise ValueError(
+                    f"Normaliser: expected {name} of shape {list(scale.shape)}, got "
+                    f"{list(grid.shape)}"
+                )
+        if steps is not None and not bool((steps[1:] > steps[:-1]).all()):
+            raise ValueError(f"Normaliser: expected ascending steps, got {steps.tolist()}")
+        self.register_buffer("mean", mean.float())
+        self.register_buffer("scale", scale.float())
+        self.register_buffer("steps", None if steps is None else steps.long())
+        self.register_buffer("timesteps", None if timesteps is None else timesteps.double())
+        self.register_buffer("sigmas", None if sigmas is None else sigmas.double())
+
+    @classmethod
+    def identity(cls, width: int) -> Normaliser:
+        """Return one that changes nothing."""
+        return cls(torch.zeros(1, width), torch.ones(1))
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether it changes nothing."""
+        return len(self.scale) == 1 and bool((self.scale == 1).all() and (self.mean == 0).all())
+
+    def entry(self, step: int | Tensor | None) -> int | Tensor:
+        """Return the S index of a step, or [N] int64 for a step per row.
+
+        A step that is not in the table raises where it is known on the host; from a device tensor
+        it becomes -1, which `normalise` turns into NaN.
+
+        Raises:
+            ValueError: no step given though there are several, or an unknown one.
+        """
+        if self.steps is None:
+            return 0
+        if step is None:
+            if len(self.scale) == 1:
+                return 0
+            raise ValueError(
+                f"Normaliser: expected a step of {self.steps.tolist()} [normalised for each "
+                "step], got None"
+            )
+        wanted = torch.as_tensor(step, device=self.steps.device)
+        place = torch.searchsorted(self.steps, wanted).clamp(max=len(self.scale) - 1)
+        found = self.steps[place] == wanted
+        if found.device.type == "cpu" and not bool(found.all()):
+            unknown = wanted if wanted.dim() == 0 else wanted[~found][0]
+            raise ValueError(
+                f"Normaliser: expected a step of {self.steps.tolist()} (see resampled), got "
+                f"{int(unknown)}"
+            )
+        return int(place) if isinstance(step, int) else torch.where(found, place, -1)
+
+    def normalise(self, x: Tensor, step: int | Tensor | None = None) -> Tensor:
+        """Return (x - mean) / scale [N, d] float32 for x [N, d] of any float dtype."""
+        mean, scale = self._rows(step)
+        return (x.to(mean.dtype) - mean) / scale
+
+    def restore(self, y: Tensor, step: int | Tensor | None = None) -> Tensor:
+        """Return y * scale + mean [N, d]."""
+        mean, scale = self._rows(step)
+        return y * scale + mean
+
+    def _rows(self, step: int | Tensor | None) -> tuple[Tensor, Tensor]:
+        entry = self.entry(step)
+        if isinstance(entry, int):
+            return self.mean[entry], self.scale[entry]
+        # An empty selection of NaN rather than a wrong row: bad steps must not go unseen.
+        scale = torch.where(entry >= 0, self.scale[entry.clamp(min=0)], torch.nan)
+        return self.mean[entry.clamp(min=0)], scale[..., None]
+
+    def resampled(
+        self, timesteps: Tensor, sigmas: Tensor | None = None, steps: Tensor | None = None
+    ) -> Normaliser:
+        """Move to another time grid: the mean linearly, the scale linearly in its logarithm.
+
+        Args:
+            timesteps: [S'] of the other grid.
+            sigmas: [S'], for the record.
+            steps: [S'] scheduler steps. None = 0, 1, ...
+
+        Raises:
+            ValueError: several entries without timesteps.
+        """
+        grid = torch.as_tensor(timesteps, dtype=torch.float64)
+        if self.timesteps is None:
+            if len(self.scale) > 1:
+                raise ValueError("Normaliser: expected timesteps to resample, got none")
+            return Normaliser(self.mean, self.scale)
+        mean = resample(self.mean, self.timesteps, grid)
+        scale = resample(self.scale.log()[:, None], self.timesteps, grid)[:, 0].exp()
+        chosen = torch.arange(len(grid)) if steps is None else steps
+        return Normaliser(mean, scale, chosen, grid, sigmas)
+
+
+class Moments:
+    """Running sums of rows by step, in float64: what `Normaliser` is fitted from.
+
+    Args:
+        steps: ascending scheduler steps. None = rows carry no step.
+        width: d.
+    """
+
+    def __init__(self, steps: Tensor | None, width: int) -> None:
+        self.steps = steps
+        size = 1 if steps is None else len(steps)
+        self.count = torch.zeros(size, dtype=torch.float64)
+        self.sum = torch.zeros(size, width, dtype=torch.float64)
+        self.square = torch.zeros(size, dtype=torch.float64)
+
+    def add(self, x: Tensor, step: Tensor | None) -> None:
+        """Add rows x [N, d] with steps [N]."""
+        x = x.detach().to("cpu", torch.float64)
+        if self.steps is None or step is None:
+            place = torch.zeros(len(x), dtype=torch.int64)
+        else:
+            place = torch.searchsorted(self.steps, step.cpu().long())
+        self.count.index_add_(0, place, torch.ones(len(x), dtype=torch.float64))
+        self.sum.index_add_(0, place, x)
+        self.square.index_add_(0, place, x.square().sum(1))
+
+    def fit(
+        self,
+        *,
+        centre: bool = True,
+        timesteps: Tensor | None = None,
+        sigmas: Tensor | None = None,
+    ) -> Normaliser:
+        """Return the normaliser after which every step has mean 0 and E |y|^2 = d.
+
+        Args:
+            centre: subtract the mean; otherwise only scale.
+            timesteps: [S], kept with it.
+            sigmas: [S], kept with it.
+
+        Raises:
+            ValueError: a step without rows.
+        """
+        if not bool((self.count > 0).all()):
+            raise ValueError("Normaliser: expected rows of every step, got a step without any")
+        mean = self.sum / self.count[:, None]
+        second = self.square / self.count
+        variance = second - mean.square().sum(1) if centre else second
+        if not centre:
+            mean = torch.zeros_like(mean)
+        scale = (variance / self.sum.shape[1]).clamp(min=0).sqrt()
+        # Constant rows have nothing to scale.
+        scale = torch.where(scale > 1e-12 * second.sqrt().clamp(min=1e-30), scale, 1.0)
+        return Normaliser(mean, scale, self.steps, timesteps, sigmas)
