@@ -4,8 +4,9 @@
 from .. import _native
 from ._library import backends, register_triton
 from .tap import tap_
+from .topk_encode import Codes, topk_encode, topk_encode_fallbacks
 
 _native.load()
 register_triton()
 
-__all__ = ["backends", "tap_"]
+__all__ = ["Codes", "backends", "tap_", "topk_encode", "topk_encode_fallbacks"]
