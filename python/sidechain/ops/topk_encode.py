@@ -3,18 +3,16 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..reference import topk_encode as _reference
-from . import _library
+from . import _checks, _library
+from ._topk_encode import PRECISIONS
 
 MODES = ("topk", "batch_topk", "threshold")
-PRECISIONS = ("fp32", "bf16", "int8")
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_DOUBLES = (*_FLOATS, torch.float64)
 _fallbacks: dict[torch.device, Tensor] = {}
 
 
@@ -103,9 +101,7 @@ def topk_encode(
         bf16 = precision == "bf16"
         if mode == "topk":
             return Codes(*_reference.topk_encode(x, w_enc, b_enc, b_pre, kept, bf16=bf16), None)
-        return Codes(
-            *_reference.topk_encode_ragged(x, w_enc, b_enc, b_pre, kept, limit, bf16=bf16)
-        )
+        return Codes(*_reference.topk_encode_ragged(x, w_enc, b_enc, b_pre, kept, limit, bf16=bf16))
     level = PRECISIONS.index(precision)
     offsets = None
     if mode == "topk":
@@ -151,19 +147,29 @@ def _check_tensors(
     b_pre: Tensor | None,
     guess: Tensor | None,
 ) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"topk_encode: expected x to be a tensor, got {type(x).__name__}")
-    dtypes = _DOUBLES if x.dtype == torch.float64 else _FLOATS
-    _tensor("x", x, x, _DOUBLES, ("N", "d"), "rows, width")
-    width = x.shape[1]
-    _tensor("w_enc", w_enc, x, dtypes, ("F", width), "d=x.size(1)")
-    if b_enc is not None:
-        _tensor("b_enc", b_enc, x, dtypes, (w_enc.shape[0],), "F=w_enc.size(0)")
-    if b_pre is not None:
-        _tensor("b_pre", b_pre, x, dtypes, (width,), "d=x.size(1)")
+    _checks.is_tensor("topk_encode", "x", x, _checks.ANY_FLOAT)
+    if x.dim() != 2:
+        raise ValueError(f"topk_encode: expected x of shape [N, d], got {list(x.shape)}")
+    rows, width = x.shape
+    dtypes = _dtypes(x)
+    _checks.tensor("topk_encode", "w_enc", w_enc, x.device, dtypes, ("F", width), "d=x.size(1)")
+    features = w_enc.shape[0]
+    for name, t, size, why in (
+        ("b_enc", b_enc, features, "F=w_enc.size(0)"),
+        ("b_pre", b_pre, width, "d=x.size(1)"),
+    ):
+        if t is not None:
+            _checks.tensor("topk_encode", name, t, x.device, dtypes, (size,), why)
     if guess is not None:
         one = isinstance(guess, Tensor) and guess.dim() == 1 and guess.shape[0] == 1
-        _tensor("guess", guess, x, _FLOATS[:1], (1 if one else x.shape[0],), "1 or N=x.size(0)")
+        shape = (1 if one else rows,)
+        why = "1 or N=x.size(0)"
+        _checks.tensor("topk_encode", "guess", guess, x.device, _checks.SINGLE, shape, why)
+
+
+def _dtypes(x: Tensor) -> tuple[torch.dtype, ...]:
+    """What stands beside x; only the reference computes in float64."""
+    return _checks.ANY_FLOAT if x.dtype == torch.float64 else _checks.FLOATS
 
 
 def _check_mode(
@@ -176,7 +182,9 @@ def _check_mode(
 ) -> Tensor | None:
     """Check what chooses the features; return the threshold as a tensor [1] or [F]."""
     if mode not in MODES:
-        raise ValueError(f"topk_encode: expected mode to be one of {', '.join(MODES)}, got {mode!r}")
+        raise ValueError(
+            f"topk_encode: expected mode to be one of {', '.join(MODES)}, got {mode!r}"
+        )
     if precision not in PRECISIONS:
         raise ValueError(
             f"topk_encode: expected precision to be one of {', '.join(PRECISIONS)}, "
@@ -197,8 +205,9 @@ def _check_mode(
     if k is not None:
         raise ValueError(f"topk_encode: expected no k [mode='threshold'], got {k}")
     if isinstance(threshold, Tensor):
-        dtypes = _DOUBLES if x.dtype == torch.float64 else _FLOATS
-        _tensor("threshold", threshold, x, dtypes, (w_enc.shape[0],), "F=w_enc.size(0)")
+        shape = (w_enc.shape[0],)
+        why = "F=w_enc.size(0)"
+        _checks.tensor("topk_encode", "threshold", threshold, x.device, _dtypes(x), shape, why)
         return threshold
     if not isinstance(threshold, int | float) or isinstance(threshold, bool):
         raise TypeError(
@@ -209,198 +218,3 @@ def _check_mode(
         raise ValueError("topk_encode: expected threshold to be a number, got nan")
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     return torch.full((1,), float(threshold), dtype=wide, device=x.device)
-
-
-def _tensor(
-    name: str,
-    t: Tensor,
-    x: Tensor,
-    dtypes: tuple[torch.dtype, ...],
-    shape: tuple[int | str, ...],
-    why: str,
-) -> None:
-    """Check type, dtype, device and shape; a letter in `shape` stands for any size."""
-    if not isinstance(t, Tensor):
-        raise TypeError(f"topk_encode: expected {name} to be a tensor, got {type(t).__name__}")
-    if t.dtype not in dtypes:
-        names = " | ".join(str(d).removeprefix("torch.") for d in dtypes)
-        got = str(t.dtype).removeprefix("torch.")
-        raise TypeError(f"topk_encode: expected {name} of {names}, got {got}")
-    if t.device != x.device:
-        raise RuntimeError(
-            f"topk_encode: expected {name} on {x.device} [device of x], got {t.device}"
-        )
-    fits = t.dim() == len(shape) and all(
-        isinstance(want, str) or want == got for want, got in zip(shape, t.shape, strict=True)
-    )
-    if not fits:
-        expected = ", ".join(map(str, shape))
-        raise ValueError(
-            f"topk_encode: expected {name} of shape [{expected}] ({why}), got {list(t.shape)}"
-        )
-
-
-def _fixed(
-    x: Tensor,
-    w_enc: Tensor,
-    b_enc: Tensor | None,
-    b_pre: Tensor | None,
-    k: int,
-    precision: int,
-    guess: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    bf16 = PRECISIONS[precision] == "bf16"
-    values, indices = _reference.topk_encode(x, w_enc, b_enc, b_pre, k, bf16=bf16)
-    return values.contiguous(), indices, x.new_zeros(1, dtype=torch.int64)
-
-
-def _ragged(
-    x: Tensor,
-    w_enc: Tensor,
-    b_enc: Tensor | None,
-    b_pre: Tensor | None,
-    k: int,
-    threshold: Tensor | None,
-    precision: int,
-    guess: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    bf16 = PRECISIONS[precision] == "bf16"
-    codes = _reference.topk_encode_ragged(x, w_enc, b_enc, b_pre, k, threshold, bf16=bf16)
-    return *codes, x.new_zeros(1, dtype=torch.int64)
-
-
-def _backward(
-    grad: Tensor,
-    indices: Tensor,
-    offsets: Tensor | None,
-    x: Tensor,
-    w_enc: Tensor,
-    b_pre: Tensor | None,
-    precision: int,
-    need_x: bool,
-    need_w: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    bf16 = PRECISIONS[precision] == "bf16"
-    dx, dw, db = _reference.topk_encode_backward(
-        grad, indices, offsets, x, w_enc, b_pre, bf16=bf16
-    )
-    return dx if need_x else dx.new_empty(0), dw if need_w else dw.new_empty(0), db
-
-
-def _fixed_fake(
-    x: Tensor,
-    w_enc: Tensor,
-    b_enc: Tensor | None,
-    b_pre: Tensor | None,
-    k: int,
-    precision: int,
-    guess: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    values = x.new_empty(x.shape[0], k, dtype=_sum_dtype(x))
-    return values, values.new_empty(values.shape, dtype=torch.int32), _one_count(x)
-
-
-def _ragged_fake(
-    x: Tensor,
-    w_enc: Tensor,
-    b_enc: Tensor | None,
-    b_pre: Tensor | None,
-    k: int,
-    threshold: Tensor | None,
-    precision: int,
-    guess: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    nnz = torch.library.get_ctx().new_dynamic_size()
-    values = x.new_empty(nnz, dtype=_sum_dtype(x))
-    indices = x.new_empty(nnz, dtype=torch.int32)
-    return values, indices, x.new_empty(x.shape[0] + 1, dtype=torch.int64), _one_count(x)
-
-
-def _backward_fake(
-    grad: Tensor,
-    indices: Tensor,
-    offsets: Tensor | None,
-    x: Tensor,
-    w_enc: Tensor,
-    b_pre: Tensor | None,
-    precision: int,
-    need_x: bool,
-    need_w: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = _sum_dtype(x)
-    dx = x.new_empty(x.shape if need_x else (0,), dtype=dtype)
-    dw = x.new_empty(w_enc.shape if need_w else (0,), dtype=dtype)
-    return dx, dw, x.new_empty(w_enc.shape[0], dtype=dtype)
-
-
-def _sum_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _one_count(x: Tensor) -> Tensor:
-    return x.new_empty(1, dtype=torch.int64)
-
-
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, w_enc, b_enc, b_pre = inputs[:4]
-    ragged = len(output) == 4
-    ctx.save_for_backward(x, w_enc, b_enc, b_pre, output[1], output[2] if ragged else None)
-    ctx.precision = inputs[6] if ragged else inputs[5]
-
-
-def _gradients(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-    """Gradients of the inputs of `topk_encode` or `topk_encode_ragged`."""
-    x, w_enc, b_enc, b_pre, indices, offsets = ctx.saved_tensors
-    need_x, need_w, need_b, need_pre = ctx.needs_input_grad[:4]
-    dx, dw, db = torch.ops.sidechain.topk_encode_backward.default(
-        grad, indices, offsets, x, w_enc, b_pre, ctx.precision, need_x or need_pre, need_w
-    )
-    unused = (None,) * (3 if offsets is None else 4)
-    return (
-        dx.to(x.dtype) if need_x else None,
-        dw.to(w_enc.dtype) if need_w else None,
-        db.to(b_enc.dtype) if need_b else None,
-        dx.sum(0).neg().to(b_pre.dtype) if need_pre else None,
-        *unused,
-    )
-
-
-def _refuse_second_gradient(ctx: Any, *_: Any) -> None:
-    raise NotImplementedError(
-        "topk_encode: expected one backward pass [the gradient is an op of its own; "
-        'backend="reference" is differentiable twice], got a gradient of the gradient'
-    )
-
-
-_WITHOUT = {
-    "cuda": "matrix-shaped work on the GPU is Triton's",
-    "triton": "no kernel yet: the reference runs on the GPU",
-}
-_library.define(
-    "topk_encode(Tensor x, Tensor w_enc, Tensor? b_enc, Tensor? b_pre, int k, int precision, "
-    "Tensor? guess) -> (Tensor, Tensor, Tensor)",
-    reference=_fixed,
-    fake=_fixed_fake,
-    without=_WITHOUT,
-)
-_library.define(
-    "topk_encode_ragged(Tensor x, Tensor w_enc, Tensor? b_enc, Tensor? b_pre, int k, "
-    "Tensor? threshold, int precision, Tensor? guess) -> (Tensor, Tensor, Tensor, Tensor)",
-    reference=_ragged,
-    fake=_ragged_fake,
-    without=_WITHOUT,
-)
-_library.define(
-    "topk_encode_backward(Tensor grad, Tensor indices, Tensor? offsets, Tensor x, Tensor w_enc, "
-    "Tensor? b_pre, int precision, bool need_x, bool need_w) -> (Tensor, Tensor, Tensor)",
-    reference=_backward,
-    fake=_backward_fake,
-    without=_WITHOUT,
-)
-for _op in ("topk_encode", "topk_encode_ragged"):
-    torch.library.register_autograd(
-        f"sidechain::{_op}", _gradients, setup_context=_save, lib=_library.library
-    )
-torch.library.register_autograd(
-    "sidechain::topk_encode_backward", _refuse_second_gradient, lib=_library.library
-)
