@@ -28,7 +28,7 @@ else
 INSTALLED := $(VENV)/.installed-native
 endif
 
-.PHONY: demo test test-python test-native lint types bench zoo-music install clean
+.PHONY: demo test test-python test-native lint types bench bench-ops bench-hooks zoo-music install clean
 
 install: $(INSTALLED)
 
@@ -57,8 +57,11 @@ endif
 test-python: $(INSTALLED)
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
-bench: $(INSTALLED)
-	$(BIN)/python bench/bench_ops.py
+# One result file for each machine; a newer run replaces the older one of the same work.
+bench: bench-ops bench-hooks
+
+bench-ops bench-hooks: bench-%: $(INSTALLED)
+	$(BIN)/sidechain bench $* --threads 1 --json bench/results
 
 zoo-music: $(INSTALLED)
 	$(PIP) --no-deps tinysoundfont

@@ -25,14 +25,13 @@ FLOOR = 0.8  # share of clips that must keep what steering should leave alone
 def ops_table() -> list[str]:
     """Eager, compiled and native times of the largest case of `tap_`."""
     lines = []
-    for path in sorted(RESULTS.glob("*-cores.json")):
-        record = json.loads(path.read_text())[-1]
-        rows = pd.DataFrame(record["rows"])
+    for run in runs("ops", "tap_", "cpu"):
+        rows = pd.DataFrame(run["rows"])
         case = "capture+steer+renorm-R8-T1025-C1536"
         lines += [
-            f"`tap_`, capture + steer + renorm at [8, 1025, 1536], {record['isa']}, "
-            f"{record['threads']} thread(s), {record['date']}, torch {record['torch']}, commit "
-            f"{record['commit']} (`make bench`):",
+            f"`tap_`, capture + steer + renorm at [8, 1025, 1536], {run['isa']}, "
+            f"{run['threads']} thread(s), {run['date']}, torch {run['versions']['torch']}, commit "
+            f"{run['commit']} (`make bench-ops`):",
             "",
             "| dtype | eager | `torch.compile` | native | against eager | against compiled |",
             "|---|---|---|---|---|---|",
@@ -46,8 +45,56 @@ def ops_table() -> list[str]:
                 f"{times['compile'] / times.cpu:.1f}x |"
             )
         lines.append("")
-    lines += ["GPU: not measured yet.", ""]
     return lines
+
+
+def gpu_table() -> list[str]:
+    """The native candidates of every op on every GPU that was measured."""
+    lines = []
+    found = runs("ops", None, "cuda")
+    for name in dict.fromkeys(run["name"] for run in found):
+        here = [run for run in found if run["name"] == name]
+        first, limits = here[0], here[0]["limits"]
+        lines += [
+            f"{name}, {first['date']}, torch {first['versions']['torch']}, CUDA "
+            f"{first['versions']['cuda']}, commit {first['commit']} (`bench/gpu.sh`); measured "
+            f"limits: copy {limits['copy_gbytes_per_s']:g} GB/s, bf16 products "
+            f"{limits['bf16_matrix_tflops']:g} TFLOP/s:",
+            "",
+            "| op, case | dtype | backend | us | of the limit | against plain torch | "
+            "against compiled |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        for run in here:
+            lines += [_gpu_row(run["op"], row) for row in run["rows"] if row["kind"] == "ours"]
+        lines.append("")
+    return lines or ["GPU: not measured yet.", ""]
+
+
+def _gpu_row(op: str, row: dict) -> str:
+    """One line of the GPU table; what could not be compared stays blank."""
+
+    def figure(value: float | None, form: str) -> str:
+        return "" if value is None else format(value, form)
+
+    return (
+        f"| `{op}` {row['case']} | {row['dtype']} | {row['provider']} | "
+        f"{figure(row['median_us'], '.1f')} | {figure(row['share'], '.0%')} | "
+        f"{figure(row['times_plain'], '.2f')}x | {figure(row['times_compiled'], '.2f')}x |"
+    ).replace(" x |", " |")
+
+
+def runs(section: str, op: str | None, device: str) -> list[dict]:
+    """Stored runs of a section; None as op stands for all."""
+    found = []
+    for path in sorted(RESULTS.glob("*.json")):
+        record = json.loads(path.read_text())
+        found += [
+            run
+            for run in record.get("runs", [])
+            if run["section"] == section and op in (None, run["op"]) and run["device"] == device
+        ]
+    return found
 
 
 def sharing_table() -> list[str]:
@@ -176,6 +223,7 @@ def main() -> int:
         START,
         "## Measured",
         *ops_table(),
+        *gpu_table(),
         *sharing_table(),
         *localization_table(),
         *steering_table(),

@@ -20,6 +20,7 @@ __all__ = ["SteeringVector", "capture", "contexts", "patch", "sites", "steer"]
 
 _LAZY_MODULES = frozenset(
     {
+        "bench",
         "cli",
         "data",
         "doctor",

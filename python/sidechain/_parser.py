@@ -13,6 +13,7 @@ from sidechain._version import __version__
 Command = Callable[[argparse.Namespace], int]
 
 BAD_INPUT = 2
+BENCHES = ("ops", "hooks")
 ARMS = ("localized", "all", "ablated", "random")
 PASSES = (
     "cond_only",
@@ -46,6 +47,7 @@ def build_parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
     _add_steer(commands, run["steer"])
     _add_curves(commands, run["curves"])
     _add_impact(commands, run["impact"])
+    _add_bench(commands, run["bench"])
     _add_doctor(commands, run["doctor"])
     return parser
 
@@ -250,6 +252,37 @@ def _add_impact(commands: Any, run: Command) -> None:
         "--tau", default="0.10", metavar="X", help="functional from this mean on (default 0.10)"
     )
     parser.add_argument("--metric", metavar="NAME", help="use the rows of this metric only")
+
+
+def _add_bench(commands: Any, run: Command) -> None:
+    parser = _new(
+        commands,
+        "bench",
+        "time this machine: ops, hooks and training steps against plain torch",
+        run,
+        long="Measure what this machine can do at best (copy bandwidth, matrix rates), then run "
+        "every op (ops), taps at a site (hooks) or SAE training steps (sae) beside what one would "
+        "write in plain torch, eager and compiled. Prints times, rates, shares of the limit and "
+        "ratios; everything is checked for equal results before it is timed.",
+    )
+    parser.add_argument(
+        "section",
+        nargs="?",
+        choices=BENCHES,
+        default="ops",
+        metavar="ops|hooks|sae",
+        help="what to time (default %(default)s)",
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
+    parser.add_argument("--threads", metavar="N", help="of torch on the CPU (default: its own)")
+    parser.add_argument("--only", default="", metavar="TEXT", help="ops or cases with this text")
+    parser.add_argument(
+        "--seconds", default="0.6", metavar="X", help="for each candidate (default %(default)s)"
+    )
+    parser.add_argument(
+        "--json", metavar="FILE", help="merge the result into this file, or one in this folder"
+    )
+    parser.add_argument("--compare", metavar="FILE", help="compare with this result file")
 
 
 def _add_doctor(commands: Any, run: Command) -> None:

@@ -172,6 +172,22 @@ def _impact(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _bench(arguments: argparse.Namespace) -> int:
+    from sidechain.bench import command
+
+    threads = arguments.threads
+    command.run(
+        arguments.section,
+        device=arguments.device,
+        threads=None if threads is None else options.whole("--threads", threads, 1),
+        only=arguments.only,
+        seconds=options.finite("--seconds", arguments.seconds, least=0.0),
+        json=Path(arguments.json) if arguments.json else None,
+        compare=options.readable("--compare", arguments.compare) if arguments.compare else None,
+    )
+    return 0
+
+
 def _doctor(arguments: argparse.Namespace) -> int:
     from sidechain.doctor import doctor_report, format_doctor
 
@@ -187,6 +203,7 @@ COMMANDS: dict[str, Command] = {
     "steer": _steer,
     "curves": _curves,
     "impact": _impact,
+    "bench": _bench,
     "doctor": _doctor,
 }
 

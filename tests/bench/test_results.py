@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import sidechain
+from bench.support import doubling
+from sidechain import cli
+from sidechain.bench import command, ops, results
+from sidechain.bench.cases import Row, run_case
+from sidechain.bench.machine import Machine
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def a_run(
+    op: str = "tap_", threads: int | None = 1, us: float = 5.0, **more: Any
+) -> dict[str, Any]:
+    row = Row("c", "f32", "cpu", "ours", 10, 0, median_us=us)
+    return results.new_run("ops", op, {"device": "cpu", "threads": threads, **more}, [row])
+
+
+class TestFile:
+    def test_a_newer_run_replaces_only_its_own(self, tmp_path: Path) -> None:
+        path = tmp_path / "deep" / "m.json"
+        for run in (a_run(us=5.0), a_run(threads=2), a_run("other_"), a_run(us=7.0)):
+            results.merge(path, run)
+        runs = results.read(path)
+        assert [(r["op"], r["threads"]) for r in runs] == [("other_", 1), ("tap_", 1), ("tap_", 2)]
+        assert runs[1]["rows"][0]["median_us"] == 7.0
+        assert [p.name for p in path.parent.iterdir()] == ["m.json"]
+
+    def test_runs_without_rows_and_sections_live_together(self, tmp_path: Path) -> None:
+        path = tmp_path / "m.json"
+        results.merge(path, results.new_run("correctness", None, {"passed": 3}, []))
+        results.merge(path, a_run())
+        assert [r["section"] for r in results.read(path)] == ["correctness", "ops"]
+
+    def test_one_line_a_row(self, tmp_path: Path) -> None:
+        path = tmp_path / "m.json"
+        results.merge(path, a_run())
+        assert sum('"median_us"' in line for line in path.read_text().splitlines()) == 1
+
+    @pytest.mark.parametrize(
+        ("text", "match"),
+        [("{", "in JSON"), ("[]", "format 2 in .*, got list"), ('{"format": 9}', "got 9")],
+    )
+    def test_other_files_are_refused(self, text: str, match: str, tmp_path: Path) -> None:
+        path = tmp_path / "m.json"
+        path.write_text(text)
+        with pytest.raises(ValueError, match=f"^bench: expected results.*{match}"):
+            results.merge(path, a_run())
+        assert path.read_text() == text
+
+    def test_the_committed_files_are_readable(self) -> None:
+        stored = [p for p in (ROOT / "bench" / "results").glob("*-cores.json")]
+        assert stored
+        for path in stored:
+            for run in results.read(path):
+                for row in run["rows"]:
+                    Row(**row)
+
+
+class TestCommit:
+    def test_a_copied_tree_names_its_commit(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(sidechain, "__file__", str(tmp_path / "__init__.py"))
+        assert results.commit() == "installed"
+        (tmp_path / "COMMIT").write_text("abc1234\n")
+        assert results.commit() == "abc1234"
+
+
+class TestText:
+    def test_table_leaves_empty_columns_out(self) -> None:
+        rows = [
+            Row("c", "f32", "eager", "plain", 1, 0, median_us=12.34, times_plain=1.0),
+            Row("c", "f32", "peer", "peer", 1, 0, failed="ImportError: not installed"),
+        ]
+        text = results.table(rows)
+        assert "12.3" in text
+        assert "TFLOP/s" not in text
+        assert "c f32 peer: failed: ImportError: not installed" in text
+
+    def test_comparison(self) -> None:
+        text = results.comparison([a_run(us=2.0)], [a_run(us=5.0)])
+        assert text.splitlines()[1].split()[:6] == ["c", "f32", "cpu", "2.0", "5.0", "2.50"]
+        assert "nothing in common" in results.comparison([a_run("a_")], [a_run("b_")])
+
+
+@pytest.fixture
+def doubler(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = SimpleNamespace(OP="double", cases=lambda device: [doubling()])
+    monkeypatch.setattr(ops, "modules", lambda only="": [module])
+    monkeypatch.setattr(Machine, "facts", lambda self: {
+        "device": "cpu", "name": "here", "threads": 1, "limits": {"copy_gbytes_per_s": 1.0},
+        "versions": {"torch": "2"},
+    })  # fmt: skip
+
+
+@pytest.mark.usefixtures("doubler")
+class TestCommand:
+    def test_stores_and_compares(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        path = tmp_path / "r.json"
+        assert cli.main(["bench", "--seconds", "0", "--json", str(path)]) == 0
+        assert json.loads(path.read_text())["runs"][0]["op"] == "double"
+        arguments = ["bench", "ops", "--seconds", "0", "--compare", str(path)]
+        assert cli.main(arguments) == 0
+        out = capsys.readouterr().out
+        assert "here, 1 thread(s), torch 2: copy_gbytes_per_s 1.0" in out
+        assert "times faster" in out
+
+    def test_a_folder_gets_a_file_of_this_machine(self, tmp_path: Path) -> None:
+        command.run("ops", seconds=0.0, json=tmp_path)
+        (path,) = tmp_path.iterdir()
+        assert path.stem == Machine("cpu").slug
+
+    @pytest.mark.parametrize(
+        ("arguments", "match"),
+        [
+            (["nonsense"], "invalid choice"),
+            (["--threads", "0"], "--threads: expected"),
+            (["--compare", "missing.json"], "missing.json"),
+            (["--device", "tpu"], "invalid choice"),
+        ],
+    )
+    def test_bad_input(
+        self, arguments: list[str], match: str, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert cli.main(["bench", *arguments]) == 2
+        assert match in capsys.readouterr().err
+
+
+class TestOps:
+    def test_unknown_op(self) -> None:
+        with pytest.raises(ValueError, match=r"bench: expected an op of tap_.*, got 'nope'"):
+            ops.modules("nope")
+
+    @pytest.mark.parametrize("module", ops.modules(), ids=lambda m: m.OP)
+    def test_small_cases_check(self, module: Any) -> None:
+        """The path of the GPU host, on the CPU; the case table itself is tested with the op."""
+        found = list(module.small("cpu"))
+        assert found
+        for case in found[:2]:
+            for candidate in case.candidates:
+                case.check(candidate)
+
+    @pytest.mark.parametrize("module", ops.modules(), ids=lambda m: m.OP)
+    def test_timed_cases_are_complete(self, module: Any) -> None:
+        for case in module.cases("cpu"):
+            kinds = [c.kind for c in case.candidates]
+            assert kinds[0] == "plain"
+            assert {"compiled", "ours"} <= set(kinds)
+            assert case.moved > 0
+
+    def test_one_case_end_to_end(self) -> None:
+        case = next(ops.modules("tap_")[0].small("cpu"))
+        rows = run_case(case, Machine("cpu", seconds=0.0), seconds=0.0)
+        assert {r.kind for r in rows} == {"ours"}
+        assert all(r.median_us for r in rows)
