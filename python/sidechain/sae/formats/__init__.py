@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dictionaries in the files of other libraries: read, write, and tell which one it is.
+
+| format                | files                             | holds                              |
+|-----------------------|-----------------------------------|------------------------------------|
+| `sidechain`           | one safetensors file              | everything                         |
+| `sparsify`            | cfg.json, sae.safetensors         | topk and its transcoders           |
+| `tada`                | cfg.json, sae.safetensors         | topk                               |
+| `saelens`             | cfg.json, sae_weights.safetensors | topk, jumprelu, relu, gated;       |
+|                       |                                   | relu and jumprelu transcoders      |
+| `dictionary_learning` | config.json, ae.pt                | all but transcoders                |
+
+What a format cannot express is refused with NotImplementedError rather than approximated; what it
+expresses otherwise (biases before or after, norms of decoder rows, input scales) is folded into
+the weights, so that encoding and decoding stay the same map.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..model import Sae
+from . import dictionary_learning, saelens, sparsify
+from .parts import folder_of, plain, read_json
+
+__all__ = ["FORMATS", "detect", "load", "save"]
+
+
+class _Format(NamedTuple):
+    read: Callable[[Path], Sae]
+    write: Callable[[Sae, Path], None]
+
+
+_FOREIGN: dict[str, _Format] = {
+    "sparsify": _Format(sparsify.read, sparsify.write),
+    "tada": _Format(sparsify.read, sparsify.write_tada),
+    "saelens": _Format(saelens.read, saelens.write),
+    "dictionary_learning": _Format(dictionary_learning.read, dictionary_learning.write),
+}
+#: Names that `load` and `save` take.
+FORMATS = ("sidechain", *_FOREIGN)
+
+
+def detect(path: str | os.PathLike[str]) -> str:
+    """Name the format of a file or folder by the names of its files and the keys of its config.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: none of `FORMATS`.
+    """
+    place = Path(path)
+    if not place.exists():
+        raise FileNotFoundError(f"formats: expected a dictionary, got nothing at {place}")
+    if place.is_file() and place.suffix == ".safetensors" and not _has_config(place.parent):
+        return "sidechain"
+    folder = folder_of(place)
+    if (folder / saelens.WEIGHTS).is_file():
+        return "saelens"
+    if (folder / sparsify.WEIGHTS).is_file() and (folder / sparsify.CONFIG).is_file():
+        return "tada" if sparsify.is_tada(read_json(folder / sparsify.CONFIG)) else "sparsify"
+    if (folder / dictionary_learning.WEIGHTS).is_file():
+        return "dictionary_learning"
+    found = sorted(entry.name for entry in folder.iterdir())[:8]
+    raise ValueError(
+        f"formats: expected files of one of {', '.join(FORMATS)}, got {found} in {folder}"
+    )
+
+
+def load(path: str | os.PathLike[str], format: str = "auto", *, device: Any = None) -> Sae:
+    """Read a dictionary of any known format, in eval mode.
+
+    Args:
+        path: the folder, or a file in it.
+        format: one of `FORMATS`; "auto" asks `detect`.
+        device: where to put it.
+
+    Returns:
+        A dictionary in float32 with the same encoding and reconstruction.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: corrupted, unsafe (a pickle with code in it) or inconsistent files.
+        NotImplementedError: a feature of the format that this package cannot represent.
+    """
+    name = detect(path) if format == "auto" else _known(format)
+    if name == "sidechain":
+        return Sae.load(path, device=device)
+    return _FOREIGN[name].read(folder_of(Path(path))).to(device).eval()
+
+
+def save(
+    sae: Sae, path: str | os.PathLike[str], format: str = "sidechain", *, step: int | None = None
+) -> Path:
+    """Write a dictionary in a format.
+
+    Args:
+        sae: the dictionary.
+        path: file (`sidechain`) or folder (all others, made if missing).
+        format: one of `FORMATS`.
+        step: scheduler step to fold the normalisation of, where it differs from step to step: the
+            other formats know no steps.
+
+    Raises:
+        ValueError: a step is needed, or an unknown format.
+        NotImplementedError: an architecture that the format does not have.
+    """
+    if _known(format) == "sidechain":
+        return sae.save(path)
+    target = Path(path)
+    _FOREIGN[format].write(plain(sae, step), target)
+    return target
+
+
+def _known(name: str) -> str:
+    if name not in FORMATS:
+        raise ValueError(
+            f"formats: expected format to be one of {', '.join(FORMATS)}, got {name!r}"
+        )
+    return name
+
+
+def _has_config(folder: Path) -> bool:
+    return (folder / sparsify.CONFIG).is_file()

@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the readers and writers of all formats share."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from ..._atomic import write_atomic
+from ..config import Provenance, SaeConfig
+from ..files import fill
+from ..model import Sae
+
+#: Rows whose norm is this close to 1 were normalised, in whatever precision they were kept.
+_UNIT_TOLERANCE = 2.0**-7
+
+
+def folder_of(path: Path) -> Path:
+    """The folder of a format: `path` itself, or the one that holds the file `path`."""
+    return path.parent if path.is_file() else path
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: not a JSON object.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"formats: expected a file, got nothing at {path}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"formats: expected JSON in {path}, got {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"formats: expected a JSON object in {path}, got {type(content).__name__}")
+    return content
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file, whole or not at all; its folder is made if it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, data)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON object, whole or not at all."""
+    write_bytes(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Read every tensor of a safetensors file, as it was stored.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: corrupted.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"formats: expected a file, got nothing at {path}")
+    try:
+        return dict(safetensors.torch.load_file(path))
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"formats: expected an intact safetensors file, got {path}: {error}"
+        ) from None
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors as one safetensors file, whole or not at all."""
+    write_bytes(path, safetensors.torch.save({k: cpu(t) for k, t in tensors.items()}))
+
+
+def write_pickle(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a state dict with `torch.save`, whole or not at all."""
+    stream = io.BytesIO()
+    torch.save({k: cpu(t) for k, t in tensors.items()}, stream)
+    write_bytes(path, stream.getvalue())
+
+
+def read_pickle(path: Path) -> dict[str, Tensor]:
+    """Read a state dict that `torch.save` wrote, without running code from the file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: the file is damaged, holds anything but tensors, or asks for code to be run.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"formats: expected a file, got nothing at {path}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        asked = str(error).splitlines()[0]
+        raise ValueError(
+            f"formats: expected a state dict of plain tensors in {path} [a pickle that runs code "
+            f"is not opened], got one that is refused: {asked}; where you trust it, load it with "
+            "the library that wrote it and torch.save(module.state_dict(), path), or save it as "
+            "safetensors"
+        ) from None
+    except (RuntimeError, EOFError, ValueError) as error:
+        raise ValueError(f"formats: expected an intact .pt file, got {path}: {error}") from None
+    if not isinstance(content, Mapping) or not all(isinstance(t, Tensor) for t in content.values()):
+        raise ValueError(
+            f"formats: expected a state dict of tensors in {path}, got {type(content).__name__}"
+        )
+    return dict(content)
+
+
+def take(tensors: dict[str, Tensor], *names: str, where: Path) -> Tensor:
+    """Remove and return the first tensor of these names.
+
+    Raises:
+        ValueError: none is there.
+    """
+    for name in names:
+        if name in tensors:
+            return tensors.pop(name)
+    raise ValueError(
+        f"formats: expected a tensor {' or '.join(names)} in {where}, got {sorted(tensors)}"
+    )
+
+
+def leftover(tensors: Mapping[str, Tensor], where: Path) -> None:
+    """Raise if a file holds tensors that nobody asked for: they would change the map.
+
+    Raises:
+        ValueError: there are some.
+    """
+    if tensors:
+        raise ValueError(f"formats: expected no further tensors in {where}, got {sorted(tensors)}")
+
+
+def assemble(
+    config: SaeConfig, tensors: Mapping[str, Tensor], source: str, *, extra: Mapping[str, Any]
+) -> Sae:
+    """Build a dictionary from tensors named as its attributes.
+
+    `config.unit_norm` is set from the rows of `w_dec`.
+
+    Raises:
+        ValueError: shapes that do not fit each other.
+    """
+    unit = (tensors["w_dec"].float().norm(dim=1) - 1).abs().max() < _UNIT_TOLERANCE
+    sae = Sae(
+        replace(config, unit_norm=bool(unit)),
+        provenance=Provenance(source=source, extra=dict(extra)),
+    )
+    given = {name: tensor.float() for name, tensor in tensors.items()}
+    try:
+        fill(sae, given)
+    except ValueError as error:
+        raise ValueError(f"formats: {source}: {error}") from None
+    return sae.eval()
+
+
+def plain(sae: Sae, step: int | None) -> Sae:
+    """The same map at one step as a dictionary without normalisation.
+
+    Raises:
+        ValueError: it normalises each step by itself and no step was given.
+    """
+    if sae.normaliser.is_identity and sae.target_normaliser.is_identity:
+        return sae
+    return sae.folded(step)
+
+
+def with_unit_rows(sae: Sae) -> Sae:
+    """Move the norms of the decoder rows into the encoder, for formats whose activations do."""
+    sae.normalise_decoder()
+    sae.config = replace(sae.config, unit_norm=True)
+    return sae
+
+
+def input_bias(sae: Sae, subtracted: Tensor | None) -> Tensor:
+    """b_enc of the same encoder when `subtracted` is what is taken from its input.
+
+    w (x - b_pre) + b_enc = w (x - s) + b_enc + w (s - b_pre), and likewise for a gate.
+
+    Args:
+        sae: the dictionary.
+        subtracted: s [d_in], None for 0.
+    """
+    with torch.no_grad():
+        moved = shift(sae, subtracted)
+        gain = 1.0 if sae.r_mag is None else sae.r_mag.double().exp()
+        return (sae.b_enc.double() + gain * moved).float()
+
+
+def shift(sae: Sae, subtracted: Tensor | None) -> Tensor:
+    """w_enc (s - b_pre) [F] in float64, exactly zero where nothing has to move."""
+    with torch.no_grad():
+        start = torch.zeros_like(sae.b_pre) if subtracted is None else subtracted
+        return sae.w_enc.double() @ (start.double() - sae.b_pre.double())
+
+
+def cpu(tensor: Tensor) -> Tensor:
+    """A detached copy in memory order, as files want it."""
+    return tensor.detach().cpu().contiguous()

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Folders of sparsify (eai-sparsify 1.3) and of TADA, which grew out of it.
+
+`sae.safetensors` holds encoder.weight [F, d], encoder.bias [F], W_dec [F, d] and b_dec [d]. The
+input has b_dec taken off before encoding, unless sparsify's `transcode` is set. TADA trains with
+one selection over the batch and reads with one for each token, which is `topk` here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import SaeConfig
+from ..model import Sae
+from .parts import (
+    assemble,
+    input_bias,
+    leftover,
+    read_json,
+    read_safetensors,
+    take,
+    write_json,
+    write_safetensors,
+)
+
+CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
+_TADA_KEYS = frozenset({"batch_topk", "sample_topk", "input_unit_norm"})
+#: Settings that change the map in a way `Sae` has no word for, with what they would be.
+_REFUSED = {
+    "skip_connection": "a linear skip from input to output",
+    "sample_topk": "a selection over all tokens of a clip",
+    "input_unit_norm": "a normalisation of every token by itself",
+    "signed": "negative activations",
+}
+
+
+def is_tada(config: dict[str, Any]) -> bool:
+    """Whether a cfg.json has the settings that only TADA's trainer writes."""
+    return bool(_TADA_KEYS & config.keys())
+
+
+def read(folder: Path) -> Sae:
+    """Read a folder of either library; see `formats.load`."""
+    config = read_json(folder / CONFIG)
+    name = "tada" if is_tada(config) else "sparsify"
+    for setting, meaning in _REFUSED.items():
+        if config.get(setting):
+            raise NotImplementedError(
+                f"formats: expected {name} without {setting} [{meaning}], got {setting}=true in "
+                f"{folder / CONFIG}"
+            )
+    if config.get("activation", "topk") != "topk":
+        raise NotImplementedError(
+            f"formats: expected sparsify with activation 'topk', got {config['activation']!r}"
+        )
+    path = folder / WEIGHTS
+    tensors = read_safetensors(path)
+    weight = take(tensors, "encoder.weight", where=path)
+    found = {
+        "w_enc": weight,
+        "b_enc": take(tensors, "encoder.bias", where=path),
+        "w_dec": take(tensors, "W_dec", where=path),
+        "b_dec": take(tensors, "b_dec", where=path),
+    }
+    leftover(tensors, path)
+    transcode = bool(config.get("transcode", False))
+    if transcode:
+        found["b_pre"] = torch.zeros(weight.shape[1])
+    shape = SaeConfig(
+        d_in=weight.shape[1],
+        features=weight.shape[0],
+        architecture="topk",
+        k=int(config["k"]),
+        transcoder=transcode,
+    )
+    return assemble(shape, found, name, extra={"config": config})
+
+
+def write(sae: Sae, folder: Path) -> None:
+    """Write a folder that `sparsify.SparseCoder.load_from_disk` opens."""
+    _check(sae, "sparsify")
+    transcode = sae.config.transcoder
+    settings = {"activation": "topk", "skip_connection": False, "transcode": transcode}
+    _write(sae, folder, settings, subtracts=not transcode)
+
+
+def write_tada(sae: Sae, folder: Path) -> None:
+    """Write a folder that TADA's `Sae.load_from_disk` opens."""
+    _check(sae, "tada")
+    if sae.config.transcoder:
+        raise NotImplementedError("formats: expected an autoencoder for tada, got a transcoder")
+    settings = {"batch_topk": False, "sample_topk": False, "input_unit_norm": False}
+    _write(sae, folder, settings, subtracts=True)
+
+
+def _check(sae: Sae, name: str) -> None:
+    config = sae.config
+    if config.architecture != "topk":
+        raise NotImplementedError(
+            f"formats: expected architecture 'topk' [the only one of {name}], got "
+            f"{config.architecture!r}"
+        )
+    if config.width_out != config.d_in:
+        raise NotImplementedError(
+            f"formats: expected d_out == d_in [{name} has one width], got {config.width_out} and "
+            f"{config.d_in}"
+        )
+
+
+def _write(sae: Sae, folder: Path, settings: dict[str, Any], *, subtracts: bool) -> None:
+    config = sae.config
+    write_safetensors(
+        folder / WEIGHTS,
+        {
+            "encoder.weight": sae.w_enc,
+            "encoder.bias": input_bias(sae, sae.b_dec if subtracts else None),
+            "W_dec": sae.w_dec,
+            "b_dec": sae.b_dec,
+        },
+    )
+    write_json(
+        folder / CONFIG,
+        {
+            "expansion_factor": max(1, config.features // config.d_in),
+            "normalize_decoder": config.unit_norm,
+            "num_latents": config.features,
+            "k": config.k,
+            "multi_topk": False,
+            **settings,
+            "d_in": config.d_in,
+        },
+    )
