@@ -29,6 +29,7 @@ _LAZY_MODULES = frozenset(
         "reference",
         "report",
         "sae",
+        "store",
         "studies",
         "testing",
         "vectors",

@@ -7,7 +7,6 @@ over tokens of what site l puts out at step t in pass p. Source: TADA, arXiv 260
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from tqdm.auto import tqdm
 from ..sites import SiteList, SitePattern, config_hash
 from ..sites import sites as list_sites
 from ..taps import Capture, capture
+from ..taps.generation import generate, model_name, quiet_settings, spread_seeds
 from .vector import Provenance, SteeringVector, unit
 
 
@@ -64,9 +64,9 @@ def caa(
     pairs = _pairs(positive, negative)
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"caa: expected batch_size >= 1, got {batch_size!r}")
-    chosen_seeds = _seeds(seeds, len(pairs))
+    chosen_seeds = spread_seeds("caa", seeds, len(pairs))
     chosen = list_sites(pipe, sites)
-    settings = _quiet_settings(pipe, call)
+    settings = quiet_settings("caa", pipe, call)
     totals: dict[str, Tensor] = {}  # [2, steps, passes, C] float64: sums over + and over -
     tap = capture(pipe, chosen, reduce="mean", passes=passes, tokens=tokens)
     bar = tqdm(total=len(pairs), desc=f"caa {concept}".strip(), unit="pair", disable=not progress)
@@ -74,7 +74,8 @@ def caa(
         for start in range(0, len(pairs), batch_size):
             batch = pairs[start : start + batch_size]
             batch_seeds = chosen_seeds[start : start + batch_size]
-            _generate(pipe, batch, batch_seeds, settings)
+            prompts = [p for p, _ in batch] + [n for _, n in batch]
+            generate(pipe, prompts, batch_seeds + batch_seeds, settings)
             _accumulate(totals, tap, chosen, len(batch))
             labels = tap.labels
             tap.clear()
@@ -89,7 +90,7 @@ def caa(
     provenance = Provenance(
         concept=concept,
         method="caa",
-        model=_model_name(pipe),
+        model=model_name(pipe),
         config_hash=config_hash(pipe),
         normalised=normalise,
         positive=len(pairs),
@@ -114,52 +115,9 @@ def _pairs(positive: Sequence[str], negative: Sequence[str]) -> list[tuple[str, 
     return list(zip(positive, negative, strict=True))
 
 
-def _seeds(seeds: int | Sequence[int], count: int) -> list[int]:
-    if isinstance(seeds, int):
-        return list(range(seeds, seeds + count))
-    if not len(seeds):
-        raise ValueError("caa: expected at least one seed, got none")
-    return [int(seeds[i % len(seeds)]) for i in range(count)]
-
-
-def _quiet_settings(pipe: Any, call: dict[str, Any]) -> dict[str, Any]:
-    """Leave the decoder out: only the denoiser matters here."""
-    taken = {"prompt", "generator", "latents", "num_waveforms_per_prompt"} & call.keys()
-    if taken:
-        raise ValueError(f"caa: expected no {', '.join(sorted(taken))} [set by caa], got it")
-    if "output_type" in inspect.signature(type(pipe).__call__).parameters:
-        return {"output_type": "latent", **call}
-    return dict(call)
-
-
-def _generate(
-    pipe: Any, batch: list[tuple[str, str]], seeds: list[int], settings: dict[str, Any]
-) -> None:
-    prompts = [p for p, _ in batch] + [n for _, n in batch]
-    negative = settings.get("negative_prompt")
-    if isinstance(negative, str):
-        settings = {**settings, "negative_prompt": [negative] * len(prompts)}
-    # Generators on the CPU give the same noise on every device.
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds + seeds]
-    config = getattr(pipe, "_progress_bar_config", None)
-    pipe.set_progress_bar_config(disable=True)
-    try:
-        pipe(prompts, generator=generators, **settings)
-    finally:
-        if config is None:
-            del pipe._progress_bar_config
-        else:
-            pipe._progress_bar_config = config
-
-
 def _accumulate(totals: dict[str, Tensor], tap: Capture, chosen: SiteList, pairs: int) -> None:
     for site in chosen:
         means = tap[site].double()  # [steps, passes, 2 * pairs, C]
         sums = torch.stack([means[:, :, :pairs].sum(2), means[:, :, pairs:].sum(2)])
         known = totals.get(site.name)
         totals[site.name] = sums if known is None else known + sums
-
-
-def _model_name(pipe: Any) -> str:
-    path = getattr(pipe, "name_or_path", None) or getattr(pipe, "_name_or_path", None)
-    return f"{type(pipe).__name__}:{path}" if path else type(pipe).__name__

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Activations on disk: sharded, labelled, checksummed, recorded as they come, read shuffled.
+
+acts = store.record(pipe, ["cross:2", "cross:5"], prompts, "acts", num_inference_steps=20)
+for batch in acts["cross:5"].batches(4096, seed=0, normalise="step"):
+    batch.x                                      # [4096, C]
+"""
+
+from .batches import Batch, Batches
+from .permutation import Permutation
+from .reader import ActivationStore, Labels
+from .recording import record
+from .shard import Damage
+from .statistics import Moments, Statistics
+from .writer import ActivationWriter
+
+__all__ = [
+    "ActivationStore",
+    "ActivationWriter",
+    "Batch",
+    "Batches",
+    "Damage",
+    "Labels",
+    "Moments",
+    "Permutation",
+    "Statistics",
+    "record",
+]

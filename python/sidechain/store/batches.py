@@ -1,0 +1,339 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches of a store: shuffled without a table, prefetched, resumable at any position."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .permutation import Permutation
+from .shard import decode
+
+if TYPE_CHECKING:
+    from .reader import ActivationStore, Labels
+
+SHUFFLES = ("rows", "blocks", "off")
+NORMALISATIONS = ("step", "global")
+_BLOCK = 64
+_WINDOW = 64
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of a store.
+
+    Attributes:
+        x: [B, C] on the device asked for.
+        rows: their numbers in the store [B] int64 on the CPU.
+        labels: step, branch, prompt and token of each, or None if not asked for.
+    """
+
+    x: Tensor
+    rows: Tensor
+    labels: Labels | None
+
+
+class Batches:
+    """An iterator over the batches of a store; made by `ActivationStore.batches`.
+
+    Args:
+        store: what to read.
+        batch_size: B.
+        seed: of the order; epoch number e of seed s is the same order for ever.
+        shuffle: "rows" visits single rows in an order that is a pseudo-random permutation of all
+            of them; "blocks" permutes blocks of 64 neighbouring rows and then the rows of every
+            64 x B of them (for disks that are slow at random reads: less random, and it says so);
+            "off" reads in the order of writing.
+        epochs: how many times through the rows; None = without end.
+        normalise: "step" gives (x - mean[step]) / scale[step], "global" one mean and scale, both
+            from `store.statistics` and float32; None leaves rows as they are.
+        device: where `x` should be. On CUDA rows pass through pinned buffers on a stream of their
+            own.
+        dtype: of `x`. None = as stored (float32 for int8 and when normalised).
+        labels: whether batches carry labels.
+        drop_last: leave out the last rows of an epoch that do not fill a batch.
+        prefetch: batches prepared ahead by a thread; 0 = none and no thread.
+
+    `state_dict` says where the consumer is, prefetched batches not counted, and `load_state_dict`
+    goes there: the batches that follow are the same as without the interruption.
+
+    Raises:
+        ValueError: options; a store without a full batch; a state of another store.
+    """
+
+    def __init__(
+        self,
+        store: ActivationStore,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        shuffle: str = "rows",
+        epochs: int | None = 1,
+        normalise: str | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        labels: bool = False,
+        drop_last: bool = True,
+        prefetch: int = 2,
+    ) -> None:
+        self.store = store
+        self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
+        self.epochs, self.labels, self.drop_last = epochs, labels, drop_last
+        self.normalise, self.prefetch = normalise, prefetch
+        self._check()
+        self.epoch = 0
+        self.position = 0
+        self._loader = _Loader(store, normalise, torch.device(device), dtype, labels)
+        self._permutation: tuple[int, Permutation] | None = None
+
+    def __len__(self) -> int:
+        """Batches in one epoch."""
+        full, rest = divmod(len(self.store), self.batch_size)
+        return full + (1 if rest and not self.drop_last else 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the consumer is, and in what."""
+        return {
+            "seed": self.seed,
+            "epoch": self.epoch,
+            "position": self.position,
+            "batch_size": self.batch_size,
+            "shuffle": self.shuffle,
+            "fingerprint": self.store.fingerprint,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to where another one was. To be called before iterating.
+
+        Raises:
+            ValueError: the store, its filters or the shuffling are not the same.
+        """
+        mine = self.state_dict()
+        for key in ("shuffle", "fingerprint"):
+            if state[key] != mine[key]:
+                raise ValueError(
+                    f"batches: expected a state with {key} {mine[key]} [of this store], got "
+                    f"{state[key]}"
+                )
+        if self.shuffle == "blocks" and state["batch_size"] != self.batch_size:
+            raise ValueError(
+                f"batches: expected batch_size {self.batch_size} [shuffle='blocks'], got "
+                f"{state['batch_size']}"
+            )
+        self.seed, self.epoch, self.position = state["seed"], state["epoch"], state["position"]
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Iterate from where the state is."""
+        plan = self._plan()
+        source = (
+            _ahead(plan, self._loader, self.prefetch)
+            if self.prefetch
+            else ((place, self._loader.load(rows)) for place, rows in plan)
+        )
+        for (epoch, position), loaded in source:
+            self.epoch, self.position = epoch, position
+            yield self._loader.finish(loaded)
+
+    def order(self, epoch: int, start: int, stop: int) -> NDArray[np.int64]:
+        """Row numbers at positions [start, stop) of an epoch."""
+        positions = np.arange(start, stop, dtype=np.int64)
+        if self.shuffle == "off":
+            return positions
+        if self.shuffle == "blocks":
+            return self._block_order(epoch, positions)
+        return self._permuted(len(self.store), epoch)(positions)
+
+    def _permuted(self, size: int, epoch: int) -> Permutation:
+        if self._permutation is None or self._permutation[0] != epoch:
+            self._permutation = (epoch, Permutation(size, self.seed, epoch))
+        return self._permutation[1]
+
+    def _block_order(self, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        total = len(self.store)
+        blocks = total // _BLOCK  # rows that fill no block stay at the end
+        window = _BLOCK * _WINDOW * -(-self.batch_size // _BLOCK)
+        shuffled = positions.copy()
+        for number in np.unique(positions // window):
+            first = number * window
+            size = min(window, total - first)
+            here = np.flatnonzero(positions // window == number)
+            inner = Permutation(int(size), self.seed + int(number) + 1, epoch)
+            shuffled[here] = first + inner(positions[here] - first)
+        block, within = shuffled // _BLOCK, shuffled % _BLOCK
+        if not blocks:
+            return shuffled
+        inside = block < blocks
+        moved = self._permuted(blocks, epoch)(np.where(inside, block, 0))
+        return np.where(inside, moved * _BLOCK + within, shuffled)
+
+    def _plan(self) -> Iterator[tuple[tuple[int, int], NDArray[np.int64]]]:
+        """Yield the state after each batch, and the rows of the batch."""
+        total, size = len(self.store), self.batch_size
+        epoch, position = self.epoch, self.position
+        while self.epochs is None or epoch < self.epochs:
+            last = total - size if self.drop_last else total - 1
+            if position > last:
+                epoch, position = epoch + 1, 0
+                continue
+            stop = min(position + size, total)
+            rows = self.order(epoch, position, stop)
+            position = stop
+            yield (epoch, position), rows
+
+    def _check(self) -> None:
+        if isinstance(self.batch_size, bool) or not isinstance(self.batch_size, int):
+            raise TypeError(f"batches: expected batch_size as int, got {self.batch_size!r}")
+        if self.shuffle not in SHUFFLES:
+            raise ValueError(
+                f"batches: expected shuffle to be one of {', '.join(SHUFFLES)}, got "
+                f"{self.shuffle!r}"
+            )
+        if self.normalise is not None and self.normalise not in NORMALISATIONS:
+            raise ValueError(
+                f"batches: expected normalise to be one of {', '.join(NORMALISATIONS)}, or None, "
+                f"got {self.normalise!r}"
+            )
+        if self.batch_size < 1 or len(self.store) < (self.batch_size if self.drop_last else 1):
+            raise ValueError(
+                f"batches: expected 1 <= batch_size <= {len(self.store)} [rows of the store], got "
+                f"{self.batch_size}"
+            )
+
+
+@dataclass
+class _Loaded:
+    """A batch on its way: stored bytes, where they go and when they are there."""
+
+    stored: Tensor
+    rows: NDArray[np.int64]
+    labels: Labels | None
+    event: Any = None
+
+
+class _Loader:
+    """Turns row numbers into batches: `load` in the prefetch thread, `finish` in the consumer's."""
+
+    def __init__(
+        self,
+        store: ActivationStore,
+        normalise: str | None,
+        device: torch.device,
+        dtype: torch.dtype | None,
+        labels: bool,
+    ) -> None:
+        self.store, self.device, self.dtype = store, device, dtype
+        self.normalise, self.labels = normalise, labels
+        self.pool: list[tuple[NDArray[np.uint8], weakref.ref[Any]]] = []
+        self.pinned: list[tuple[Tensor, Any]] = []
+        self.stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if normalise == "step":
+            mean, scale = store.statistics.per_step()
+            self.mean, self.inverse = mean.to(device), (1.0 / scale).to(device)
+        elif normalise == "global":
+            total = store.statistics.total()
+            self.mean = total.mean.float().to(device)
+            self.inverse = torch.tensor(1.0 / total.scale, device=device)
+
+    def load(self, rows: NDArray[np.int64]) -> _Loaded:
+        """Read rows and start their way to the device."""
+        labels = None
+        if self.labels or self.normalise == "step":
+            labels = self.store.labels(rows)
+        if self.stream is None:
+            buffer = self._buffer(len(rows))
+            self.store.gather(rows, buffer)
+            return _Loaded(torch.from_numpy(buffer), rows, labels)
+        return self._to_cuda(rows, labels)
+
+    def _buffer(self, count: int) -> NDArray[np.uint8]:
+        """Memory that nobody looks at any more; new pages would cost more than the copy itself."""
+        shape = (count, self.store.row_bytes)
+        pool = self.pool
+        # A tensor keeps the array it was made of alive, so a dead view is free memory.
+        place = next((i for i, (b, v) in enumerate(pool) if b.shape == shape and v() is None), None)
+        buffer = np.empty(shape, np.uint8) if place is None else pool.pop(place)[0]
+        view = buffer[:]
+        self.pool = [*pool[-7:], (buffer, weakref.ref(view))]
+        return view
+
+    def _to_cuda(self, rows: NDArray[np.int64], labels: Labels | None) -> _Loaded:
+        shape = (len(rows), self.store.row_bytes)
+        while len(self.pinned) < 2:
+            self.pinned.append((torch.empty(shape, dtype=torch.uint8, pin_memory=True), None))
+        buffer, event = self.pinned.pop(0)
+        if event is not None:
+            event.synchronize()  # its last copy has left it
+        if buffer.shape != shape:
+            buffer = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+        self.store.gather(rows, buffer.numpy())
+        with torch.cuda.stream(self.stream):
+            stored = buffer.to(self.device, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record(self.stream)
+        self.pinned.append((buffer, event))
+        return _Loaded(stored, rows, labels, event)
+
+    def finish(self, loaded: _Loaded) -> Batch:
+        """Decode and normalise on the device, in the stream of the caller."""
+        if loaded.event is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_event(loaded.event)
+            loaded.stored.record_stream(current)
+        x = decode(loaded.stored, self.store.dtype, self.store.width)
+        if self.normalise == "global":
+            x = (x.float() - self.mean) * self.inverse
+        elif self.normalise == "step" and loaded.labels is not None:
+            step = loaded.labels.step.to(self.device)
+            x = (x.float() - self.mean[step]) * self.inverse[step][:, None]
+        if self.dtype is not None:
+            x = x.to(self.dtype)
+        return Batch(x, torch.from_numpy(loaded.rows), loaded.labels if self.labels else None)
+
+
+_Place = tuple[int, int]
+
+
+def _ahead(
+    plan: Iterator[tuple[_Place, NDArray[np.int64]]], loader: _Loader, depth: int
+) -> Iterator[tuple[_Place, _Loaded]]:
+    """Load in a thread, at most `depth` batches ahead; ends with the consumer."""
+    ready: queue.Queue[Any] = queue.Queue(maxsize=depth)
+    stop = threading.Event()
+
+    def offer(item: Any) -> bool:
+        while not stop.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        try:
+            for place, rows in plan:
+                if not offer((place, loader.load(rows))):
+                    return
+            offer(None)
+        except BaseException as error:
+            offer(error)
+
+    thread = threading.Thread(target=work, name="sidechain-prefetch", daemon=True)
+    thread.start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        stop.set()
+        thread.join()

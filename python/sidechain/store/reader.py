@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ActivationStore: the rows of one site, memory-mapped, in any order."""
+
+from __future__ import annotations
+
+import json
+import warnings
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .batches import Batches
+from .gather import gather_rows
+from .layout import COLUMNS, DTYPES, PROMPTS, Manifest
+from .shard import Damage, MappedShard, decode
+from .sink import load_statistics
+from .statistics import Statistics
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What is known about rows; each [n].
+
+    Attributes:
+        step: scheduler step, int64.
+        branch: number of the CFG pass in `ActivationStore.branches`, int64.
+        prompt: number of the prompt, int64, -1 where not known.
+        token: number within the sample, int64.
+    """
+
+    step: Tensor
+    branch: Tensor
+    prompt: Tensor
+    token: Tensor
+
+
+class ActivationStore:
+    """Rows of one site of a store.
+
+        store = ActivationStore("acts", "cross:3")
+        for batch in store.batches(4096, seed=0):
+            batch.x                                  # [4096, C]
+
+    Opening maps the shards and checks their sizes and labels. Damaged shards are named in
+    `damaged` and in a warning, and left out; the rows of all others are numbered 0 to len - 1.
+
+    Args:
+        folder: of the store.
+        site: which site; None = the only one.
+        steps: keep these steps: (start, stop), or a list of numbers. None = all.
+        passes: keep these CFG passes: a name, several names, or "all".
+        prompts: keep the rows of these prompts. None = all.
+        verify: "open" checks sizes and labels; "full" also reads every row and compares its
+            block's CRC-32 (about 3 GB/s), which finds flipped bits.
+        damaged: "warn", or "error" to refuse a store with damage.
+
+    Attributes:
+        site, width, dtype: what a row is; `dtype` is as stored.
+        branches, timesteps, sigmas: what the numbers of the labels stand for.
+        damaged: what was left out, a list of `Damage`.
+        statistics: `Statistics` of all rows of the site ever written, filtered or not.
+
+    Raises:
+        FileNotFoundError: no store there.
+        ValueError: unknown site or options, a broken manifest, damage with damaged="error".
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        site: str | None = None,
+        *,
+        steps: tuple[int, int] | Sequence[int] | None = None,
+        passes: str | Sequence[str] = "all",
+        prompts: Iterable[int] | None = None,
+        verify: str = "open",
+        damaged: str = "warn",
+    ) -> None:
+        if verify not in ("open", "full"):
+            raise ValueError(f"store: expected verify to be open or full, got {verify!r}")
+        if damaged not in ("warn", "error"):
+            raise ValueError(f"store: expected damaged to be warn or error, got {damaged!r}")
+        self.folder = Path(folder)
+        self._manifest = Manifest.read(self.folder)
+        self.sites = tuple(self._manifest.sites)
+        self.site = self._one_site(site)
+        entry = self._manifest.sites[self.site]
+        self.width = entry.width
+        self.dtype = DTYPES[self._manifest.dtype]
+        self.branches = tuple(self._manifest.branches)
+        self.timesteps = _table(self._manifest.timesteps)
+        self.sigmas = _table(self._manifest.sigmas)
+        self.provenance: dict[str, Any] = self._manifest.provenance
+        self.dropped = entry.dropped
+        self.statistics: Statistics = load_statistics(self.folder, self._manifest)[self.site]
+        self._shards = [
+            MappedShard(self.folder, self._manifest, self.site, shard) for shard in entry.shards
+        ]
+        if verify == "full":
+            for shard in self._shards:
+                shard.verify()
+        wanted = None if prompts is None else sorted(set(prompts))
+        self._filter = (_steps(steps), self._passes(passes), wanted)
+        self._index()
+        self._report(damaged)
+
+    # -- rows -----------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        """Rows that can be read."""
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a stored row."""
+        return self._manifest.row_bytes(self.site)
+
+    @property
+    def fingerprint(self) -> int:
+        """A number that changes with the rows: shards, damage and filters."""
+        parts = [self._run_shard, self._run_row, self._ends]
+        checksum = zlib.crc32(self.site.encode())
+        for shard in self._shards:
+            checksum = zlib.crc32(str(shard.shard).encode(), checksum)
+        for part in parts:
+            checksum = zlib.crc32(np.ascontiguousarray(part).data, checksum)
+        return checksum
+
+    def read(self, rows: Tensor | NDArray[Any] | Sequence[int]) -> Tensor:
+        """Read rows [n, C] by number, in the stored dtype (float32 for int8).
+
+        Raises:
+            IndexError: a number outside [0, len).
+        """
+        numbers = np.asarray(rows, dtype=np.int64)
+        if numbers.size and (numbers.min() < 0 or numbers.max() >= len(self)):
+            raise IndexError(
+                f"store: expected rows within [0, {len(self)}), got {numbers.min()} to "
+                f"{numbers.max()}"
+            )
+        stored = np.empty((len(numbers), self.row_bytes), np.uint8)
+        self.gather(numbers, stored)
+        return decode(torch.from_numpy(stored), self.dtype, self.width)
+
+    def gather(self, rows: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
+        """Copy stored rows [n, row_bytes] by number, unchecked."""
+        gather_rows([shard.rows for shard in self._shards], *self._locate(rows), out)
+
+    def labels(self, rows: Tensor | NDArray[Any] | Sequence[int]) -> Labels:
+        """Labels of rows by number."""
+        shard, row = self._locate(np.asarray(rows, dtype=np.int64))
+        found = {name: np.zeros(len(row), np.int64) for name in COLUMNS}
+        for number in np.unique(shard):
+            places = np.flatnonzero(shard == number)
+            for name, column in self._shards[int(number)].columns.items():
+                found[name][places] = column[row[places]]
+        return Labels(**{name: torch.from_numpy(column) for name, column in found.items()})
+
+    def prompts(self) -> list[str]:
+        """Texts of the prompts by number; empty where none were kept."""
+        path = self.folder / PROMPTS
+        return json.loads(path.read_text(encoding="utf-8"))["prompts"] if path.exists() else []
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        shuffle: str = "rows",
+        epochs: int | None = 1,
+        normalise: str | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
+        labels: bool = False,
+        drop_last: bool = True,
+        prefetch: int = 2,
+    ) -> Batches:
+        """Iterate over batches; see `Batches`."""
+        return Batches(
+            self,
+            batch_size,
+            seed=seed,
+            shuffle=shuffle,
+            epochs=epochs,
+            normalise=normalise,
+            device=device,
+            dtype=dtype,
+            labels=labels,
+            drop_last=drop_last,
+            prefetch=prefetch,
+        )
+
+    def verify(self) -> list[Damage]:
+        """Read every row of every shard and compare checksums; rows are not renumbered.
+
+        Returns:
+            All damage, also what was known before.
+        """
+        for shard in self._shards:
+            shard.verify()
+        return [damage for shard in self._shards for damage in shard.damage]
+
+    # -- opening --------------------------------------------------------------------------------
+
+    def _one_site(self, site: str | None) -> str:
+        if site is None and len(self.sites) == 1:
+            return self.sites[0]
+        if site not in self.sites:
+            raise ValueError(f"store: expected a site of {list(self.sites)}, got {site!r}")
+        return site
+
+    def _passes(self, passes: str | Sequence[str]) -> list[int] | None:
+        if passes == "all":
+            return None
+        names = [passes] if isinstance(passes, str) else list(passes)
+        for name in names:
+            if name not in self.branches:
+                raise ValueError(
+                    f"store: expected passes of {', '.join(self.branches)}, or all, got {name!r}"
+                )
+        return [self.branches.index(name) for name in names]
+
+    def _index(self) -> None:
+        """List the runs of neighbouring rows that are kept: shard, first row, end in this store."""
+        shards, firsts, counts = [], [], []
+        steps, branches, prompts = self._filter
+        for number, shard in enumerate(self._shards):
+            keep = shard.readable()
+            if keep.any():
+                for name, wanted in (("step", steps), ("branch", branches), ("prompt", prompts)):
+                    if wanted is not None:
+                        keep &= np.isin(shard.columns[name], wanted)
+            edges = np.flatnonzero(np.diff(np.concatenate([[0], keep.view(np.int8), [0]])))
+            firsts.append(edges[::2])
+            counts.append(edges[1::2] - edges[::2])
+            shards.append(np.full(len(edges) // 2, number))
+        empty = np.zeros(0, np.int64)
+        self._run_shard = np.concatenate([empty, *shards]).astype(np.int64)
+        self._run_row = np.concatenate([empty, *firsts]).astype(np.int64)
+        run_counts = np.concatenate([empty, *counts]).astype(np.int64)
+        self._ends = np.cumsum(run_counts)
+        # Row in the shard minus number in this store, constant along a run.
+        self._shift = self._run_row - (self._ends - run_counts)
+
+    def _locate(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        if len(self._ends) == 1:
+            return np.full(len(rows), self._run_shard[0]), rows + self._shift[0]
+        run = np.searchsorted(self._ends, rows, side="right")
+        return self._run_shard[run], rows + self._shift[run]
+
+    def _report(self, policy: str) -> None:
+        self.damaged = [damage for shard in self._shards for damage in shard.damage]
+        if not self.damaged:
+            return
+        shown = "; ".join(str(d) for d in self.damaged[:5])
+        more = f" and {len(self.damaged) - 5} more" if len(self.damaged) > 5 else ""
+        message = f"store: damaged in {self.folder}: {shown}{more}"
+        if policy == "error":
+            raise ValueError(message)
+        warnings.warn(f"{message}; left out", RuntimeWarning, stacklevel=3)
+
+
+def _table(values: list[float] | None) -> Tensor | None:
+    return None if values is None else torch.tensor(values, dtype=torch.float64)
+
+
+def _steps(steps: tuple[int, int] | Sequence[int] | None) -> list[int] | None:
+    if steps is None:
+        return None
+    if isinstance(steps, tuple):
+        if len(steps) != 2 or not 0 <= steps[0] < steps[1]:
+            raise ValueError(
+                f"store: expected steps as (start, stop) with 0 <= start < stop, or a list of "
+                f"numbers, got {steps!r}"
+            )
+        return list(range(*steps))
+    return [int(step) for step in steps]

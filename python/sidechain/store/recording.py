@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""record: run a pipeline over prompts and stream what its sites put out into a store."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from ..sites import SitePattern, config_hash
+from ..sites import sites as list_sites
+from ..taps.generation import generate, model_name, quiet_settings, spread_seeds
+from ..taps.options import BRANCHES, Steps
+from .layout import MANIFEST, PROMPTS, Manifest
+from .reader import ActivationStore
+from .stream import StepRows, StreamTap
+from .writer import ActivationWriter
+
+
+def record(
+    pipe: Any,
+    sites: SitePattern,
+    prompts: Sequence[str],
+    folder: str | Path,
+    *,
+    seeds: int | Sequence[int] = 0,
+    batch_size: int = 8,
+    passes: str = "cond",
+    steps: Steps = None,
+    every: int = 1,
+    tokens: slice | None = None,
+    dtype: torch.dtype = torch.float16,
+    policy: str = "block",
+    queue_bytes: int = 256 << 20,
+    shard_bytes: int = 256 << 20,
+    progress: bool = True,
+    **call: Any,
+) -> dict[str, ActivationStore]:
+    """Record every token that attention sites put out, for all prompts, into a store.
+
+    The rows are what `capture(reduce="tokens")` sees: the output of the module before its residual.
+    They leave the device step by step, so memory does not grow with steps or prompts. A call that
+    was cut off is continued by the same call: prompts that are in the store are not run again.
+    More prompts than before, with the old ones first, extend a store.
+
+    Args:
+        pipe: diffusers pipeline.
+        sites: see `SiteList.select`; all are recorded in one generation.
+        prompts: texts; number i labels the rows of the i-th.
+        folder: of the store; made if it is not there.
+        seeds: prompt i uses seeds[i % len(seeds)]; a number s stands for s, s + 1, ...
+        batch_size: prompts in one pipeline call.
+        passes: "cond", "uncond" or "all".
+        steps: (start, stop) in scheduler steps, or in fractions of the run. None = all.
+        every: keep every so manieth step of these.
+        tokens: slice of tokens. None = all.
+        dtype: stored: float32 | float16 | bfloat16 | int8.
+        policy: what happens when the disk is too slow, see `ActivationWriter`.
+        queue_bytes: rows that may wait in memory.
+        shard_bytes: size of the files.
+        progress: show a progress bar.
+        **call: arguments of every pipeline call (num_inference_steps, guidance_scale, ...).
+
+    Returns:
+        The store of every site, by alias.
+
+    Raises:
+        TypeError, ValueError: options, or a store there that was made with others.
+        OSError: a full disk; what was complete is intact and the same call continues.
+    """
+    texts = _texts(prompts)
+    _positive("batch_size", batch_size)
+    _positive("every", every)
+    chosen = list_sites(pipe, sites)
+    all_seeds = spread_seeds("record", seeds, len(texts))
+    settings = quiet_settings("record", pipe, call)
+    facts = {
+        "model": model_name(pipe),
+        "config_hash": config_hash(pipe),
+        "sites": {site.alias: site.name for site in chosen},
+        "passes": passes,
+        "steps": steps,
+        "every": every,
+        "tokens": None if tokens is None else str(tokens),
+        "call": {k: v for k, v in call.items() if isinstance(v, str | int | float | None)},
+    }
+    folder = Path(folder)
+    _check_same(folder, facts, texts, all_seeds)
+    writer = ActivationWriter(
+        folder,
+        {site.alias: site.width for site in chosen},
+        dtype=dtype,
+        branches=BRANCHES,
+        mode="resume",
+        shard_bytes=shard_bytes,
+        queue_bytes=queue_bytes,
+        policy=policy,
+        provenance=facts,
+    )
+    ring_dtype = torch.float32 if dtype == torch.int8 else dtype
+    recorder = _Recorder(writer)
+    tap = StreamTap(pipe, chosen, passes, steps, every, tokens, ring_dtype, recorder.take)
+    bar = tqdm(
+        total=len(texts),
+        initial=writer.progress,
+        desc="record",
+        unit="prompt",
+        disable=not progress,
+    )
+    with bar, writer:
+        writer.set_prompts(texts, all_seeds)
+        if writer.progress < len(texts):
+            with tap:
+                for start in range(writer.progress, len(texts), batch_size):
+                    stop = min(start + batch_size, len(texts))
+                    recorder.first = start
+                    recorder.count = stop - start
+                    with writer.unit(progress=stop):
+                        generate(pipe, texts[start:stop], all_seeds[start:stop], settings)
+                        tap.end()
+                    bar.update(stop - start)
+                    bar.set_postfix_str(f"{recorder.rows} rows", refresh=False)
+    return {site.alias: ActivationStore(folder, site.alias) for site in chosen}
+
+
+class _Recorder:
+    """Labels the rows of a step and gives them to the writer."""
+
+    def __init__(self, writer: ActivationWriter) -> None:
+        self.writer = writer
+        self.first = 0
+        self.count = 1
+        self.rows = 0
+
+    def take(self, found: StepRows) -> None:
+        """Write one step."""
+        run = found.run
+        self.writer.set_grid(run.timesteps, run.sigmas)
+        each = found.samples // self.count
+        prompt = self.first + np.arange(found.samples) // each
+        length = len(found.tokens)
+        branch = np.array([BRANCHES.index(name) for name in found.branches])
+        kept = self.writer.write(
+            found.rows,
+            step=found.step,
+            branch=np.repeat(branch, found.samples * length),
+            prompt=np.tile(np.repeat(prompt, length), len(branch)),
+            token=np.tile(np.array(found.tokens), found.samples * len(branch)),
+            copy=False,
+            ready=found.ready,
+        )
+        if kept:
+            self.rows += found.samples * length * len(branch)
+
+
+def _texts(prompts: Sequence[str]) -> list[str]:
+    if isinstance(prompts, str) or not all(isinstance(p, str) for p in prompts):
+        raise TypeError(f"record: expected prompts as a list of str, got {prompts!r}")
+    if not len(prompts):
+        raise ValueError("record: expected at least one prompt, got none")
+    return list(prompts)
+
+
+def _positive(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"record: expected {name} >= 1, got {value!r}")
+
+
+def _check_same(folder: Path, facts: dict[str, Any], texts: list[str], seeds: list[int]) -> None:
+    """Refuse to continue a store that was recorded in another way."""
+    if not (folder / MANIFEST).exists():
+        return
+    found = Manifest.read(folder).provenance
+    for name, value in json.loads(json.dumps(facts)).items():
+        if found.get(name) != value:
+            raise ValueError(
+                f"record: expected {name}={found.get(name)!r} [how {folder} was recorded], got "
+                f"{value!r}"
+            )
+    if not (folder / PROMPTS).exists():
+        return
+    known = json.loads((folder / PROMPTS).read_text(encoding="utf-8"))
+    for name, new in (("prompts", texts), ("seeds", seeds)):
+        old = known[name]
+        if new[: len(old)] != old:
+            raise ValueError(
+                f"record: expected {name} that begin with the {len(old)} of {folder}, got others"
+            )

@@ -1,0 +1,238 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One shard: written row by row into a temporary file, sealed, opened again and checked."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .._atomic import sync_folder
+from .layout import (
+    COLUMNS,
+    Columns,
+    Manifest,
+    Shard,
+    pack_tail,
+    tail_bytes,
+    tail_offset,
+    unpack_tail,
+)
+
+Bytes = NDArray[np.uint8]
+
+
+@dataclass
+class _Mark:
+    """A state of an open shard that it can go back to."""
+
+    rows: int
+    columns: int
+    checksums: int
+    checksum: int
+    rows_in_block: int
+
+
+class OpenShard:
+    """A shard under construction; rows go straight to disk, labels wait in memory."""
+
+    def __init__(self, root: Path, file: str, row_bytes: int, block_rows: int) -> None:
+        self.root, self.file = root, file
+        self.row_bytes, self.block_rows = row_bytes, block_rows
+        self.path = root / file
+        self.partial = self.path.with_name(self.path.name + ".tmp")
+        self.rows = 0
+        self._columns: list[Columns] = []
+        self._checksums: list[int] = []
+        self._checksum = 0
+        self._rows_in_block = 0
+        self._mark = _Mark(0, 0, 0, 0, 0)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+        self._descriptor = os.open(self.partial, flags, 0o644)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of rows."""
+        return self.rows * self.row_bytes
+
+    @property
+    def marked_rows(self) -> int:
+        """Rows before the mark."""
+        return self._mark.rows
+
+    def append(self, rows: Bytes, columns: Columns) -> None:
+        """Add rows [n, row_bytes] with their labels [n] each."""
+        _write(self._descriptor, rows.data.cast("B"))
+        start = 0
+        while start < len(rows):
+            stop = min(len(rows), start + self.block_rows - self._rows_in_block)
+            self._checksum = zlib.crc32(rows[start:stop].data, self._checksum)
+            self._rows_in_block += stop - start
+            if self._rows_in_block == self.block_rows:
+                self._close_block()
+            start = stop
+        self._columns.append(columns)
+        self.rows += len(rows)
+
+    def mark(self) -> None:
+        """Remember this state for `rollback`."""
+        self._mark = _Mark(
+            self.rows,
+            len(self._columns),
+            len(self._checksums),
+            self._checksum,
+            self._rows_in_block,
+        )
+
+    def rollback(self) -> None:
+        """Forget what came after the mark and give its disk space back."""
+        mark = self._mark
+        os.ftruncate(self._descriptor, mark.rows * self.row_bytes)
+        os.lseek(self._descriptor, 0, os.SEEK_END)
+        self.rows = mark.rows
+        del self._columns[mark.columns :]
+        del self._checksums[mark.checksums :]
+        self._checksum, self._rows_in_block = mark.checksum, mark.rows_in_block
+
+    def seal(self) -> Shard:
+        """Write the tail, make the file durable and give it its name."""
+        if self._rows_in_block:
+            self._close_block()
+        columns = {
+            name: np.concatenate([c[name] for c in self._columns], dtype=dtype)
+            for name, dtype in COLUMNS.items()
+        }
+        tail = pack_tail(columns, np.array(self._checksums, dtype=np.uint32))
+        padding = tail_offset(self.rows, self.row_bytes) - self.nbytes
+        _write(self._descriptor, memoryview(bytes(padding) + tail))
+        os.fsync(self._descriptor)
+        self._close()
+        os.replace(self.partial, self.path)
+        sync_folder(self.path.parent)
+        return Shard(self.file, self.rows, zlib.crc32(tail))
+
+    def abandon(self) -> None:
+        """Leave nothing behind."""
+        self._close()
+        self.partial.unlink(missing_ok=True)
+
+    def _close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _close_block(self) -> None:
+        self._checksums.append(self._checksum)
+        self._checksum = self._rows_in_block = 0
+
+
+def _write(descriptor: int, content: memoryview) -> None:
+    while len(content):
+        content = content[os.write(descriptor, content) :]
+
+
+@dataclass(frozen=True)
+class Damage:
+    """Rows that cannot be read: which file, which of its rows, and why."""
+
+    file: str
+    start: int
+    stop: int
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.file} rows {self.start} to {self.stop - 1}: {self.reason}"
+
+
+class MappedShard:
+    """A sealed shard, mapped into memory; opening it reads and checks the tail only."""
+
+    def __init__(self, root: Path, manifest: Manifest, site: str, shard: Shard) -> None:
+        self.shard = shard
+        self.row_bytes = manifest.row_bytes(site)
+        self.block_rows = manifest.block_rows(site)
+        self.damage: list[Damage] = []
+        self.rows: Bytes = np.zeros((0, self.row_bytes), np.uint8)
+        self.columns: Columns = {name: np.zeros(0, d) for name, d in COLUMNS.items()}
+        self.checksums: NDArray[np.uint32] = np.zeros(0, np.uint32)
+        reason = self._open(root / shard.file)
+        if reason:
+            self.damage.append(Damage(shard.file, 0, shard.rows, reason))
+
+    def _open(self, path: Path) -> str | None:
+        count = self.shard.rows
+        start = tail_offset(count, self.row_bytes)
+        size = start + tail_bytes(count, self.block_rows)
+        try:
+            found = path.stat().st_size
+            if found != size:
+                return f"expected {size} bytes, got {found}"
+            with open(path, "rb") as file:
+                file.seek(start)
+                tail = file.read()
+            if zlib.crc32(tail) != self.shard.crc32:
+                return f"expected CRC-32 {self.shard.crc32:08x} of its labels, got another"
+            self.rows = np.memmap(path, np.uint8, "r", shape=(count, self.row_bytes))
+        except OSError as error:
+            return error.strerror or str(error)
+        self.columns, self.checksums = unpack_tail(tail, count)
+        return None
+
+    def verify(self) -> None:
+        """Read every row and compare the checksums of their blocks."""
+        if self.damage and self.damage[0].stop == self.shard.rows:
+            return
+        self.damage = [
+            Damage(self.shard.file, start, stop, "expected another CRC-32 of this block")
+            for number, (start, stop) in enumerate(self.blocks())
+            if zlib.crc32(self.rows[start:stop].data) != int(self.checksums[number])
+        ]
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """First row and end of every block."""
+        count = len(self.rows)
+        for start in range(0, count, self.block_rows):
+            yield start, min(count, start + self.block_rows)
+
+    def readable(self) -> NDArray[np.bool_]:
+        """Which rows are not known to be damaged [rows]."""
+        good = np.ones(self.shard.rows, dtype=np.bool_)
+        for damage in self.damage:
+            good[damage.start : damage.stop] = False
+        return good
+
+
+def encode(rows: Tensor, dtype: torch.dtype) -> Bytes:
+    """Rows [n, C] as they are stored, [n, row_bytes] bytes.
+
+    int8: q = round(x / s) with s = max |x| / 127 of the row, then s as float32 at the end.
+    """
+    if dtype != torch.int8:
+        same = rows.to(dtype).contiguous()
+        return same.view(torch.uint8).numpy() if same.numel() else np.zeros((0, 0), np.uint8)
+    x = rows.to(torch.float32)
+    scale = x.abs().amax(1) / 127.0
+    inverse = torch.where(scale > 0, 1.0 / scale, 0.0)
+    width = -(-x.shape[1] // 4) * 4
+    packed: Any = torch.zeros(len(x), width + 4, dtype=torch.uint8)
+    packed[:, : x.shape[1]] = (
+        (x * inverse[:, None]).round_().clamp_(-127, 127).to(torch.int8).view(torch.uint8)
+    )
+    packed[:, width:] = scale[:, None].contiguous().view(torch.uint8)
+    return packed.numpy()
+
+
+def decode(stored: Tensor, dtype: torch.dtype, width: int) -> Tensor:
+    """Rows [n, C] of stored bytes [n, row_bytes] uint8; int8 becomes float32, others a view."""
+    if dtype != torch.int8:
+        return stored.view(dtype)
+    scale = stored[:, -4:].contiguous().view(torch.float32)
+    return stored[:, :width].view(torch.int8).to(torch.float32) * scale

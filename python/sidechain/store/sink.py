@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The store as its writer thread sees it: units of rows become durable groups of shards."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import time
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from .._atomic import write_atomic
+from .layout import DTYPES, MANIFEST, PROMPTS, Columns, Manifest
+from .shard import OpenShard, decode, encode
+from .statistics import Statistics
+
+
+class Sink:
+    """Appends units to a store; not for use from several threads.
+
+    A unit is complete or absent: rows written since the last `end` are forgotten by `rollback`, by
+    a crash and by a full disk. Complete units become part of the store by `commit`, all sites at
+    once, by renaming the manifest.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, shard_bytes: int, seconds: float) -> None:
+        self.folder, self.manifest = folder, manifest
+        self.shard_bytes, self.seconds = shard_bytes, seconds
+        self.dtype = DTYPES[manifest.dtype]
+        self._open: dict[str, OpenShard] = {}
+        self._statistics = load_statistics(folder, manifest)
+        self._unit = {name: Statistics(site.width) for name, site in manifest.sites.items()}
+        self._progress = manifest.progress
+        self._dropped = dict.fromkeys(manifest.sites, 0)
+        self._committed_at = time.monotonic()
+
+    # -- rows -----------------------------------------------------------------------------------
+
+    def append(self, site: str, rows: Tensor, columns: Columns) -> None:
+        """Add rows [n, C] of a unit with their labels.
+
+        Raises:
+            ValueError: a row that is not finite in the dtype of the store.
+            OSError: from the file system.
+        """
+        stored = encode(rows, self.dtype)
+        kept = decode(torch.from_numpy(stored), self.dtype, rows.shape[1])
+        self._count(site, kept, columns)
+        self._shard(site).append(stored, columns)
+
+    def _count(self, site: str, rows: Tensor, columns: Columns) -> None:
+        cells = columns["step"].astype(np.int64) * 256 + columns["branch"]
+        edges = np.flatnonzero(np.diff(cells)) + 1
+        for start, stop in zip([0, *edges], [*edges, len(cells)], strict=True):
+            cell = int(cells[start]) // 256, int(cells[start]) % 256
+            moments = self._unit[site].at(cell)
+            moments.add(rows[start:stop])
+            if not moments.finite():
+                raise ValueError(
+                    f"store: expected finite rows in {self.manifest.dtype} at {site}, step "
+                    f"{cell[0]} [float16 ends at 65504; bfloat16 and float32 reach 3e38], got NaN "
+                    "or infinity"
+                )
+
+    def _shard(self, site: str) -> OpenShard:
+        if site not in self._open:
+            entry = self.manifest.sites[site]
+            (self.folder / entry.folder).mkdir(exist_ok=True)
+            self._open[site] = OpenShard(
+                self.folder,
+                f"{entry.folder}/{self.manifest.next_group:05d}.rows",
+                self.manifest.row_bytes(site),
+                self.manifest.block_rows(site),
+            )
+        return self._open[site]
+
+    # -- units ----------------------------------------------------------------------------------
+
+    def end(self, progress: int | None = None) -> None:
+        """Complete a unit; commit if a shard is full or the last commit is long ago."""
+        for site, statistics in self._unit.items():
+            self._statistics[site].merge(statistics)
+            self._unit[site] = Statistics(statistics.width)
+        for shard in self._open.values():
+            shard.mark()
+        if progress is not None:
+            self._progress = progress
+        full = any(shard.nbytes >= self.shard_bytes for shard in self._open.values())
+        if full or time.monotonic() - self._committed_at >= self.seconds:
+            self.commit()
+
+    def rollback(self) -> None:
+        """Forget the rows of the unfinished unit."""
+        for site, statistics in self._unit.items():
+            self._unit[site] = Statistics(statistics.width)
+        for shard in self._open.values():
+            shard.rollback()
+
+    def drop(self, site: str, rows: int) -> None:
+        """Count rows that were thrown away."""
+        self._dropped[site] += rows
+
+    def commit(self) -> None:
+        """Make the complete units durable; rows of an unfinished unit must not be there."""
+        for site, shard in list(self._open.items()):
+            if shard.rows:
+                sealed = shard.seal()
+                self.manifest.sites[site].shards.append(sealed)
+                self.manifest.sites[site].rows += sealed.rows
+            else:
+                shard.abandon()
+            del self._open[site]
+        for site, count in self._dropped.items():
+            self.manifest.sites[site].dropped += count
+            self._dropped[site] = 0
+        self.manifest.progress = self._progress
+        old = self.manifest.statistics
+        number = self.manifest.next_group
+        self.manifest.next_group += 1
+        tensors: dict[str, Tensor] = {}
+        for site, statistics in self._statistics.items():
+            tensors |= statistics.to_tensors(site)
+        name = f"statistics-{number:06d}.safetensors"
+        content = save(tensors)
+        write_atomic(self.folder / name, content)
+        self.manifest.statistics = {"file": name, "crc32": zlib.crc32(content)}
+        write_atomic(self.folder / MANIFEST, self.manifest.to_json().encode())
+        self._committed_at = time.monotonic()
+        if old is not None:
+            (self.folder / old["file"]).unlink(missing_ok=True)
+
+    def abandon(self) -> None:
+        """Leave the store as it was last committed."""
+        for shard in self._open.values():
+            shard.abandon()
+        self._open.clear()
+        clean(self.folder)
+
+    # -- facts ----------------------------------------------------------------------------------
+
+    def set_grid(self, timesteps: Sequence[float], sigmas: Sequence[float] | None) -> None:
+        """Fix the time grid, or check that it is the one the store has.
+
+        Raises:
+            ValueError: another one.
+        """
+        known = self.manifest.timesteps
+        if known is None:
+            self.manifest.timesteps = [float(t) for t in timesteps]
+            self.manifest.sigmas = None if sigmas is None else [float(s) for s in sigmas]
+        elif len(known) != len(timesteps) or not np.allclose(known, timesteps, rtol=1e-4):
+            raise ValueError(
+                f"store: expected the time grid of {self.folder}, {_grid(known)}, got "
+                f"{_grid(timesteps)}"
+            )
+
+    def set_prompts(self, prompts: Sequence[str], seeds: Sequence[int]) -> None:
+        """Keep the prompts; a longer list than before must begin with the old one."""
+        content = json.dumps({"prompts": list(prompts), "seeds": list(seeds)}, indent=0)
+        write_atomic(self.folder / PROMPTS, content.encode())
+        self.manifest.prompts = {"count": len(prompts), "crc32": zlib.crc32(content.encode())}
+
+
+def _grid(values: Sequence[float]) -> str:
+    return f"{len(values)} steps from {values[0]:g} to {values[-1]:g}"
+
+
+def load_statistics(folder: Path, manifest: Manifest) -> dict[str, Statistics]:
+    """Statistics of every site of a store, empty before the first commit."""
+    if manifest.statistics is None:
+        return {name: Statistics(site.width) for name, site in manifest.sites.items()}
+    tensors = load_file(folder / manifest.statistics["file"])
+    return {
+        name: Statistics.from_tensors(name, site.width, tensors)
+        for name, site in manifest.sites.items()
+    }
+
+
+_OURS = re.compile(r"statistics-\d{6}\.safetensors|\.(statistics-|manifest\.|prompts\.).*\.part")
+_SHARD = re.compile(r"\d{5}\.rows(\.tmp)?")
+
+
+def clean(folder: Path) -> list[str]:
+    """Remove what a crash left behind: files of ours that the manifest does not name.
+
+    Returns:
+        The names of the files removed.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        return _clean(folder, Manifest.read(folder))
+    return []
+
+
+def _clean(folder: Path, manifest: Manifest) -> list[str]:
+    known = {shard.file for site in manifest.sites.values() for shard in site.shards}
+    if manifest.statistics is not None:
+        known.add(manifest.statistics["file"])
+    candidates = [p for p in folder.iterdir() if _OURS.fullmatch(p.name)]
+    for site in manifest.sites.values():
+        inside = folder / site.folder
+        if inside.is_dir():
+            candidates += [p for p in inside.iterdir() if _SHARD.fullmatch(p.name)]
+    removed = []
+    for path in candidates:
+        name = path.relative_to(folder).as_posix()
+        if name not in known:
+            path.unlink()
+            removed.append(name)
+    return removed
+
+
+class Lock:
+    """One writer at a time; the kernel lets go of it when the process dies."""
+
+    def __init__(self, folder: Path) -> None:
+        self._descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._descriptor)
+            raise RuntimeError(
+                f"store: expected to be the only writer of {folder}, got another one at work"
+            ) from None
+
+    def release(self) -> None:
+        """Let others write."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def check_facts(found: Manifest, wanted: Manifest, folder: Path) -> None:
+    """Refuse to append to a store of another kind.
+
+    Raises:
+        ValueError: dtype, sites, widths or branches differ.
+    """
+
+    def facts(manifest: Manifest) -> Mapping[str, Any]:
+        widths = {name: site.width for name, site in manifest.sites.items()}
+        return {"dtype": manifest.dtype, "sites": widths, "branches": manifest.branches}
+
+    have, want = facts(found), facts(wanted)
+    for name, value in have.items():
+        if want[name] != value:
+            raise ValueError(
+                f"store: expected {name} {value} [what {folder} holds], got {want[name]}"
+            )

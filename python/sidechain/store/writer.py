@@ -1,0 +1,450 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ActivationWriter: rows in, durable shards out, by a thread of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from .._atomic import write_atomic
+from .channel import POLICIES, Channel, Spill, Spilled
+from .layout import (
+    COLUMNS,
+    DTYPES,
+    MANIFEST,
+    Columns,
+    Manifest,
+    SiteEntry,
+    site_folder,
+)
+from .sink import Lock, Sink, check_facts, clean
+
+MODES = ("create", "append", "resume")
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class ActivationWriter:
+    """Writes rows of activations into a store; see `layout` for the files.
+
+        with ActivationWriter("acts", {"cross:3": 160}) as writer:
+            writer.write({"cross:3": rows}, step=4, branch="cond", prompt=17)
+
+    `write` hands the rows to a thread and returns; memory is bounded by `queue_bytes`. What is
+    written in one `unit` (or one `write` outside of any) becomes part of the store as a whole or
+    not at all, for all sites at once. Commits happen when a shard is full, every `commit_seconds`,
+    in `flush` and in `close`: a crash loses what came after the last of them, nothing else.
+
+    Args:
+        folder: made if it is not there.
+        sites: width C by name of the site.
+        dtype: stored dtype: float32 | float16 | bfloat16 | int8 (one float32 scale for each row).
+        branches: names of the CFG passes.
+        mode: "create" (refuses a store that is there), "append" (needs one), "resume" (either).
+        shard_bytes: a shard is closed by the unit that fills it.
+        queue_bytes: rows that may wait in memory.
+        policy: what `write` does when they are reached: "block" waits, "drop" throws the rows away
+            and counts them in the manifest, "spill" puts them into a temporary file in
+            `spill_folder`, "error" raises.
+        commit_seconds: longest time between commits while rows come in.
+        spill_folder: None = `folder`.
+        provenance: kept in the manifest.
+
+    Raises:
+        TypeError, ValueError: options.
+        FileExistsError, FileNotFoundError: the mode does not fit what is there.
+        RuntimeError: another writer is at work in the folder.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        sites: Mapping[str, int],
+        *,
+        dtype: torch.dtype = torch.float16,
+        branches: Sequence[str] = ("cond", "uncond"),
+        mode: str = "create",
+        shard_bytes: int = 256 << 20,
+        queue_bytes: int = 256 << 20,
+        policy: str = "block",
+        commit_seconds: float = 60.0,
+        spill_folder: str | Path | None = None,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.folder = Path(folder)
+        wanted = _manifest(sites, dtype, branches, provenance)
+        _check_options(mode, policy, shard_bytes, queue_bytes)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = Lock(self.folder)
+        self._spill: Spill | None = None
+        try:
+            manifest = _open(self.folder, wanted, mode)
+            self._sink = Sink(self.folder, manifest, shard_bytes, commit_seconds)
+            if policy == "spill":
+                self._spill = Spill(Path(spill_folder or self.folder))
+        except BaseException:
+            self._lock.release()
+            raise
+        self.dtype = dtype
+        self.branches = tuple(branches)
+        self.sites = dict(sites)
+        self._channel = Channel(queue_bytes, policy, self._spill)
+        self._in_unit = False
+        self._grid: Any = None
+        self._failure: BaseException | None = None
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="sidechain-store", daemon=True)
+        self._thread.start()
+
+    # -- what the caller does -------------------------------------------------------------------
+
+    @property
+    def progress(self) -> int:
+        """The `progress` of the last unit that was committed: where to go on after a crash."""
+        return self._sink.manifest.progress
+
+    @property
+    def rows(self) -> dict[str, int]:
+        """Committed rows by site."""
+        return {name: site.rows for name, site in self._sink.manifest.sites.items()}
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Rows thrown away by policy "drop" by site, as of the last commit."""
+        return {name: site.dropped for name, site in self._sink.manifest.sites.items()}
+
+    @property
+    def peak_bytes(self) -> int:
+        """Most bytes of rows that ever waited in memory."""
+        return self._channel.peak_bytes
+
+    def set_grid(self, timesteps: ArrayLike, sigmas: ArrayLike | None = None) -> None:
+        """Say which timestep and noise level every step number stands for, [S] each.
+
+        Raises:
+            ValueError: the store has another grid.
+        """
+        times = np.asarray(timesteps, dtype=np.float64).tolist()
+        noise = None if sigmas is None else np.asarray(sigmas, dtype=np.float64).tolist()
+        if (times, noise) != self._grid:
+            self._ask(lambda: self._sink.set_grid(times, noise))
+            self._grid = (times, noise)
+
+    def set_prompts(self, prompts: Sequence[str], seeds: Sequence[int]) -> None:
+        """Keep what the numbers of the `prompt` column stand for."""
+        self._ask(lambda: self._sink.set_prompts(prompts, seeds))
+
+    def write(
+        self,
+        rows: Mapping[str, Tensor],
+        *,
+        step: int | ArrayLike = 0,
+        branch: str | int | ArrayLike = 0,
+        prompt: int | ArrayLike = -1,
+        token: ArrayLike | None = None,
+        copy: bool = True,
+        ready: Callable[[], None] | None = None,
+    ) -> bool:
+        """Add rows of one or several sites.
+
+        Args:
+            rows: [n, C] by site, float32 | float16 | bfloat16, any device; C of the site.
+            step: of all rows or of each [n].
+            branch: name or number, of all rows or of each [n].
+            prompt: number, of all rows or of each [n]; -1 where it is not known.
+            token: number of each row within its sample. None = 0, 1, ..., n - 1.
+            copy: False hands the tensors over: they must not be written again.
+            ready: called before the rows are looked at; waits for a copy that is still under way.
+                Such rows must be on the CPU, in the dtype of the store, and handed over.
+
+        Returns:
+            Whether the rows were kept (False only with policy "drop").
+
+        Raises:
+            TypeError, ValueError: rows or labels that do not fit.
+            RuntimeError: the queue is full, with policy "error"; the writer is closed.
+            OSError: the writer thread has failed, for example on a full disk.
+        """
+        self._check_open()
+        self._check_rows(rows)
+        branch = self._branch_number(branch)
+        packed: dict[str, tuple[Tensor, Columns]] = {}
+        for site, tensor in rows.items():
+            columns = _columns(len(tensor), step, branch, prompt, token)
+            target = torch.float32 if self.dtype == torch.int8 else self.dtype
+            packed[site] = (tensor.detach().to("cpu", target, copy=copy).contiguous(), columns)
+        kept = self._channel.put_rows(packed, ready)
+        if not kept:
+            self._channel.put(("dropped", {site: len(tensor) for site, tensor in rows.items()}))
+        if not self._in_unit:
+            self._channel.put(("end", None))
+        return kept
+
+    @contextlib.contextmanager
+    def unit(self, progress: int | None = None) -> Iterator[None]:
+        """Write several times, all or nothing; an exception inside forgets the rows of the unit.
+
+        Args:
+            progress: what `ActivationWriter.progress` says once this unit is committed.
+        """
+        self._check_open()
+        if self._in_unit:
+            raise RuntimeError("store: expected no unit inside of a unit, got one")
+        self._in_unit = True
+        try:
+            yield
+        except BaseException:
+            self._channel.put(("rollback", None))
+            raise
+        else:
+            self._channel.put(("end", progress))
+        finally:
+            self._in_unit = False
+
+    def flush(self) -> None:
+        """Wait until everything is written, and commit it."""
+        self._ask(self._sink.commit)
+
+    def close(self) -> None:
+        """Commit what is complete and end the thread.
+
+        Raises:
+            OSError, ValueError: what went wrong in the thread, if nobody has seen it yet.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        if self._thread.is_alive():
+            with contextlib.suppress(BaseException):
+                self._channel.put(("close", None))
+        self._thread.join()
+        if self._spill is not None:
+            self._spill.close()
+        self._lock.release()
+        if self._failure is not None:
+            raise self._failure
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            with contextlib.suppress(Exception):
+                self.close()
+
+    # -- checks ---------------------------------------------------------------------------------
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("store: expected an open writer, got a closed one")
+
+    def _check_rows(self, rows: Mapping[str, Tensor]) -> None:
+        if not isinstance(rows, Mapping) or not rows:
+            raise TypeError(f"store: expected rows as {{site: tensor}}, got {type(rows).__name__}")
+        for site, tensor in rows.items():
+            if site not in self.sites:
+                raise ValueError(f"store: expected a site of {list(self.sites)}, got {site!r}")
+            if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPES.values():
+                got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+                raise TypeError(
+                    f"store: expected float32 | float16 | bfloat16 rows at {site}, got {got}"
+                )
+            if tensor.dtype == torch.int8:
+                raise TypeError(f"store: expected float rows at {site}, got torch.int8")
+            if tensor.dim() != 2 or tensor.shape[1] != self.sites[site]:
+                raise ValueError(
+                    f"store: expected rows [n, {self.sites[site]}] at {site}, got "
+                    f"{list(tensor.shape)}"
+                )
+
+    def _branch_number(self, branch: Any) -> Any:
+        if isinstance(branch, str):
+            if branch not in self.branches:
+                raise ValueError(
+                    f"store: expected branch to be one of {', '.join(self.branches)}, got "
+                    f"{branch!r}"
+                )
+            return self.branches.index(branch)
+        if np.any(np.asarray(branch) >= len(self.branches)):
+            raise ValueError(
+                f"store: expected branch within [0, {len(self.branches)}), got {branch!r}"
+            )
+        return branch
+
+    # -- the thread -----------------------------------------------------------------------------
+
+    def _ask(self, question: Any) -> None:
+        """Have the thread do something in its turn, and wait for it."""
+        self._check_open()
+        answer = _Answer(question)
+        self._channel.put(("ask", answer))
+        while not answer.ready.wait(0.2):
+            if not self._thread.is_alive():
+                raise self._failure or RuntimeError("store: the writer thread has ended")
+        if answer.error is not None:
+            raise answer.error
+
+    def _run(self) -> None:
+        try:
+            while True:
+                kind, content = self._channel.get()
+                try:
+                    if kind == "close":
+                        self._sink.rollback()
+                        self._sink.commit()
+                        return
+                    self._handle(kind, content)
+                finally:
+                    self._channel.done()
+        except BaseException as error:
+            self._failure = self._salvage(error)
+            self._channel.fail(self._failure)
+
+    def _handle(self, kind: str, content: Any) -> None:
+        if kind == "rows":
+            rows_of_sites, ready = content
+            if ready is not None:
+                ready()
+            for site, (held, columns) in rows_of_sites.items():
+                rows = held
+                if isinstance(held, Spilled) and self._spill is not None:
+                    rows = self._spill.take(held)
+                self._sink.append(site, rows, columns)
+        elif kind == "dropped":
+            for site, count in content.items():
+                self._sink.drop(site, count)
+        elif kind == "end":
+            self._sink.end(content)
+        elif kind == "rollback":
+            self._sink.rollback()
+        else:
+            content.run()
+
+    def _salvage(self, error: BaseException) -> BaseException:
+        """Keep the complete units if that is still possible; say what is intact."""
+        try:
+            self._sink.rollback()
+            self._sink.commit()
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self._sink.abandon()
+        if not isinstance(error, OSError) or error.errno is None:
+            return error
+        kept = Manifest.read(self.folder)
+        rows = ", ".join(f"{site.rows} rows of {name}" for name, site in kept.sites.items())
+        return OSError(
+            error.errno,
+            f"{error.strerror}; {rows} are intact, continue with mode='resume'",
+            str(self.folder),
+        )
+
+
+class _Answer:
+    def __init__(self, question: Any) -> None:
+        self.question = question
+        self.ready = threading.Event()
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self.question()
+        except ValueError as error:
+            self.error = error  # an answer to bad input; the thread goes on
+        finally:
+            self.ready.set()
+
+
+def _manifest(
+    sites: Mapping[str, int],
+    dtype: torch.dtype,
+    branches: Sequence[str],
+    provenance: Mapping[str, Any] | None,
+) -> Manifest:
+    if dtype not in _NAMES:
+        raise TypeError(f"store: expected dtype float32 | float16 | bfloat16 | int8, got {dtype!r}")
+    if not isinstance(sites, Mapping) or not sites:
+        raise TypeError(f"store: expected sites as {{name: width}}, got {sites!r}")
+    for name, width in sites.items():
+        if isinstance(width, bool) or not isinstance(width, int) or width < 1:
+            raise ValueError(f"store: expected a width >= 1 of {name}, got {width!r}")
+    folders = {name: site_folder(name) for name in sites}
+    if len(set(folders.values())) != len(folders):
+        raise ValueError(f"store: expected sites with different folder names, got {folders}")
+    entries = {name: SiteEntry(width, folders[name]) for name, width in sites.items()}
+    if not branches or len(branches) > 255:
+        raise ValueError(f"store: expected 1 to 255 branches, got {len(branches)}")
+    return Manifest(_NAMES[dtype], entries, list(branches), provenance=dict(provenance or {}))
+
+
+def _check_options(mode: str, policy: str, shard_bytes: int, queue_bytes: int) -> None:
+    if mode not in MODES:
+        raise ValueError(f"store: expected mode to be one of {', '.join(MODES)}, got {mode!r}")
+    if policy not in POLICIES:
+        raise ValueError(
+            f"store: expected policy to be one of {', '.join(POLICIES)}, got {policy!r}"
+        )
+    for name, value in (("shard_bytes", shard_bytes), ("queue_bytes", queue_bytes)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"store: expected {name} >= 1, got {value!r}")
+
+
+def _open(folder: Path, wanted: Manifest, mode: str) -> Manifest:
+    there = (folder / MANIFEST).exists()
+    if mode == "create" and there:
+        raise FileExistsError(
+            f"store: expected a folder without a store [mode='create'], got {folder}"
+        )
+    if mode == "append" and not there:
+        raise FileNotFoundError(f"store: expected a store [mode='append'], got none in {folder}")
+    if not there:
+        write_atomic(folder / MANIFEST, wanted.to_json().encode())
+        return wanted
+    found = Manifest.read(folder)
+    check_facts(found, wanted, folder)
+    clean(folder)
+    return found
+
+
+def _columns(
+    count: int, step: ArrayLike, branch: ArrayLike, prompt: ArrayLike, token: ArrayLike | None
+) -> Columns:
+    given = {
+        "step": step,
+        "branch": branch,
+        "prompt": prompt,
+        "token": np.arange(count) if token is None else token,
+    }
+    return {name: _column(name, value, count) for name, value in given.items()}
+
+
+def _column(name: str, value: ArrayLike, count: int) -> NDArray[Any]:
+    array = np.asarray(value)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"store: expected integers in {name}, got {array.dtype}")
+    if array.shape not in ((), (count,)):
+        raise ValueError(
+            f"store: expected {name} as a number or of shape [{count}] [rows], got "
+            f"{list(array.shape)}"
+        )
+    limits = np.iinfo(COLUMNS[name])
+    if array.size and (array.min() < limits.min or array.max() > limits.max):
+        raise ValueError(
+            f"store: expected {name} within [{limits.min}, {limits.max}], got "
+            f"{array.min()} to {array.max()}"
+        )
+    return np.broadcast_to(array.astype(COLUMNS[name]), (count,))
