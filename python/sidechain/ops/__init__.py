@@ -3,10 +3,30 @@
 
 from .. import _native
 from ._library import backends, register_triton
+from .encode_reduce import CodeSums, code_sums_
+from .sae_edit import sae_edit_
+from .sae_update import SaeCodes, SaeMoments, sae_gradient_square, sae_update_
+from .sparse_decode import DecodeLoss, sparse_decode, sparse_decode_loss
 from .tap import tap_
 from .topk_encode import Codes, topk_encode, topk_encode_fallbacks
 
 _native.load()
 register_triton()
 
-__all__ = ["Codes", "backends", "tap_", "topk_encode", "topk_encode_fallbacks"]
+__all__ = [
+    "CodeSums",
+    "Codes",
+    "DecodeLoss",
+    "SaeCodes",
+    "SaeMoments",
+    "backends",
+    "code_sums_",
+    "sae_edit_",
+    "sae_gradient_square",
+    "sae_update_",
+    "sparse_decode",
+    "sparse_decode_loss",
+    "tap_",
+    "topk_encode",
+    "topk_encode_fallbacks",
+]

@@ -6,17 +6,33 @@ Shapes met in diffusion models beside ugly ones.
 
 import torch
 
+from .encode_reduce import SUMS_BENCH, SUMS_CASES, SumsCase
+from .sae_edit import EDIT_BENCH, EDIT_CASES, EditCase
+from .sae_update import UPDATE_BENCH, UPDATE_CASES, UpdateCase
+from .sparse_decode import DECODE_BENCH, DECODE_CASES, DecodeCase
 from .tap import TAP_BENCH, TAP_CASES, TapCase
 from .topk_encode import TOPK_ENCODE_BENCH, TOPK_ENCODE_CASES, TopkEncodeCase
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 __all__ = [
+    "DECODE_BENCH",
+    "DECODE_CASES",
     "DTYPES",
+    "EDIT_BENCH",
+    "EDIT_CASES",
+    "SUMS_BENCH",
+    "SUMS_CASES",
     "TAP_BENCH",
     "TAP_CASES",
     "TOPK_ENCODE_BENCH",
     "TOPK_ENCODE_CASES",
+    "UPDATE_BENCH",
+    "UPDATE_CASES",
+    "DecodeCase",
+    "EditCase",
+    "SumsCase",
     "TapCase",
     "TopkEncodeCase",
+    "UpdateCase",
 ]

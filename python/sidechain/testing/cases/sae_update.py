@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Cases of `sae_update_`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .sparse_decode import random_codes
+
+
+@dataclass(frozen=True)
+class UpdateCase:
+    """One call of `sae_update_`; every flag adds what it names."""
+
+    rows: int
+    d_in: int
+    d_out: int
+    features: int
+    k: int
+    csr: bool = False
+    groups: int = 1  # the second has fixed width, other codes and a row weight
+    prefixes: tuple[int, ...] = ()
+    bias: bool = True
+    b_pre: bool = True
+    half_moments: bool = False
+    lazy: bool = False
+    clip: bool = False
+    weight_decay: float = 0.0
+    unit_norm: bool = True
+    project: bool = True
+    first_feature: int = 0
+    extras: bool = False  # last_fired, fire_count, copies, b_pre_grad, grad_square
+    step: int = 7
+    what: str = "topk"
+
+    @property
+    def name(self) -> str:
+        """Readable id."""
+        return f"{self.what}-N{self.rows}-d{self.d_in}x{self.d_out}-F{self.features}-k{self.k}"
+
+    def make(self, dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> dict[str, Any]:
+        """Random arguments in the names of the schema; x has the dtype."""
+        g = torch.Generator().manual_seed(seed + 2)
+        enc, dec = (self.features, self.d_in), (self.features, self.d_out)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=g)
+
+        w_dec = normal(*dec)
+        args: dict[str, Any] = {
+            "w_enc": 0.1 * normal(*enc),
+            "w_dec": w_dec / w_dec.norm(dim=-1, keepdim=True).clamp(min=1e-9),
+            "b_enc": 0.1 * normal(self.features) if self.bias else None,
+            "enc_mean": 0.01 * normal(*enc),
+            "enc_square": 1e-4 * normal(*enc).square(),
+            "dec_mean": 0.01 * normal(*dec),
+            "dec_square": 1e-4 * normal(*dec).square(),
+            "bias_mean": 0.01 * normal(self.features) if self.bias else None,
+            "bias_square": 1e-4 * normal(self.features).square() if self.bias else None,
+            # A common offset per channel, as real activations have.
+            "x": (normal(self.rows, self.d_in) + 2.0 * normal(self.d_in)).to(dtype),
+            "b_pre": normal(self.d_in) if self.b_pre else None,
+        }
+        if self.half_moments:
+            for key in ("enc_mean", "enc_square", "dec_mean", "dec_square"):
+                args[key] = args[key].to(torch.bfloat16)
+        args |= self._groups(g, seed)
+        args |= {
+            "lr": torch.tensor([1e-3]),
+            "step": torch.tensor([self.step]),
+            "beta1": 0.9,
+            "beta2": 0.999,
+            "eps": 1e-8,
+            "weight_decay": self.weight_decay,
+            "unit_norm": self.unit_norm,
+            "project": self.project,
+            "clip_scale": torch.tensor([0.25]) if self.clip else None,
+            "prefixes": list(self.prefixes),
+            "first_feature": self.first_feature,
+        }
+        args |= self._extras()
+        return {k: _to(v, device) for k, v in args.items()}
+
+    def _groups(self, g: torch.Generator, seed: int) -> dict[str, list[Any]]:
+        keys = ("values", "indices", "offsets", "dvalues", "error", "row_weight")
+        columns: dict[str, list[Any]] = {key: [] for key in keys}
+        total = self.features + self.first_feature + (5 if self.first_feature else 0)
+        error_shape: tuple[int, ...] = (self.rows, self.d_out)
+        if self.prefixes:
+            error_shape = (len(self.prefixes), *error_shape)
+        for i in range(self.groups):
+            codes = random_codes(
+                self.rows,
+                total,
+                min(self.k + i, total),
+                csr=self.csr and i == 0,
+                seed=seed + 10 * i,
+            )
+            columns["values"].append(codes["values"])
+            columns["indices"].append(codes["indices"])
+            columns["offsets"].append(codes.get("offsets"))
+            columns["dvalues"].append(torch.randn(codes["values"].shape, generator=g))
+            columns["error"].append(torch.randn(error_shape, generator=g))
+            columns["row_weight"].append(torch.rand(self.rows, generator=g) if i else None)
+        return columns
+
+    def _extras(self) -> dict[str, Any]:
+        features = torch.arange(self.features)
+        extras: dict[str, Any] = dict.fromkeys(
+            ("last_fired", "fire_count", "row_step", "enc_copy", "dec_copy", "b_pre_grad",
+             "grad_square")
+        )  # fmt: skip
+        if self.lazy:
+            extras["row_step"] = features % self.step
+        if self.extras:
+            extras["last_fired"] = features % 3
+            extras["fire_count"] = features % 5
+            extras["enc_copy"] = torch.full((self.features, self.d_in), 7.0, dtype=torch.bfloat16)
+            extras["dec_copy"] = torch.full((self.features, self.d_out), 7.0, dtype=torch.float16)
+            extras["b_pre_grad"] = torch.full((self.d_in,), 7.0)
+            extras["grad_square"] = torch.full((1,), 7.0)
+        return extras
+
+
+def _to(value: Any, device: str) -> Any:
+    if isinstance(value, list):
+        return [_to(v, device) for v in value]
+    return value.to(device) if isinstance(value, Tensor) else value
+
+
+_case = UpdateCase(24, 48, 48, 70, 6)
+UPDATE_CASES = (
+    _case,
+    replace(_case, extras=True, clip=True, weight_decay=0.01, what="extras"),
+    replace(_case, csr=True, d_out=35, extras=True, what="csr-transcoder"),
+    replace(_case, groups=2, extras=True, b_pre=False, what="aux"),
+    replace(_case, groups=3, csr=True, lazy=True, extras=True, weight_decay=0.1, what="lazy"),
+    replace(_case, prefixes=(10, 33, 70), groups=2, what="matryoshka"),
+    replace(_case, half_moments=True, extras=True, what="bf16-moments"),
+    replace(_case, half_moments=True, lazy=True, features=333, d_out=17, what="bf16-lazy"),
+    replace(_case, first_feature=20, prefixes=(30, 95), extras=True, what="shard"),
+    replace(_case, bias=False, unit_norm=False, project=False, step=1, what="plain"),
+    replace(_case, unit_norm=False, rows=130, features=9, k=4, what="dense-lists"),
+    replace(_case, d_in=1, d_out=1, features=3, k=2, unit_norm=False, project=False, what="narrow"),
+    replace(_case, d_in=1030, d_out=513, rows=40, features=130, extras=True, what="wide"),
+    replace(_case, rows=0, extras=True, what="no-rows"),
+    replace(_case, k=0, extras=True, what="no-codes"),
+)
+UPDATE_BENCH = (
+    UpdateCase(1024, 768, 768, 12288, 32),
+    UpdateCase(1024, 768, 768, 12288, 32, half_moments=True, what="bf16-moments"),
+    UpdateCase(1024, 768, 768, 12288, 32, lazy=True, what="lazy"),
+    UpdateCase(1024, 1280, 1280, 5120, 10),
+    UpdateCase(1024, 2560, 2560, 10240, 64),
+)
