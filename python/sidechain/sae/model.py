@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from . import files
 from ._interim import Codes, sparse_decode, topk_encode
 from .config import SELECTING, Provenance, SaeConfig
+from .init import encoder_scale, random_rows
 from .normaliser import Normaliser
 
 __all__ = ["Codes", "Sae"]
@@ -68,13 +69,9 @@ class Sae(nn.Module):
         if target_normaliser is None:
             target_normaliser = Normaliser.identity(d_out) if config.transcoder else self.normaliser
         self.target_normaliser = target_normaliser
-        generator = torch.Generator().manual_seed(seed)
-        w_dec = torch.randn(features, d_out, generator=generator)
-        w_dec /= w_dec.norm(dim=1, keepdim=True)
-        if config.transcoder:
-            w_enc = torch.randn(features, d_in, generator=generator) / math.sqrt(d_in)
-        else:
-            w_enc = w_dec.clone()
+        w_dec = random_rows(seed, 0, 0, features, d_out)
+        w_enc = random_rows(seed, 1, 0, features, d_in) if config.transcoder else w_dec.clone()
+        w_enc *= encoder_scale(d_in, features, selecting=config.architecture in SELECTING)
         self.w_enc = nn.Parameter(w_enc)
         self.w_dec = nn.Parameter(w_dec)
         self.b_enc = nn.Parameter(torch.zeros(features))

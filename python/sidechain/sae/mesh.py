@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who holds what: rows are split over one axis of the processes, features over the other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+
+
+class Mesh:
+    """A grid of processes, `data` x `features`; one process without torch.distributed is 1 x 1.
+
+    The process at (a, b) reads slice a of every batch and owns slice b of the features.
+    Processes with equal b hold equal weights, bit for bit, without ever exchanging them.
+
+    Args:
+        data: parts of a batch.
+        features: parts of the dictionary; data * features is the number of processes.
+
+    Raises:
+        ValueError: another number of processes.
+    """
+
+    def __init__(self, data: int = 1, features: int = 1) -> None:
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        if data < 1 or features < 1 or data * features != world:
+            raise ValueError(
+                f"Mesh: expected data x features = {world} [number of processes], got {data} x "
+                f"{features}"
+            )
+        self.data, self.features = data, features
+        self.data_rank = self.feature_rank = 0
+        self._data_group: Any = None
+        self._feature_group: Any = None
+        if world > 1:
+            device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+            grid = init_device_mesh(device, (data, features), mesh_dim_names=("data", "features"))
+            self.data_rank, self.feature_rank = grid.get_coordinate() or (0, 0)
+            self._data_group = grid.get_group("data")
+            self._feature_group = grid.get_group("features")
+
+    @property
+    def world(self) -> int:
+        """Number of processes."""
+        return self.data * self.features
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes logs and manifests."""
+        return self.data_rank == 0 and self.feature_rank == 0
+
+    def shard(self, features: int) -> tuple[int, int]:
+        """Return the range of features this process owns."""
+        return cut(features, self.features, self.feature_rank)
+
+    def rows(self, count: int) -> tuple[int, int]:
+        """Return the range of rows of a batch this process reads."""
+        return cut(count, self.data, self.data_rank)
+
+    def sum_features(self, t: Tensor) -> Tensor:
+        """Sum a tensor over the slices of the features, in place."""
+        if self.features > 1:
+            dist.all_reduce(t, group=self._feature_group)
+        return t
+
+    def sum_data(self, t: Tensor) -> Tensor:
+        """Sum a tensor over the slices of the rows, in place."""
+        if self.data > 1:
+            dist.all_reduce(t, group=self._data_group)
+        return t
+
+    def sum_all(self, t: Tensor) -> Tensor:
+        """Sum a tensor over all processes, in place."""
+        if self.world > 1:
+            dist.all_reduce(t)
+        return t
+
+    def gather_rows(self, t: Tensor) -> Tensor:
+        """Join the row slices of a tensor (dim 0; equal sizes) in order."""
+        return self._gather(t, self.data, self._data_group)
+
+    def gather_features(self, t: Tensor) -> Tensor:
+        """Join the feature slices of a tensor (dim 0; equal sizes) in order."""
+        return self._gather(t, self.features, self._feature_group)
+
+    def gather_rows_ragged(self, *tensors: Tensor) -> list[Tensor]:
+        """Join tensors of one common length that differs from process to process."""
+        if self.data == 1:
+            return list(tensors)
+        mine = torch.tensor([len(tensors[0])], device=tensors[0].device)
+        sizes = self.gather_rows(mine).tolist()
+        joined = []
+        for t in tensors:
+            padded = t.new_zeros((max(sizes), *t.shape[1:]))
+            padded[: len(t)] = t
+            parts = self.gather_rows(padded).split(max(sizes))
+            joined.append(torch.cat([p[:size] for p, size in zip(parts, sizes, strict=True)]))
+        return joined
+
+    def agree(self, choice: bool) -> bool:
+        """Return what the first process chose."""
+        if self.world == 1:
+            return choice
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        flag = torch.tensor([int(choice)], device=device)
+        dist.broadcast(flag, src=0)
+        return bool(flag.item())
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+        if self.world > 1:
+            dist.barrier()
+
+    def _gather(self, t: Tensor, size: int, group: Any) -> Tensor:
+        if size == 1:
+            return t
+        out = t.new_empty((size * len(t), *t.shape[1:]))
+        dist.all_gather_into_tensor(out, t.contiguous(), group=group)
+        return out
+
+
+def cut(count: int, parts: int, part: int) -> tuple[int, int]:
+    """Return the range of slice `part` of `count` things in `parts` equal slices.
+
+    Raises:
+        ValueError: they cannot be equal.
+    """
+    if count % parts:
+        raise ValueError(f"Mesh: expected {count} to be a multiple of {parts} [processes]")
+    size = count // parts
+    return part * size, (part + 1) * size

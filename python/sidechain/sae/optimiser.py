@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""AdamW on dense gradients, with what dictionaries add to it: projection, clipping, unit norm."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from .state import MATRICES, TrainState
+
+
+def project(grad: Tensor, w_dec: Tensor) -> Tensor:
+    """Return the gradient without its part along the rows of w_dec, which unit norm would undo."""
+    square = w_dec.square().sum(1)
+    along = (grad * w_dec).sum(1) / torch.where(square > 0, square, 1.0)
+    return grad - along[:, None] * w_dec
+
+
+def clip_scale(grads: dict[str, Tensor], state: TrainState) -> Tensor | None:
+    """Return the factor [1] that brings the norm of all gradients to the limit; None without one.
+
+    Gradients of features are counted over all processes, that of `b_dec` once.
+    """
+    if state.train.clip is None:
+        return None
+    own = sum(g.double().square().sum() for name, g in grads.items() if name != "b_dec")
+    total = state.mesh.sum_features(torch.as_tensor(own)) + grads["b_dec"].double().square().sum()
+    return clip_factor(total, state.train.clip)
+
+
+def clip_factor(square: Tensor, limit: float) -> Tensor:
+    """Return min(1, limit / sqrt(square)) [1] float32."""
+    return (limit / square.sqrt().clamp(min=1e-30)).clamp(max=1.0).float().reshape(1)
+
+
+def apply(state: TrainState, grads: dict[str, Tensor]) -> None:
+    """Take one step of AdamW on all weights, in place.
+
+    The thresholds of jumprelu are trained through their logarithm (arXiv 2407.14435): the gradient
+    is that of log(threshold) and the step multiplies.
+    """
+    weights, train = state.weights, state.train
+    if state.config.unit_norm:
+        grads["w_dec"] = project(grads["w_dec"], weights["w_dec"])
+    threshold = weights.get("threshold")
+    if "threshold" in grads and threshold is not None:
+        grads["threshold"] = grads["threshold"] * threshold
+    scale = clip_scale(grads, state)
+    if scale is not None:
+        for grad in grads.values():
+            grad.mul_(scale)
+    logarithm = None if threshold is None else torch.zeros_like(threshold)
+    for decayed in (True, False):
+        names = [n for n in grads if (n in MATRICES) == decayed]
+        params = [
+            logarithm if n == "threshold" and logarithm is not None else weights[n] for n in names
+        ]
+        adamw(
+            params,
+            [grads[n] for n in names],
+            [state.moments[n][0] for n in names],
+            [state.moments[n][1] for n in names],
+            [],
+            [torch.tensor(float(state.step), device=state.device) for _ in names],
+            fused=True,
+            amsgrad=False,
+            beta1=train.betas[0],
+            beta2=train.betas[1],
+            lr=state.schedule.lr(state.step),
+            weight_decay=train.weight_decay if decayed else 0.0,
+            eps=train.eps,
+            maximize=False,
+        )
+    if "threshold" in grads and threshold is not None and logarithm is not None:
+        threshold.mul_(logarithm.exp())
+    if state.config.unit_norm:
+        renormalise(weights["w_dec"])
+
+
+def renormalise(w_dec: Tensor) -> None:
+    """Give the rows norm 1; zero rows stay zero."""
+    length = w_dec.norm(dim=1, keepdim=True)
+    w_dec.div_(torch.where(length > 0, length, 1.0))
