@@ -4,5 +4,6 @@
 from .config import ARCHITECTURES, Provenance, SaeConfig
 from .model import Codes, Sae
 from .normaliser import Normaliser
+from .train_config import TrainConfig
 
-__all__ = ["ARCHITECTURES", "Codes", "Normaliser", "Provenance", "Sae", "SaeConfig"]
+__all__ = ["ARCHITECTURES", "Codes", "Normaliser", "Provenance", "Sae", "SaeConfig", "TrainConfig"]

@@ -3,50 +3,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
-
-
-class Codes(NamedTuple):
-    values: Tensor
-    indices: Tensor
-    offsets: Tensor | None
-
-
-def topk_encode(
-    x: Tensor,
-    w_enc: Tensor,
-    b_enc: Tensor | None = None,
-    b_pre: Tensor | None = None,
-    *,
-    k: int = 0,
-    mode: str = "topk",
-    threshold: float | Tensor | None = None,
-    precision: str = "fp32",
-    backend: str = "auto",
-) -> Codes:
-    x = x.to(w_enc.dtype)
-    z = (x if b_pre is None else x - b_pre) @ w_enc.T
-    if b_enc is not None:
-        z = z + b_enc
-    if mode == "topk":
-        order = torch.sort(z.detach(), dim=1, descending=True, stable=True).indices[:, :k]
-        values = z.gather(1, order)
-        live = values > 0
-        return Codes(torch.where(live, values, 0.0), torch.where(live, order, -1).int(), None)
-    if mode == "batch_topk":
-        flat = z.detach().flatten()
-        order = torch.sort(flat, descending=True, stable=True).indices[: k * len(x)]
-        order = order[flat[order] > 0].sort().values
-    else:
-        order = (z.detach() > torch.as_tensor(threshold).clamp(min=0)).flatten().nonzero()[:, 0]
-    rows, indices = order // z.shape[1], order % z.shape[1]
-    counts = torch.bincount(rows, minlength=len(x))
-    offsets = torch.zeros(len(x) + 1, dtype=torch.int64, device=x.device)
-    torch.cumsum(counts, 0, out=offsets[1:])
-    return Codes(z.flatten()[order], indices.int(), offsets)
 
 
 def sparse_decode(

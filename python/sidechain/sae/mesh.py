@@ -79,6 +79,23 @@ class Mesh:
             dist.all_reduce(t)
         return t
 
+    def least(self, t: Tensor) -> Tensor:
+        """Least of a number over all processes, in place."""
+        if self.world > 1:
+            dist.all_reduce(t, op=dist.ReduceOp.MIN)
+        return t
+
+    def sum_features_once(self, t: Tensor) -> Tensor:
+        """Sum over the slices of the features, for autograd.
+
+        Every process goes on with the whole sum and the same loss, so the gradient of its own part
+        is the gradient it has.
+        """
+        if self.features == 1:
+            return t
+        whole: Tensor = _SumOnce.apply(t, self)  # type: ignore[no-untyped-call]
+        return whole
+
     def gather_rows(self, t: Tensor) -> Tensor:
         """Join the row slices of a tensor (dim 0; equal sizes) in order."""
         return self._gather(t, self.data, self._data_group)
@@ -121,6 +138,16 @@ class Mesh:
         out = t.new_empty((size * len(t), *t.shape[1:]))
         dist.all_gather_into_tensor(out, t.contiguous(), group=group)
         return out
+
+
+class _SumOnce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, t: Tensor, mesh: Mesh) -> Tensor:
+        return mesh.sum_features(t.clone())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
 
 
 def cut(count: int, parts: int, part: int) -> tuple[int, int]:

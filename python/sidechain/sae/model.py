@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops import Codes, topk_encode
 from . import files
-from ._interim import Codes, sparse_decode, topk_encode
+from ._interim import sparse_decode
 from .config import SELECTING, Provenance, SaeConfig
 from .init import encoder_scale, random_rows
 from .normaliser import Normaliser
@@ -139,12 +140,12 @@ class Sae(nn.Module):
         if config.architecture == "topk":
             return topk_encode(
                 y, self.w_enc, self.b_enc, self.b_pre,
-                k=config.k or 0, mode="topk", precision=precision, backend=backend,
+                k=config.k, mode="topk", precision=precision, backend=backend,
             )  # fmt: skip
         if config.architecture in SELECTING and self.training:
             return topk_encode(
                 y, self.w_enc, self.b_enc, self.b_pre,
-                k=config.k or 0, mode="batch_topk", precision=precision, backend=backend,
+                k=config.k, mode="batch_topk", precision=precision, backend=backend,
             )  # fmt: skip
         w_enc, b_enc, threshold = self.thresholded_encoder()
         return topk_encode(
@@ -169,14 +170,15 @@ class Sae(nn.Module):
             return self.w_enc, self.b_enc, 0.0
         if self.r_mag is not None and self.b_gate is not None:
             gain = self.r_mag.exp()
-            limit = (self.b_enc - gain * self.b_gate).clamp(min=0)
+            limit = (self.b_enc - gain * self.b_gate).detach().clamp(min=0)
             return gain[:, None] * self.w_enc, self.b_enc, limit
         if self.threshold is None or bool(self.threshold.isnan().any()):
             raise ValueError(
                 f"Sae: expected a trained threshold [{architecture} in eval mode], got none: "
                 "train it, or call train() to select over the batch"
             )
-        return self.w_enc, self.b_enc, self.threshold.clamp(min=0)
+        limit = self.threshold.detach().clamp(min=0).expand(self.config.features)
+        return self.w_enc, self.b_enc, limit
 
     def preactivations(self, x: Tensor, *, step: int | Tensor | None = None) -> Tensor:
         """Return z [N, F] before any selection; dense, for looking at a few rows."""

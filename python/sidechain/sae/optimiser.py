@@ -26,16 +26,16 @@ def clip_scale(grads: dict[str, Tensor], state: TrainState) -> Tensor | None:
         return None
     own = sum(g.double().square().sum() for name, g in grads.items() if name != "b_dec")
     total = state.mesh.sum_features(torch.as_tensor(own)) + grads["b_dec"].double().square().sum()
-    return clip_factor(total, state.train.clip)
+    return clip_factor(total, state.train.clip).to(grads["b_dec"].dtype)
 
 
 def clip_factor(square: Tensor, limit: float) -> Tensor:
-    """Return min(1, limit / sqrt(square)) [1] float32."""
-    return (limit / square.sqrt().clamp(min=1e-30)).clamp(max=1.0).float().reshape(1)
+    """Return min(1, limit / sqrt(square)) [1]."""
+    return (limit / square.sqrt().clamp(min=1e-30)).clamp(max=1.0).reshape(1)
 
 
 def apply(state: TrainState, grads: dict[str, Tensor]) -> None:
-    """Take one step of AdamW on all weights, in place.
+    """Take step number `state.step` (from 1) of AdamW on all weights, in place.
 
     The thresholds of jumprelu are trained through their logarithm (arXiv 2407.14435): the gradient
     is that of log(threshold) and the step multiplies.
@@ -62,12 +62,12 @@ def apply(state: TrainState, grads: dict[str, Tensor]) -> None:
             [state.moments[n][0] for n in names],
             [state.moments[n][1] for n in names],
             [],
-            [torch.tensor(float(state.step), device=state.device) for _ in names],
+            [torch.tensor(float(state.step - 1), device=state.device) for _ in names],
             fused=True,
             amsgrad=False,
             beta1=train.betas[0],
             beta2=train.betas[1],
-            lr=state.schedule.lr(state.step),
+            lr=state.schedule.lr(state.step - 1),
             weight_decay=train.weight_decay if decayed else 0.0,
             eps=train.eps,
             maximize=False,

@@ -26,7 +26,7 @@ def keep_row_largest(codes: Codes, k: int, mesh: Mesh) -> Codes:
         k: number to keep; ties: the lower feature wins.
         mesh: features are held in ascending order of its slices.
     """
-    values, indices, _ = codes
+    values = codes.values
     if mesh.features == 1 and values.shape[1] <= k:
         return codes
     width = values.shape[1]
@@ -76,9 +76,7 @@ def keep_batch_largest(codes: Codes, total: int, mesh: Mesh, features: int) -> C
     return _blank(codes, (live & (key > prefix)) | (tied & (position <= last)))
 
 
-def _position_of(
-    tied: Tensor, position: Tensor, count: Tensor, mesh: Mesh, limit: int
-) -> Tensor:
+def _position_of(tied: Tensor, position: Tensor, count: Tensor, mesh: Mesh, limit: int) -> Tensor:
     """Return the position of the `count`-th of the tied entries, in ascending order."""
     shift = -(-max(1, (limit - 1).bit_length()) // _POSITION_BITS) * _POSITION_BITS
     prefix = torch.zeros_like(count)

@@ -43,6 +43,7 @@ class TrainState:
         moments: (mean, square) of Adam for each trained tensor.
         last_fired: [F'] int64, number of the step (from 1) in which a feature last fired.
         dead: local numbers of the features found dead at the last look, int64.
+        dead_total: number of them over all processes.
         step: steps done.
         fixed_b_pre: [d_in] of an untied bias, or None.
     """
@@ -70,15 +71,14 @@ class TrainState:
         self.mesh.rows(train.batch)
         self.size = stop - self.first
         self.step = 0
-        self.weights = {
-            name: t.to(self.device, dtype) for name, t in self._initial(stop).items()
-        }
+        self.weights = {name: t.to(self.device, dtype) for name, t in self._initial(stop).items()}
         self.fixed_b_pre = (
             None if config.tied_bias else torch.zeros(config.d_in, dtype=dtype, device=self.device)
         )
         self.moments = {name: self._zeros(name) for name in self.trained}
         self.last_fired = torch.zeros(self.size, dtype=torch.int64, device=self.device)
         self.dead = torch.zeros(0, dtype=torch.int64, device=self.device)
+        self.dead_total = 0
 
     def _initial(self, stop: int) -> dict[str, Tensor]:
         config, size, seed = self.config, self.size, self.train.seed
@@ -134,13 +134,12 @@ class TrainState:
 
     def look_for_dead(self) -> None:
         """Renew the set of dead features; the one place of a step that waits for the device."""
-        silent = self.step - self.last_fired >= self.schedule.dead_steps
-        self.dead = silent.nonzero()[:, 0]
+        self.dead = self.silent().nonzero()[:, 0]
+        self.dead_total = int(self.mesh.sum_features(self.silent().sum()))
 
-    def dead_features(self) -> Tensor:
-        """Return the number of dead features of all processes, as a tensor."""
-        silent = (self.step - self.last_fired >= self.schedule.dead_steps).sum()
-        return self.mesh.sum_features(silent)
+    def silent(self) -> Tensor:
+        """Return which features count as dead now, [F'] bool."""
+        return self.step - self.last_fired >= self.schedule.dead_steps
 
     def named(self) -> Iterator[tuple[str, Tensor, bool]]:
         """Yield (name, tensor, whether its first axis is cut over the features)."""

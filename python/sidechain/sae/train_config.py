@@ -60,8 +60,8 @@ class TrainConfig:
         threshold_decay: of the running mean of the smallest value kept, batch_topk and matryoshka.
         aux_k: dead features that reconstruct the residual; None = d_out / 2; 0 = none.
         aux_weight: its weight.
-        dead_tokens: a feature that did not fire for this many rows is dead; None = a tenth of the run,
-            at most 10 million.
+        dead_tokens: a feature that did not fire for this many rows is dead; None = a tenth of the
+            run, at most 10 million.
         dead_every: steps between looks at which features are dead.
         resample: share of the steps between resamplings of dead features; 0 = never
             (Bricken et al. 2023). Not in the last quarter of the run.
@@ -273,8 +273,10 @@ class Schedule:
     def dead_steps(self) -> int:
         """Number of steps without firing after which a feature is dead."""
         train = self.train
-        rows = min(10_000_000, train.tokens // 10) if train.dead_tokens is None else (
-            train.dead_tokens
+        rows = (
+            min(10_000_000, train.tokens // 10)
+            if train.dead_tokens is None
+            else (train.dead_tokens)
         )
         return max(1, rows // train.batch)
 

@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One training step, by whichever path the settings choose."""
+
+from __future__ import annotations
+
+from .autograd_step import autograd_step
+from .metrics import Outcome
+from .state import Rows, TrainState
+
+
+def train_step(state: TrainState, rows: Rows) -> Outcome:
+    """Train on one batch.
+
+    Args:
+        state: changed in place.
+        rows: this process's rows of the batch, `state.mesh.rows(batch)`.
+
+    Returns:
+        Loss of each row, as tensors: nothing here waits for the device, but for the look at which
+        features are dead every `dead_every` steps.
+    """
+    if state.schedule.looks_for_dead(state.step):
+        state.look_for_dead()
+    return autograd_step(state, rows)
