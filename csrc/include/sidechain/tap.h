@@ -6,6 +6,7 @@
 
 #include "sidechain/dtype.h"
 #include "sidechain/isa.h"
+#include "sidechain/parallel.h"
 
 namespace sidechain {
 
@@ -61,10 +62,6 @@ struct TapParams {
 };
 
 namespace cpu {
-
-// Runs body(begin, end) over [0, n) split in any way; `grain` = fewest iterations worth a thread.
-using Body = void (*)(int64_t begin, int64_t end, void* context);
-using ParallelFor = void (*)(int64_t n, int64_t grain, Body body, void* context);
 
 // Deterministic for any splitting by `parallel_for` (nullptr = serial): work is cut into fixed
 // token chunks whose partial sums are added in order. Sums accumulate in float32 over at most 32
