@@ -28,7 +28,7 @@ else
 INSTALLED := $(VENV)/.installed-native
 endif
 
-.PHONY: demo test test-python test-native lint types bench bench-ops bench-hooks zoo-music install clean
+.PHONY: demo test test-python test-native lint types bench bench-ops bench-hooks kernels-report zoo-music install clean
 
 install: $(INSTALLED)
 
@@ -62,6 +62,9 @@ bench: bench-ops bench-hooks
 
 bench-ops bench-hooks: bench-%: $(INSTALLED)
 	$(BIN)/sidechain bench $* --threads 1 --json bench/results
+
+kernels-report: $(INSTALLED)
+	$(BIN)/python tests/build/kernels_report.py
 
 zoo-music: $(INSTALLED)
 	$(PIP) --no-deps tinysoundfont

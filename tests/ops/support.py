@@ -19,7 +19,8 @@ def backend_params(op: str) -> list[Any]:
     params = []
     for backend in _library.planned(op):
         reason = _library.unavailable(op, backend)
-        marks = [pytest.mark.skip(reason=f"{op}/{backend}: {reason}")] if reason else []
+        marks = [pytest.mark.gpu] if DEVICE[backend] == "cuda" else []
+        marks += [pytest.mark.skip(reason=f"{op}/{backend}: {reason}")] if reason else []
         params.append(pytest.param(backend, marks=marks))
     return params
 
