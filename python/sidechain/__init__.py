@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tap, patch and steer the attention of diffusion models.
 
-`sites` says where, `capture`, `patch` and `steer` say what happens there. Everything else is
-imported on first use, so that `import sidechain` needs nothing but torch.
+`sites` says where; `capture`, `patch` and `steer` say what happens there; `share` makes it cheaper.
+Everything else is imported on first use, so that `import sidechain` needs nothing but torch.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .sites import sites
-from .taps import capture, contexts, patch, steer
+from .taps import capture, contexts, patch, share, steer
 
 if TYPE_CHECKING:
     from .vectors import SteeringVector
 
-__all__ = ["SteeringVector", "capture", "contexts", "patch", "sites", "steer"]
+__all__ = ["SteeringVector", "capture", "contexts", "patch", "share", "sites", "steer"]
 
 _LAZY_MODULES = frozenset(
     {

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .._version import __version__
 from ..data.music.attributes import ATTRIBUTES
+from ..taps import share
 
 Array = NDArray[np.float64]
 Item = TypeVar("Item")
@@ -54,16 +55,18 @@ def generate(
 ) -> Tensor:
     """Latents [B, 64, 64] of encoded prompts [B, S, C]; row i starts from the noise of seeds[i].
 
-    Noise depends on the row's seed only, so a row is the same clip in any batch.
+    Noise depends on the row's seed only, so a row is the same clip in any batch. Rows of one text
+    share their keys and values, whatever else is attached to the pipeline.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    latents: Tensor = pipe(
-        prompt_embeds=contexts,
-        generator=generators,
-        num_inference_steps=steps,
-        guidance_scale=guidance,
-        output_type="latent",
-    ).audios
+    with share(pipe):
+        latents: Tensor = pipe(
+            prompt_embeds=contexts,
+            generator=generators,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            output_type="latent",
+        ).audios
     return latents
 
 

@@ -4,6 +4,7 @@
 from .base import Tap
 from .capturing import Capture, Labels, capture, contexts
 from .patching import Patch, patch
+from .sharing import Share, share
 from .steering import MODES, Steer, VectorLike, steer
 
 __all__ = [
@@ -11,11 +12,13 @@ __all__ = [
     "Capture",
     "Labels",
     "Patch",
+    "Share",
     "Steer",
     "Tap",
     "VectorLike",
     "capture",
     "contexts",
     "patch",
+    "share",
     "steer",
 ]

@@ -85,6 +85,14 @@ class Ablate(Operation):
         return out.masked_fill(self.selected, 0)
 
 
+class Attend(Operation):
+    """Computes the attention itself, in place of the model's processor."""
+
+    def __call__(self, hidden: Tensor, context: Tensor) -> Tensor:
+        """Return the output of the attention module."""
+        raise NotImplementedError
+
+
 class Pass(Operation):
     """One side of a `tap_` call: what to capture or how to steer.
 
@@ -204,6 +212,7 @@ class Tapped:
         self._records: list[ContextRecord] = []
         self._swaps: list[Swap] = []
         self._split: SplitAttention | None = None
+        self._attend: Attend | None = None
         self._outputs: list[Callable[[Tensor], Tensor]] = []
 
     def __getattr__(self, name: str) -> Any:
@@ -219,6 +228,7 @@ class Tapped:
         self._swaps = [s for s in swaps if s.key and s.value]
         split = [s for s in swaps if not (s.key and s.value)]
         self._split = SplitAttention(self._attn, split) if split else None
+        self._attend = next((o for o in ops if isinstance(o, Attend)), None)
         outputs: list[Callable[[Tensor], Tensor]] = [
             o for o in ops if isinstance(o, Replace | Ablate)
         ]
@@ -267,6 +277,7 @@ def _tapped_class(inner: type) -> type[Tapped]:
 def _make_tapped_class(inner: type) -> type[Tapped]:
     original: Callable[..., Any] = inner.__call__
     signature = inspect.signature(original)
+    names = list(signature.parameters)
 
     # Attention.forward drops the keyword arguments its processor's signature does not name, so
     # the signature of the inner class must show through.
@@ -276,14 +287,20 @@ def _make_tapped_class(inner: type) -> type[Tapped]:
     ) -> Any:
         if self._records or self._swaps or self._split is not None:
             args = self._edit_context(args, kwargs)
-        seen = attn if self._split is None else self._split
-        out = self._inner(seen, hidden_states, *args, **kwargs)
+        attend = self._attend
+        if attend is not None:
+            attend.fired = True
+        # Keys and values of two different contexts are not one thing that could be kept.
+        if attend is not None and self._split is None and not torch.is_grad_enabled():
+            out = attend(hidden_states, _context_alone(names[3:], args, kwargs))
+        else:
+            seen = attn if self._split is None else self._split
+            out = self._inner(seen, hidden_states, *args, **kwargs)
         for edit in self._outputs:
             out = edit(out)
         return out
 
     call.__signature__ = signature  # type: ignore[attr-defined]
-    names = list(signature.parameters)
     body: dict[str, Any] = {"__call__": call, "__doc__": inner.__doc__}
     if "encoder_hidden_states" in names:
         body["_context_place"] = names.index("encoder_hidden_states") - 3
@@ -291,6 +308,18 @@ def _make_tapped_class(inner: type) -> type[Tapped]:
         if hasattr(inner, name):
             body[name] = _forwarded(name)
     return type(f"Tapped{inner.__name__}", (Tapped,), body)
+
+
+def _context_alone(names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The context of a call that has no other argument."""
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    context: Tensor = given.pop("encoder_hidden_states")
+    other = [name for name, value in given.items() if value is not None]
+    if other:
+        raise NotImplementedError(
+            f"share: expected cross-attention with a context alone, got {', '.join(other)}"
+        )
+    return context
 
 
 def _forwarded(name: str) -> property:
@@ -301,6 +330,12 @@ def _forwarded(name: str) -> property:
         setattr(self._inner, name, value)
 
     return property(read, write)
+
+
+def inner_processor(attn: Any) -> Any:
+    """The model's own processor, whether it is wrapped or not."""
+    found = attn.processor
+    return found._inner if isinstance(found, Tapped) else found
 
 
 def attach(attn: Any, operation: Operation) -> None:
