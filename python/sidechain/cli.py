@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sidechain import _options as options
+from sidechain._memory import keep_freed_memory
 from sidechain._parser import ARMS, BAD_INPUT, Command, build_parser
 
 INTERRUPTED = 130
@@ -41,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if command is None:
         parser.print_help()
         return 0
+    keep_freed_memory()
     try:
         status = command(parsed)
         sys.stdout.flush()
