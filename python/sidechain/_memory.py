@@ -14,8 +14,8 @@ def keep_freed_memory() -> bool:
     """Let glibc keep freed blocks instead of returning every large one to the system.
 
     Tensors above 32 MB are mapped anew, page by page, each time they are made, which costs a batch
-    of 64 clips of the zoo's model a quarter of its time on a CPU. A setting of the whole process,
-    so only the command line and the benches make it; peak memory stays what it is.
+    of 64 clips of the zoo's model a quarter of its time on a CPU. The process keeps its peak memory
+    until it ends; a setting of all of it, so only the command line and the benches make it.
 
     Returns:
         Whether the C library took it (glibc only).
