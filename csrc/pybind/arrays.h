@@ -31,5 +31,6 @@ void* writable(const std::string& op, py::array& a, Dtype dtype, std::vector<py:
 
 // One per op: adds its NumPy entry point.
 void bind_tap(py::module_& m);
+void bind_topk_encode(py::module_& m);
 
 }  // namespace sidechain::host

@@ -32,4 +32,5 @@ PYBIND11_MODULE(_host, m) {
       "best_isa", [] { return std::string(isa_name(sidechain::best_isa())); },
       "The instruction set the ops use.");
   sidechain::host::bind_tap(m);
+  sidechain::host::bind_topk_encode(m);
 }

@@ -25,3 +25,15 @@ def tap(
     ring_stride: int = 1,
     capture_mask: NDArray[np.bool_] | None = None,
 ) -> None: ...
+def topk_encode(
+    x: NDArray[np.float32],
+    w: NDArray[np.float32],
+    *,
+    isa: str,
+    b_enc: NDArray[np.float32] | None = None,
+    b_pre: NDArray[np.float32] | None = None,
+    k: int = 0,
+    batch: bool = False,
+    threshold: NDArray[np.float32] | None = None,
+    precision: int = 0,
+) -> tuple[NDArray[np.float32], NDArray[np.int32], NDArray[np.int64] | None, int]: ...

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from ops.support import DEVICE, backend_params, upcast
-from sidechain.ops import Codes, topk_encode
+from ops.support import DEVICE, backend_params, clone, guarded, guards_intact, upcast
+from sidechain.ops import Codes, backends, topk_encode, topk_encode_fallbacks
 from sidechain.testing.cases import DTYPES, TOPK_ENCODE_CASES, TopkEncodeCase
 from sidechain.testing.tolerance import assert_close
 
@@ -82,10 +84,20 @@ def widened(args: dict[str, Any]) -> dict[str, Any]:
     return upcast({k: v for k, v in more.items() if k != "guess" and k != "b_pre"})
 
 
+def plain_nan(args: dict[str, Any]) -> Codes:
+    """The codes of a fixed form in which rows of NaN keep their first features."""
+    z = dense(args, "fp32")
+    bad = z.isnan().any(-1)
+    codes = plain(args, z.nan_to_num(0.0))
+    k = args["k"]
+    codes.values[bad], codes.indices[bad] = torch.nan, torch.arange(k, dtype=torch.int32)
+    return codes
+
+
 class TestNumerics:
     @every_backend
     @dtypes
-    @precisions
+    @exact_precisions
     @pytest.mark.parametrize(
         "case", [c for c in TOPK_ENCODE_CASES if c.mode != "threshold"], ids=lambda c: c.name
     )
@@ -115,8 +127,171 @@ class TestNumerics:
         assert got.values.dtype == torch.float64
         assert_same_codes(Codes(got.values.float(), *got[1:]), want)
 
+    @every_kernel
+    @dtypes
+    @exact_precisions
+    @pytest.mark.parametrize("case", TOPK_ENCODE_CASES, ids=lambda c: c.name)
+    def test_exact_set(
+        self, case: TopkEncodeCase, precision: str, dtype: torch.dtype, backend: str
+    ) -> None:
+        """The set, the order and the values of the float64 problem, whatever guess is given."""
+        args = case.make(dtype, device=DEVICE[backend])
+        want = plain(args, dense(args, precision))
+        assert_same_codes(topk_encode(**args, precision=precision, backend=backend), want)
+
+    @settings(max_examples=60, deadline=None)
+    @given(
+        rows=st.integers(0, 90),
+        width=st.integers(1, 70),
+        features=st.integers(1, 150),
+        k=st.integers(1, 150),
+        mode=st.sampled_from(["topk", "batch_topk", "threshold"]),
+        data=st.sampled_from(["random", "planted", "ties", "outliers", "negative"]),
+        flags=st.tuples(st.booleans(), st.booleans()),
+        guess=st.integers(0, 2),
+        precision=st.sampled_from(["fp32", "bf16"]),
+        seed=st.integers(0, 99),
+    )
+    def test_any_combination(
+        self,
+        rows: int,
+        width: int,
+        features: int,
+        k: int,
+        mode: str,
+        data: str,
+        flags: tuple[bool, bool],
+        guess: int,
+        precision: str,
+        seed: int,
+    ) -> None:
+        if backends()["topk_encode"]["cpu"]:
+            pytest.skip("topk_encode/cpu is not available")
+        case = TopkEncodeCase(
+            rows, width, features, min(k, features), mode=mode, data=data,
+            threshold=("number", "tensor")[flags[0]], b_enc=flags[0], b_pre=flags[1],
+            guess=(None, 1, max(rows, 1))[guess] if rows else None,
+        )  # fmt: skip
+        args = case.make(torch.float32, seed)
+        want = plain(args, dense(args, precision))
+        assert_same_codes(topk_encode(**args, precision=precision), want)
+
+    @every_kernel
+    @pytest.mark.parametrize("data", ["random", "planted"])
+    def test_screen_decides_and_int8_recalls(self, data: str, backend: str) -> None:
+        """The certificate holds without falling back; 8 bits alone miss next to nothing."""
+        args = TopkEncodeCase(256, 256, 4096, 16, data=data).make(torch.float32)
+        topk_encode_fallbacks(reset=True)
+        exact = topk_encode(**args, backend=backend)
+        assert topk_encode_fallbacks() == 0
+        near = topk_encode(**args, precision="int8", backend=backend)
+        found = (near.indices[:, :, None] == exact.indices[:, None]).any(-1)
+        assert found.float().mean() > 0.995
+        z = dense(args, "fp32")
+        picked = z.gather(1, near.indices.long())
+        torch.testing.assert_close(near.values, picked, rtol=1.3e-7, atol=1e-12)
+
+    @every_kernel
+    def test_threshold_of_int8_keeps_no_stranger(self, backend: str) -> None:
+        args = TopkEncodeCase(64, 128, 512, 1, mode="threshold").make(torch.float32)
+        exact = topk_encode(**args, backend=backend)
+        near = topk_encode(**args, precision="int8", backend=backend)
+        assert exact.offsets is not None
+        assert near.offsets is not None
+        sets = [
+            {(n, int(f)) for n in range(64) for f in c.indices[c.offsets[n] : c.offsets[n + 1]]}
+            for c in (exact, near)
+        ]
+        assert sets[1] <= sets[0]
+        assert len(sets[1]) > 0.99 * len(sets[0])
+
+
+class TestLayout:
+    @every_kernel
+    @dtypes
+    @modes
+    @pytest.mark.parametrize("offset", [0, 1, 3, 7, 17])
+    def test_offset_views_and_guards(
+        self, offset: int, case: TopkEncodeCase, dtype: torch.dtype, backend: str
+    ) -> None:
+        if DEVICE[backend] != "cpu":
+            pytest.skip("guard bands are laid in host memory")
+        args = case.make(dtype)
+        moved, wholes = clone(args), {}
+        for name in ("x", "w_enc", "b_enc", "b_pre"):
+            moved[name], wholes[name] = guarded(args[name], offset)
+        want = topk_encode(**args, backend=backend)
+        assert_same_codes(topk_encode(**moved, backend=backend), want)
+        for name, whole in wholes.items():
+            assert guards_intact(whole, moved[name], offset), name
+
+    @every_kernel
+    @modes
+    def test_any_strides(self, case: TopkEncodeCase, backend: str) -> None:
+        args = case.make(torch.float32, device=DEVICE[backend])
+        want = topk_encode(**args, backend=backend)
+        strided = args | {
+            "x": args["x"].repeat_interleave(2, 0)[::2],
+            "w_enc": args["w_enc"].T.contiguous().T,
+            "b_enc": args["b_enc"].repeat_interleave(3)[::3],
+            "b_pre": args["b_pre"].repeat_interleave(2)[::2],
+        }
+        assert strided["w_enc"].stride(1) != 1
+        assert_same_codes(topk_encode(**strided, backend=backend), want)
+
+    @modes
+    def test_determinism_over_threads(self, case: TopkEncodeCase) -> None:
+        args = TopkEncodeCase(300, 96, 700, 12, mode=case.mode).make(torch.float32)
+        args["w_enc"].requires_grad_()
+        args["x"].requires_grad_()
+        before, seen = torch.get_num_threads(), []
+        try:
+            for threads in (1, 2, 3, 7):
+                torch.set_num_threads(threads)
+                got = topk_encode(**args)
+                grads = torch.autograd.grad(got.values.square().sum(), (args["x"], args["w_enc"]))
+                seen.append((*[t for t in got if t is not None], *grads))
+        finally:
+            torch.set_num_threads(before)
+        for other in seen[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(seen[0], other, strict=True))
+
 
 class TestEdges:
+    @every_kernel
+    @modes
+    @pytest.mark.parametrize("value", [0.0, 2.0, 1e6])
+    def test_a_wrong_guess_changes_nothing(
+        self, case: TopkEncodeCase, value: float, backend: str
+    ) -> None:
+        args = case.make(torch.float32, device=DEVICE[backend])
+        want = topk_encode(**args, backend=backend)
+        for rows in (1, case.rows):
+            guess = torch.full((rows,), value, device=args["x"].device)
+            assert_same_codes(topk_encode(**args, guess=guess, backend=backend), want)
+
+    @every_kernel
+    @modes
+    @pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-12, 1e12, 1e18])
+    def test_extreme_scales(self, case: TopkEncodeCase, scale: float, backend: str) -> None:
+        args = case.make(torch.float32, device=DEVICE[backend])
+        args["x"][::2] *= scale
+        args["w_enc"][::3] *= scale
+        want = plain(args, dense(args, "fp32"))
+        assert_same_codes(topk_encode(**args, backend=backend), want)
+
+    @every_kernel
+    def test_rows_the_screen_cannot_decide_are_counted(self, backend: str) -> None:
+        args = TopkEncodeCase(20, 20, 50, 4).make(torch.float32, device=DEVICE[backend])
+        args["x"][3, 0] = 1e30
+        args["x"][5, 0] = torch.nan
+        topk_encode_fallbacks(reset=True)
+        got = topk_encode(**args, backend=backend)
+        assert topk_encode_fallbacks() == 2
+        assert_same_codes(got, plain_nan(args))
+        assert topk_encode_fallbacks(reset=True) == 2
+        assert topk_encode_fallbacks() == 0
+
     @every_backend
     def test_no_features_are_active(self, backend: str) -> None:
         args = FIXED.make(torch.float32, device=DEVICE[backend])

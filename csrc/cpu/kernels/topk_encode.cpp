@@ -1,0 +1,313 @@
+// SPDX-License-Identifier: Apache-2.0
+// Loop bodies of topk_encode, compiled once per instruction set.
+#include "cpu/kernels/topk_encode.h"
+
+#include <cstdint>
+#if SIDECHAIN_ISA_LEVEL > 0
+#include <immintrin.h>
+#endif
+
+namespace sidechain::cpu::SIDECHAIN_ISA_NAMESPACE {
+namespace {
+
+// clang-format off: the second uses the first.
+#include "cpu/kernels/vec-inl.h"
+#include "cpu/kernels/topk_screen-inl.h"
+// clang-format on
+
+// Eight elements, the unit of quantisation, whatever the width of the instruction set.
+typedef float Float8 __attribute__((vector_size(32)));
+typedef int32_t Int8 __attribute__((vector_size(32)));
+typedef uint32_t Uint8 __attribute__((vector_size(32)));
+static_assert(kGroup == 8, "a group fills one Float8");
+
+inline Float8 load8(const float* p) {
+  Float8 v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return v;
+}
+inline Float8 max8(Float8 a, Float8 b) { return a > b ? a : b; }
+inline Float8 min8(Float8 a, Float8 b) { return a < b ? a : b; }
+inline float largest(Float8 v) {
+  float most = v[0];
+  for (int i = 1; i < 8; ++i) most = v[i] > most ? v[i] : most;
+  return most;
+}
+inline float total(Float8 v) {
+  return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7]));
+}
+
+// The sums of the elements that share a 16-bit lane, each several times.
+inline Float8 lane_sums(Float8 v) {
+  const Float8 halves = v + __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3);
+  return halves + __builtin_shufflevector(halves, halves, 1, 0, 3, 2, 5, 4, 7, 6);
+}
+
+// The coins of one row or feature: uniform numbers in [0, 1) from a counter (the finalizer of
+// MurmurHash3), or 1/2 for rounding to nearest.
+struct Coins {
+  uint32_t seed, twist;
+  bool stochastic;
+
+  explicit Coins(int64_t salt) : stochastic(salt >= 0) {
+    uint64_t s = (static_cast<uint64_t>(salt) + 1) * 0x9e3779b97f4a7c15u;
+    s = (s ^ (s >> 29)) * 0xbf58476d1ce4e5b9u;
+    seed = static_cast<uint32_t>(s);
+    twist = static_cast<uint32_t>(s >> 32);
+  }
+  Float8 toss(int64_t first) const {
+    if (!stochastic) return Float8{} + 0.5f;
+    const Uint8 lane = {0, 1, 2, 3, 4, 5, 6, 7};
+    Uint8 h = (lane + static_cast<uint32_t>(first)) * 0x9e3779b1u + seed;
+    h = (h ^ (h >> 16)) * 0x85ebca6bu + twist;
+    h = (h ^ (h >> 13)) * 0xc2b2ae35u;
+    h ^= h >> 16;
+    return __builtin_convertvector(bits_as<Int8>(h >> 8), Float8) * 0x1p-24f;
+  }
+};
+
+// Values 0 to 255 as bytes, four to `even` and four to `odd`.
+inline void store_bytes(Int8 v, void* even, void* odd) {
+#if SIDECHAIN_ISA_LEVEL > 0
+  const __m256i words = _mm256_packus_epi32(bits_as<__m256i>(v), bits_as<__m256i>(v));
+  const __m256i bytes = _mm256_packus_epi16(words, words);
+  const int low = _mm_cvtsi128_si32(_mm256_castsi256_si128(bytes));
+  const int high = _mm_cvtsi128_si32(_mm256_extracti128_si256(bytes, 1));
+  __builtin_memcpy(even, &low, 4);
+  __builtin_memcpy(odd, &high, 4);
+#else
+  for (int i = 0; i < 4; ++i) {
+    static_cast<uint8_t*>(even)[i] = static_cast<uint8_t>(v[i]);
+    static_cast<uint8_t*>(odd)[i] = static_cast<uint8_t>(v[4 + i]);
+  }
+#endif
+}
+
+// Writes (v / step + zero) rounded by the coins, within [0, most], less `shift` as signed bytes.
+inline int32_t write_codes(const float* v, int64_t n, int64_t salt, float step, float zero,
+                           float most, int shift, int64_t stride, uint8_t* codes) {
+  const Coins coins(salt);
+  const float inverse = 1.0f / step;
+  Int8 sums = {};
+  for (int64_t i = 0; i < n; i += kGroup) {
+    Float8 y = load8(v + i) * inverse + (coins.toss(i) + zero);
+    y = min8(max8(y, Float8{}), Float8{} + most);
+    const Int8 code = __builtin_convertvector(y, Int8) - shift;
+    sums += code;
+    uint8_t* to = codes + i / 4 * stride;
+    store_bytes(code & 255, to, to + stride);
+  }
+  int32_t sum = 0;
+  for (int i = 0; i < 8; ++i) sum += sums[i];
+  return sum;
+}
+
+inline void zero_codes(int64_t n, int fill, int64_t stride, uint8_t* codes) {
+  for (int64_t i = 0; i < n; i += 4) __builtin_memset(codes + i / 4 * stride, fill, 4);
+}
+
+// Steps below this would overflow when inverted; nothing distinguishes such elements from zero.
+constexpr float kLeastStep = 1e-20f;
+
+template <int R>
+void exact_rows(const double* w, const float* x, int64_t x_row, const int32_t* which, int64_t n,
+                double* out) {
+  typedef double Doubles __attribute__((vector_size(4 * kLanes)));
+  typedef float Halves __attribute__((vector_size(2 * kLanes)));
+  constexpr int kStep = kLanes / 2;
+  const float* row[R];
+  for (int i = 0; i < R; ++i) row[i] = x + which[i] * x_row;
+  Doubles sum[R] = {};
+  for (int64_t c = 0; c < n; c += kStep) {
+    Doubles weight;
+    __builtin_memcpy(&weight, w + c, sizeof(weight));
+    for (int i = 0; i < R; ++i) {
+      Halves value;
+      __builtin_memcpy(&value, row[i] + c, sizeof(value));
+      sum[i] += __builtin_convertvector(value, Doubles) * weight;
+    }
+  }
+  for (int i = 0; i < R; ++i) {
+    out[i] = 0.0;
+    for (int lane = 0; lane < kStep; ++lane) out[i] += sum[i][lane];
+  }
+}
+
+template <bool kRound>
+inline F32 prepared(F32 v) {
+  return kRound ? widen_bf16(narrow_bf16(v)) : v;
+}
+
+template <class T, bool kRound>
+void load_typed(const T* from, int64_t n, const float* minus, float* to) {
+  int64_t c = 0;
+  for (; c + kLanes <= n; c += kLanes) {
+    F32 v = load(from + c);
+    if (minus != nullptr) v -= load(minus + c);
+    store(to + c, prepared<kRound>(v));
+  }
+  if (c < n) {
+    F32 v = load_tail(from + c, n - c);
+    if (minus != nullptr) v -= load_tail(minus + c, n - c);
+    store_tail(to + c, prepared<kRound>(v), n - c);
+  }
+}
+
+// V vectors of columns at once, which stay in registers over all rows.
+template <class T, bool kRound, int V, bool kTail>
+void sum_columns(const Rows& rows, const int32_t* which, const float* scale, int64_t count,
+                 const float* minus, int64_t c, int64_t n, float* out) {
+  const T* data = static_cast<const T*>(rows.data) + c;
+  F32 sum[V] = {}, less[V] = {};
+  if (minus != nullptr) {
+    for (int v = 0; v < V; ++v) {
+      less[v] = kTail ? load_tail(minus + c, n - c) : load(minus + c + v * kLanes);
+    }
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    const T* row = data + which[i] * rows.row;
+    for (int v = 0; v < V; ++v) {
+      const F32 value = kTail ? load_tail(row, n - c) : load(row + v * kLanes);
+      sum[v] += scale[i] * prepared<kRound>(value - less[v]);
+    }
+  }
+  for (int v = 0; v < V; ++v) {
+    if (kTail) {
+      store_tail(out + c, sum[v], n - c);
+    } else {
+      store(out + c + v * kLanes, sum[v]);
+    }
+  }
+}
+
+template <class T, bool kRound>
+void sum_typed(const Rows& rows, const int32_t* which, const float* scale, int64_t count,
+               const float* minus, int64_t n, float* out) {
+  int64_t c = 0;
+  for (; c + 8 * kLanes <= n; c += 8 * kLanes) {
+    sum_columns<T, kRound, 8, false>(rows, which, scale, count, minus, c, n, out);
+  }
+  for (; c + kLanes <= n; c += kLanes) {
+    sum_columns<T, kRound, 1, false>(rows, which, scale, count, minus, c, n, out);
+  }
+  if (c < n) sum_columns<T, kRound, 1, true>(rows, which, scale, count, minus, c, n, out);
+}
+
+}  // namespace
+
+int64_t feature_panel() { return kPanel; }
+
+void load_row(const void* from, Dtype dtype, int64_t n, const float* minus, bool bf16, float* to) {
+  switch (dtype) {
+    case Dtype::kFloat32: {
+      const auto* p = static_cast<const float*>(from);
+      return bf16 ? load_typed<float, true>(p, n, minus, to)
+                  : load_typed<float, false>(p, n, minus, to);
+    }
+    case Dtype::kFloat16: {
+      const auto* p = static_cast<const Half*>(from);
+      return bf16 ? load_typed<Half, true>(p, n, minus, to)
+                  : load_typed<Half, false>(p, n, minus, to);
+    }
+    case Dtype::kBFloat16: {
+      const auto* p = static_cast<const BFloat*>(from);
+      return bf16 ? load_typed<BFloat, true>(p, n, minus, to)
+                  : load_typed<BFloat, false>(p, n, minus, to);
+    }
+  }
+}
+
+Quantised quantise_row(const float* v, int64_t n, int64_t salt, uint8_t* codes) {
+  Float8 most = {}, squares = {};
+  for (int64_t i = 0; i < n; i += kGroup) {
+    const Float8 x = load8(v + i);
+    most = max8(most, max8(x, -x));
+    squares += x * x;
+  }
+  const float norm2 = total(squares);
+  if (!(norm2 < __builtin_inff())) {
+    zero_codes(n, kZero, 4 * kRowPanel, codes);
+    return {kLeastStep, __builtin_inff(), 0};
+  }
+  float step = largest(most) / kZero;
+  step = step > kLeastStep ? step : kLeastStep;
+  const int32_t sum = write_codes(v, n, salt, step, kZero, 2 * kZero, 0, 4 * kRowPanel, codes);
+  return {step, norm2, sum};
+}
+
+Quantised quantise_feature(const float* v, int64_t n, int64_t salt, int8_t* codes) {
+  Float8 most = {}, squares = {}, lanes = {};
+  for (int64_t i = 0; i < n; i += kGroup) {
+    const Float8 w = load8(v + i);
+    most = max8(most, max8(w, -w));
+    squares += w * w;
+    lanes = max8(lanes, lane_sums(max8(w, Float8{})));
+    lanes = max8(lanes, lane_sums(max8(-w, Float8{})));
+  }
+  const float norm2 = total(squares);
+  auto* bytes = reinterpret_cast<uint8_t*>(codes);
+  if (!(norm2 < __builtin_inff())) {
+    zero_codes(n, 0, 4 * kPanel, bytes);
+    return {0.0f, __builtin_inff(), 0};
+  }
+  // Four elements times at most 2 kZero stay within 16 bits, each rounded up by one at most.
+  constexpr float kLaneSum = 32767.0f / (2 * kZero) - 4.0f;
+  float step = largest(most) / 127.0f;
+  const float by_lane = largest(lanes) / kLaneSum;
+  step = step > by_lane ? step : by_lane;
+  step = step > kLeastStep ? step : kLeastStep;
+  const int32_t sum = write_codes(v, n, salt, step, 128.0f, 255.0f, 128, 4 * kPanel, bytes);
+  return {step, norm2, sum};
+}
+
+void screen(const ScreenRows& rows, const FeaturePanel& panel) {
+  for (int64_t p = 0; p < rows.panels; ++p) {
+    I32 sums[kRowPanel][kVectors];
+    multiply(rows.codes + p * rows.groups * kGroup * kRowPanel, panel.codes, panel.start,
+             rows.groups, &sums[0][0]);
+    for (int64_t i = 0; i < kRowPanel; ++i) {
+      const int64_t row = p * kRowPanel + i;
+      const float inverse = rows.inverse[row];
+      const float error =
+          rows.confidence * __builtin_sqrtf(panel.norm2 + panel.step2 * rows.reach[row]);
+      const float limit = (rows.cut[row] - panel.slack) * inverse - error;
+      for (int v = 0; v < kVectors; ++v) {
+        const F32 z = __builtin_convertvector(sums[i][v], F32) * load(panel.step + v * kLanes) +
+                      load(panel.bias + v * kLanes) * inverse;
+        uint32_t reached = not_below(z, limit);
+        while (reached != 0) {
+          const int lane = __builtin_ctz(reached);
+          reached &= reached - 1;
+          const int32_t at = v * kLanes + lane;
+          if (at >= panel.count) break;
+          rows.lists[row][rows.counts[row]++] = {z[lane] * rows.step[row], panel.first + at};
+        }
+      }
+    }
+  }
+}
+
+void exact(const float* w, const float* x, int64_t x_row, const int32_t* which, int64_t count,
+           int64_t n, double* wide, double* out) {
+  for (int64_t c = 0; c < n; ++c) wide[c] = w[c];
+  int64_t i = 0;
+  for (; i + 4 <= count; i += 4) exact_rows<4>(wide, x, x_row, which + i, n, out + i);
+  for (; i < count; ++i) exact_rows<1>(wide, x, x_row, which + i, n, out + i);
+}
+
+void sum_rows(const Rows& rows, const int32_t* which, const float* scale, int64_t count, int64_t n,
+              const float* minus, bool bf16, float* out) {
+  switch (rows.dtype) {
+    case Dtype::kFloat32:
+      return bf16 ? sum_typed<float, true>(rows, which, scale, count, minus, n, out)
+                  : sum_typed<float, false>(rows, which, scale, count, minus, n, out);
+    case Dtype::kFloat16:
+      return bf16 ? sum_typed<Half, true>(rows, which, scale, count, minus, n, out)
+                  : sum_typed<Half, false>(rows, which, scale, count, minus, n, out);
+    case Dtype::kBFloat16:
+      return bf16 ? sum_typed<BFloat, true>(rows, which, scale, count, minus, n, out)
+                  : sum_typed<BFloat, false>(rows, which, scale, count, minus, n, out);
+  }
+}
+
+}  // namespace sidechain::cpu::SIDECHAIN_ISA_NAMESPACE

@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: Apache-2.0
+// Per-ISA entries of topk_encode: quantise and pack, screen in 8 bits, value exactly, sum rows.
+//
+// The screen. A row x is stored as x ~ p * (a - kZero) with unsigned bytes a, a feature as
+// w ~ q * b with signed bytes b. Products of bytes are added in 16 bits over the eight elements
+// that share a lane, then in 32 bits: `quantise_feature` picks q so that the 16 bits never
+// overflow. Rounding is stochastic, so the error of a dot product is a sum of independent terms of
+// mean zero, each within a range of p |w_i| or q |a_i|, and by Hoeffding's inequality
+//   P(z - screened z > c sqrt(p^2 |w|^2 + q^2 |x'|^2)) <= exp(-2 c^2)
+// for every pair, whatever the data: the coins are the algorithm's own.
+#pragma once
+
+#include "sidechain/topk_encode.h"
+
+namespace sidechain::cpu {
+
+constexpr int64_t kRowPanel = 4;  // rows that share each load of packed features
+constexpr int64_t kGroup = 8;     // elements of a row that meet in one 16-bit sum, in two lanes
+// Codes of x run from 0 to 2 kZero. More would leave fewer bits to w in the 16-bit sums: 100
+// minimises the sum of both errors for normal data.
+constexpr int kZero = 100;
+
+struct Candidate {
+  float z;
+  int32_t feature;
+};
+
+// Scales of a quantised row or feature.
+struct Quantised {
+  float step;   // p or q
+  float norm2;  // |v|^2 before rounding; infinite where an element is not finite
+  int32_t sum;  // of the codes
+};
+
+// Packed features [kGroup-padded width / 4][panel][4] and their scales.
+struct FeaturePanel {
+  const int8_t* codes;
+  const int32_t* start;  // -kZero * sum of codes
+  const float* step;     // q
+  const float* bias;
+  int32_t first;       // index of the first feature
+  int32_t count;       // features that exist, at most the panel
+  float norm2, step2;  // largest |w|^2 and q^2
+  float slack;         // what rounding of the biases may cost
+};
+
+// Rows in panels of kRowPanel, packed [width / 4][kRowPanel][4]; the arrays are indexed by row.
+struct ScreenRows {
+  const uint8_t* codes;
+  int64_t panels;
+  int64_t groups;        // padded width / kGroup
+  const float* step;     // p
+  const float* inverse;  // 1 / p
+  const float* reach;    // (|x'| / p)^2
+  const float* cut;      // what z + error must reach
+  Candidate** lists;     // room for a panel more at each call
+  int32_t* counts;
+  float confidence;  // c
+};
+
+#define SIDECHAIN_DECLARE(ID, NAME)                                                              \
+  namespace NAME {                                                                               \
+  /* Features of one packed panel. */                                                            \
+  int64_t feature_panel();                                                                       \
+  /* n elements to float32, less `minus` where not null, rounded to bfloat16 where asked. */     \
+  void load_row(const void* from, Dtype dtype, int64_t n, const float* minus, bool bf16,         \
+                float* to);                                                                      \
+  /* Codes of 4 elements every 4 * kRowPanel bytes; `salt` < 0 rounds to nearest. */             \
+  Quantised quantise_row(const float* v, int64_t n, int64_t salt, uint8_t* codes);               \
+  /* Codes of 4 elements every 4 * feature_panel() bytes. */                                     \
+  Quantised quantise_feature(const float* v, int64_t n, int64_t salt, int8_t* codes);            \
+  /* Appends the pairs whose z may reach the cut of the row. */                                  \
+  void screen(const ScreenRows& rows, const FeaturePanel& panel);                                \
+  /* out[i] = <w, x + which[i] * x_row> summed in float64; `wide` holds n doubles. */            \
+  void exact(const float* w, const float* x, int64_t x_row, const int32_t* which, int64_t count, \
+             int64_t n, double* wide, double* out);                                              \
+  /* out = sum_i scale[i] * row which[i], each prepared as by load_row. */                       \
+  void sum_rows(const Rows& rows, const int32_t* which, const float* scale, int64_t count,       \
+                int64_t n, const float* minus, bool bf16, float* out);                           \
+  }
+SIDECHAIN_FOR_EACH_ISA(SIDECHAIN_DECLARE)
+#undef SIDECHAIN_DECLARE
+
+}  // namespace sidechain::cpu

@@ -1,0 +1,179 @@
+// SPDX-License-Identifier: Apache-2.0
+// What topk_encode keeps of a dictionary: packed codes, scales and error bounds of its features.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <memory>
+#include <vector>
+
+#include "cpu/kernels/topk_encode.h"
+
+namespace sidechain::cpu {
+
+// The entries of one instruction set.
+struct TopkKernels {
+  decltype(&baseline::feature_panel) feature_panel;
+  decltype(&baseline::load_row) load_row;
+  decltype(&baseline::quantise_row) quantise_row;
+  decltype(&baseline::quantise_feature) quantise_feature;
+  decltype(&baseline::screen) screen;
+  decltype(&baseline::exact) exact;
+  decltype(&baseline::sum_rows) sum_rows;
+};
+
+inline TopkKernels topk_kernels(Isa isa) {
+  switch (isa) {
+#define SIDECHAIN_CASE(ID, NAME)                                                             \
+  case Isa::ID:                                                                              \
+    return {NAME::feature_panel, NAME::load_row, NAME::quantise_row, NAME::quantise_feature, \
+            NAME::screen,        NAME::exact,    NAME::sum_rows};
+    SIDECHAIN_FOR_EACH_ISA(SIDECHAIN_CASE)
+#undef SIDECHAIN_CASE
+    default:
+      return topk_kernels(Isa::kBaseline);
+  }
+}
+
+// Runs body(begin, end) over [0, n).
+template <class F>
+void parallel(ParallelFor parallel_for, int64_t n, int64_t grain, const F& body) {
+  if (n == 0) return;
+  if (parallel_for == nullptr) return body(0, n);
+  const auto call = [](int64_t begin, int64_t end, void* f) {
+    (*static_cast<const F*>(f))(begin, end);
+  };
+  parallel_for(n, grain, call, const_cast<F*>(&body));
+}
+
+inline const void* row_of(const Rows& rows, int64_t i) {
+  const int64_t size = rows.dtype == Dtype::kFloat32 ? 4 : 2;
+  return static_cast<const char*>(rows.data) + i * rows.row * size;
+}
+
+// Elements as float32; empty where absent.
+inline std::vector<float> floats(const Vector& v, int64_t n, const TopkKernels& kernels) {
+  std::vector<float> out(v.data == nullptr ? 0 : n);
+  for (size_t i = 0; i < out.size(); ++i) {
+    kernels.load_row(row_of({v.data, v.dtype, v.stride}, i), v.dtype, 1, nullptr, false, &out[i]);
+  }
+  return out;
+}
+
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Share of a bias or a cut that rounding to float32 may change on the way to a comparison.
+constexpr float kRounding = 1e-6f;
+
+class Dictionary {
+ public:
+  // The cut of the screen is what a value must exceed beyond `limit` (thresholds), if given.
+  Dictionary(const TopkEncodeParams& params, const TopkKernels& kernels, ParallelFor parallel_for)
+      : p_(params),
+        kernels_(kernels),
+        parallel_for_(parallel_for),
+        padded_(round_up(params.width, kGroup)),
+        panel_(kernels.feature_panel()),
+        panels_(round_up(params.features, panel_) / panel_),
+        bias_(floats(params.b_enc, params.features, kernels)),
+        limit_(floats(params.threshold, params.features, kernels)) {
+    bias_.resize(panels_ * panel_);
+    for (float& limit : limit_) limit = limit > 0.0f ? limit : 0.0f;
+    // Hoeffding with 2^-60 for each pair, and 0.4 % for what float32 rounds on the way. Two
+    // standard deviations of rounding to nearest where no certificate is asked for.
+    confidence_ = certified() ? 4.56f * 1.004f : 0.58f;
+  }
+
+  bool certified() const { return p_.precision != TopkPrecision::kInt8; }
+  bool bf16() const { return p_.precision == TopkPrecision::kBFloat16; }
+  int64_t padded() const { return padded_; }
+  int64_t panels() const { return panels_; }
+  int64_t panel_features() const { return panel_; }
+  float confidence() const { return confidence_; }
+  float bias(int32_t feature) const { return bias_[feature]; }
+  float limit(int32_t feature) const { return limit_.empty() ? 0.0f : limit_[feature]; }
+
+  // Row of float32 as the products see it, zero up to padded().
+  void load(int64_t feature, float* to) const {
+    kernels_.load_row(row_of(p_.w_enc, feature), p_.w_enc.dtype, p_.width, nullptr, bf16(), to);
+    std::fill(to + p_.width, to + padded_, 0.0f);
+  }
+
+  void pack() {
+    const int64_t slots = panels_ * panel_;
+    codes_.reset(new int8_t[slots * padded_]);
+    step_.assign(slots, 0.0f);
+    norm2_.assign(slots, 0.0f);
+    start_.assign(slots, 0);
+    shifted_ = bias_;
+    for (size_t f = 0; f < limit_.size(); ++f) shifted_[f] -= limit_[f];
+    bounds_.resize(panels_);
+    parallel(parallel_for_, panels_, 4, [&](int64_t begin, int64_t end) {
+      std::vector<float> row(padded_);
+      for (int64_t panel = begin; panel < end; ++panel) pack_panel(panel, row.data());
+    });
+  }
+
+  FeaturePanel panel(int64_t i) const {
+    const int64_t first = i * panel_;
+    return {codes_.get() + first * padded_,
+            start_.data() + first,
+            step_.data() + first,
+            shifted_.data() + first,
+            static_cast<int32_t>(first),
+            static_cast<int32_t>(std::min(panel_, p_.features - first)),
+            bounds_[i].norm2,
+            bounds_[i].step2,
+            bounds_[i].slack};
+  }
+
+  // How far z may lie from its screened value; `reach` is |x'|^2 / step^2 of the row.
+  float error(int32_t f, float row_step, float reach) const {
+    const float spread = norm2_[f] + step_[f] * step_[f] * reach;
+    return confidence_ * row_step * std::sqrt(spread) + kRounding * std::abs(shifted_[f]);
+  }
+
+ private:
+  struct Bounds {
+    float norm2, step2, slack;
+  };
+
+  void pack_panel(int64_t panel, float* row) {
+    int8_t* codes = codes_.get() + panel * panel_ * padded_;
+    Bounds most = {};
+    for (int64_t j = 0; j < panel_; ++j) {
+      const int64_t f = panel * panel_ + j;
+      if (f < p_.features) {
+        load(f, row);
+      } else {
+        std::fill(row, row + padded_, 0.0f);
+      }
+      // Odd salts: the rows of x have the even ones.
+      const int64_t salt = certified() ? 2 * f + 1 : -1;
+      const Quantised q = kernels_.quantise_feature(row, padded_, salt, codes + 4 * j);
+      step_[f] = q.step;
+      norm2_[f] = q.norm2;
+      start_[f] = -kZero * q.sum;
+      most.norm2 = std::max(most.norm2, q.norm2);
+      most.step2 = std::max(most.step2, q.step * q.step);
+      most.slack = std::max(most.slack, kRounding * std::abs(shifted_[f]));
+    }
+    bounds_[panel] = most;
+  }
+
+  const TopkEncodeParams& p_;
+  TopkKernels kernels_;
+  ParallelFor parallel_for_;
+  int64_t padded_, panel_, panels_;
+  float confidence_;
+  std::vector<float> bias_, limit_, shifted_, step_, norm2_;
+  std::vector<int32_t> start_;
+  std::vector<Bounds> bounds_;
+  std::unique_ptr<int8_t[]> codes_;
+};
+
+}  // namespace sidechain::cpu

@@ -1,0 +1,432 @@
+// SPDX-License-Identifier: Apache-2.0
+// topk_encode on the CPU. Rows are screened in 8 bits against all features; what may belong to the
+// result is valued exactly, grouped by feature so that each dictionary row is read once:
+//   1. the candidates of a row with the k largest screened values are valued; their smallest value
+//      bounds the k-th largest from below, which proves that nothing cut off so far belongs to it;
+//   2. the other candidates that may reach that bound are valued, and the k largest are the result.
+// A row that this does not prove, or that cannot be screened, is valued in full.
+#include "sidechain/topk_encode.h"
+
+#include <iterator>
+#include <numeric>
+
+#include "cpu/topk_rows.h"
+
+namespace sidechain::cpu {
+namespace {
+
+// Rows whose candidates are valued together: the more, the more rows share a dictionary row; their
+// float32 copies and candidates are the memory of the op beside the packed dictionary.
+constexpr int64_t kChunk = 2048;
+// Rows too few to pay for packing the dictionary: reading it once in float64 costs as much.
+constexpr int64_t kDirectRows = 6;
+// Rows valued in full at a time: the only dense values held.
+constexpr int64_t kFullRows = 16;
+constexpr int64_t kFeatureGrain = 32;
+
+bool better(const Candidate& a, const Candidate& b) {
+  const uint32_t left = order_of(a.z), right = order_of(b.z);
+  return left != right ? left > right : a.feature < b.feature;
+}
+
+using List = std::vector<Candidate>;
+
+class Encoder {
+ public:
+  Encoder(const TopkEncodeParams& params, Isa isa, ParallelFor parallel_for)
+      : p_(params),
+        kernels_(topk_kernels(isa)),
+        parallel_for_(parallel_for),
+        dictionary_(p_, kernels_, parallel_for),
+        minus_(floats(params.b_pre, params.width, kernels_)) {
+    if (p_.rows > kDirectRows) dictionary_.pack();
+  }
+
+  // Leaves in `lists` what each row [begin, begin + count) keeps: best first, or, for the ragged
+  // modes, by ascending feature.
+  void encode(int64_t begin, int64_t count) {
+    begin_ = begin;
+    rows_ = count;
+    lists.assign(count, {});
+    load_rows();
+    std::vector<int32_t> todo(count);
+    std::iota(todo.begin(), todo.end(), 0);
+    if (p_.rows > kDirectRows) {
+      bool guessing = p_.guess != nullptr && p_.mode != TopkMode::kThreshold;
+      if (guessing) todo = screen(todo, true);
+      if (!todo.empty()) todo = screen(todo, false);
+      fallbacks += static_cast<int64_t>(todo.size());
+    }
+    value_in_full(todo);
+    keep_best();
+  }
+
+  std::vector<List> lists;
+  int64_t fallbacks = 0;
+
+ private:
+  const float* row(int64_t i) const { return x_.get() + i * dictionary_.padded(); }
+
+  void load_rows() {
+    const int64_t padded = dictionary_.padded();
+    x_.reset(new float[rows_ * padded]);
+    parallel(parallel_for_, rows_, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        float* to = x_.get() + i * padded;
+        kernels_.load_row(row_of(p_.x, begin_ + i), p_.x.dtype, p_.width,
+                          minus_.empty() ? nullptr : minus_.data(), dictionary_.bf16(), to);
+        std::fill(to + p_.width, to + padded, 0.0f);
+      }
+    });
+  }
+
+  // Returns the rows that stay undecided.
+  std::vector<int32_t> screen(const std::vector<int32_t>& ids, bool guess) {
+    RowSet set(dictionary_, kernels_, parallel_for_, x_.get(), begin_, ids);
+    if (guess) {
+      for (int64_t i = 0; i < set.size(); ++i) {
+        const float at = p_.guess[(begin_ + set.id(i)) * p_.guess_stride];
+        if (!set.dropped[i] && at > 0.0f) set.cut[i] = at;
+      }
+    }
+    switch (p_.mode) {
+      case TopkMode::kRows:
+        return screen_rows(set, guess);
+      case TopkMode::kBatch:
+        return screen_batch(set, guess);
+      case TopkMode::kThreshold:
+        break;
+    }
+    set.screen(0, dictionary_.panels(), 0, p_.features);
+    std::vector<int64_t> from(set.size(), 0), to(set.size());
+    for (int64_t i = 0; i < set.size(); ++i) to[i] = set.lists[i].size();
+    value(set, from, to);
+    return take(set, {});
+  }
+
+  std::vector<int32_t> screen_rows(RowSet& set, bool guess) {
+    // A list of half the dictionary is no screen; for large k it is the result.
+    const int64_t most = std::max(p_.features / 2, std::min(8 * p_.k, p_.features));
+    set.screen(0, dictionary_.panels(), p_.k, most);
+    const int64_t n = set.size();
+    std::vector<int64_t> none(n, 0), first(n), all(n);
+    parallel(parallel_for_, n, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        List& list = set.lists[i];
+        first[i] = std::min<int64_t>(p_.k, list.size());
+        std::nth_element(list.begin(), list.begin() + first[i], list.end(), better);
+      }
+    });
+    value(set, none, first);
+    std::vector<uint8_t> failed(n, 0);
+    parallel(parallel_for_, n, 16, [&](int64_t begin, int64_t end) {
+      std::vector<uint32_t> orders;
+      for (int64_t i = begin; i < end; ++i) {
+        orders.clear();
+        for (int64_t j = 0; j < first[i]; ++j) orders.push_back(order_of(set.lists[i][j].z));
+        const float bound = cut_at(kth_largest(orders, p_.k));
+        failed[i] = bound < set.cut[i] && (guess || dictionary_.certified());
+        all[i] = keep_reaching(set, i, first[i], bound);
+      }
+    });
+    value(set, first, all);
+    return take(set, failed);
+  }
+
+  // The same with one bound for all rows, found by screening more and more features.
+  std::vector<int32_t> screen_batch(RowSet& set, bool guess) {
+    const int64_t panels = dictionary_.panels(), n = set.size(), budget = p_.rows * p_.k;
+    std::vector<uint32_t> orders;
+    for (int64_t begin = 0, end = (panels + 15) / 16; begin < panels;
+         begin = end, end = std::min(2 * end, panels)) {
+      set.screen(begin, end, 0, p_.features);
+      orders.clear();
+      for (int64_t i = 0; i < n; ++i) set.lower_bounds(i, orders);
+      const float bound = cut_at(kth_largest(orders, budget));
+      parallel(parallel_for_, n, 16, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; ++i) {
+          set.cut[i] = std::max(set.cut[i], bound);
+          set.prune(i);
+        }
+      });
+    }
+    orders.clear();
+    for (int64_t i = 0; i < n; ++i) {
+      for (const Candidate& c : set.lists[i]) orders.push_back(order_of(c.z));
+    }
+    const uint32_t guessed = kth_largest(orders, budget);
+    std::vector<int64_t> none(n, 0), first(n), all(n);
+    for (int64_t i = 0; i < n; ++i) {
+      List& list = set.lists[i];
+      first[i] = std::partition(list.begin(), list.end(),
+                                [&](const Candidate& c) { return order_of(c.z) >= guessed; }) -
+                 list.begin();
+    }
+    value(set, none, first);
+    orders.clear();
+    for (int64_t i = 0; i < n; ++i) {
+      for (int64_t j = 0; j < first[i]; ++j) orders.push_back(order_of(set.lists[i][j].z));
+    }
+    const float bound = cut_at(kth_largest(orders, budget));
+    std::vector<uint8_t> failed(n, 0);
+    for (int64_t i = 0; i < n; ++i) {
+      failed[i] = bound < set.cut[i] && (guess || dictionary_.certified());
+      all[i] = keep_reaching(set, i, first[i], bound);
+    }
+    value(set, first, all);
+    return take(set, failed);
+  }
+
+  // Moves the candidates from slot `first` on that may reach the bound to the front of them, drops
+  // the others and returns how many the list holds.
+  static int64_t keep_reaching(RowSet& set, int64_t i, int64_t first, float bound) {
+    List& list = set.lists[i];
+    const auto end = std::partition(list.begin() + first, list.end(), [&](const Candidate& c) {
+      return !(c.z + set.error(i, c.feature) < bound);
+    });
+    list.erase(end, list.end());
+    return static_cast<int64_t>(list.size());
+  }
+
+  // Moves the lists of the decided rows out of the set and returns the other rows.
+  std::vector<int32_t> take(RowSet& set, const std::vector<uint8_t>& failed) {
+    std::vector<int32_t> rest;
+    for (int64_t i = 0; i < set.size(); ++i) {
+      if (set.dropped[i] || (!failed.empty() && failed[i])) {
+        rest.push_back(set.id(i));
+      } else {
+        lists[set.id(i)] = std::move(set.lists[i]);
+      }
+    }
+    return rest;
+  }
+
+  // Replaces the screened values of slots [from[i], to[i]) by exact ones.
+  void value(RowSet& set, const std::vector<int64_t>& from, const std::vector<int64_t>& to) {
+    struct Entry {
+      int32_t row, slot;
+    };
+    std::vector<int64_t> at(p_.features + 1, 0);
+    for (int64_t i = 0; i < set.size(); ++i) {
+      for (int64_t j = from[i]; j < to[i]; ++j) ++at[set.lists[i][j].feature + 1];
+    }
+    std::partial_sum(at.begin(), at.end(), at.begin());
+    std::vector<Entry> entries(at.back());
+    std::vector<int64_t> next(at.begin(), at.end() - 1);
+    for (int64_t i = 0; i < set.size(); ++i) {
+      for (int64_t j = from[i]; j < to[i]; ++j) {
+        entries[next[set.lists[i][j].feature]++] = {static_cast<int32_t>(i),
+                                                    static_cast<int32_t>(j)};
+      }
+    }
+    parallel(parallel_for_, p_.features, kFeatureGrain, [&](int64_t begin, int64_t end) {
+      std::vector<int32_t> which;
+      std::vector<double> z;
+      std::vector<float> weights(dictionary_.padded());
+      std::vector<double> wide(dictionary_.padded());
+      for (int64_t f = begin; f < end; ++f) {
+        const int64_t count = at[f + 1] - at[f];
+        if (count == 0) continue;
+        which.resize(count);
+        z.resize(count);
+        const Entry* entry = entries.data() + at[f];
+        for (int64_t e = 0; e < count; ++e) which[e] = set.id(entry[e].row);
+        products(f, which, weights.data(), wide.data(), z.data());
+        for (int64_t e = 0; e < count; ++e) {
+          set.lists[entry[e].row][entry[e].slot].z = static_cast<float>(z[e]);
+        }
+      }
+    });
+  }
+
+  void products(int64_t f, const std::vector<int32_t>& which, float* weights, double* wide,
+                double* z) const {
+    const int64_t count = static_cast<int64_t>(which.size());
+    dictionary_.load(f, weights);
+    kernels_.exact(weights, x_.get(), dictionary_.padded(), which.data(), count,
+                   dictionary_.padded(), wide, z);
+    for (int64_t e = 0; e < count; ++e) z[e] += dictionary_.bias(static_cast<int32_t>(f));
+  }
+
+  // Every positive value of the rows becomes a candidate.
+  void value_in_full(const std::vector<int32_t>& ids) {
+    std::vector<float> z(std::min<int64_t>(kFullRows, ids.size()) * p_.features);
+    for (size_t begin = 0; begin < ids.size(); begin += kFullRows) {
+      const std::vector<int32_t> which(ids.begin() + begin,
+                                       ids.begin() + std::min(begin + kFullRows, ids.size()));
+      parallel(parallel_for_, p_.features, kFeatureGrain, [&](int64_t first, int64_t last) {
+        std::vector<float> weights(dictionary_.padded());
+        std::vector<double> wide(dictionary_.padded()), out(which.size());
+        for (int64_t f = first; f < last; ++f) {
+          products(f, which, weights.data(), wide.data(), out.data());
+          for (size_t i = 0; i < which.size(); ++i) {
+            z[i * p_.features + f] = static_cast<float>(out[i]);
+          }
+        }
+      });
+      for (size_t i = 0; i < which.size(); ++i) {
+        for (int64_t f = 0; f < p_.features; ++f) {
+          const Candidate c = {z[i * p_.features + f], static_cast<int32_t>(f)};
+          if (order_of(c.z) > 0) lists[which[i]].push_back(c);
+        }
+      }
+    }
+  }
+
+  // From exact candidates to the result.
+  void keep_best() {
+    if (p_.mode == TopkMode::kBatch) keep_best_of_batch();
+    parallel(parallel_for_, rows_, 16, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        List& list = lists[i];
+        if (p_.mode == TopkMode::kRows) {
+          const auto k = std::min<int64_t>(p_.k, list.size());
+          std::partial_sort(list.begin(), list.begin() + k, list.end(), better);
+          list.resize(k);
+          while (!list.empty() && order_of(list.back().z) == 0) list.pop_back();
+          continue;
+        }
+        const auto idle = [&](const Candidate& c) {
+          return order_of(c.z) == 0 || c.z <= dictionary_.limit(c.feature);
+        };
+        list.erase(std::remove_if(list.begin(), list.end(), idle), list.end());
+        std::sort(list.begin(), list.end(),
+                  [](const Candidate& a, const Candidate& b) { return a.feature < b.feature; });
+      }
+    });
+  }
+
+  // Leaves the N * k largest of all rows, ties by lowest position.
+  void keep_best_of_batch() {
+    const int64_t budget = p_.rows * p_.k;
+    std::vector<uint32_t> orders;
+    for (const List& list : lists) {
+      for (const Candidate& c : list) orders.push_back(order_of(c.z));
+    }
+    const uint32_t bound = kth_largest(orders, budget);
+    if (bound == 0) return;
+    int64_t ties = budget;
+    for (uint32_t order : orders) ties -= order > bound;
+    for (List& list : lists) {
+      std::sort(list.begin(), list.end(),
+                [](const Candidate& a, const Candidate& b) { return a.feature < b.feature; });
+      const auto late = [&](const Candidate& c) {
+        const uint32_t order = order_of(c.z);
+        return order == bound ? ties-- <= 0 : order < bound;
+      };
+      list.erase(std::remove_if(list.begin(), list.end(), late), list.end());
+    }
+  }
+
+  const TopkEncodeParams& p_;
+  TopkKernels kernels_;
+  ParallelFor parallel_for_;
+  Dictionary dictionary_;
+  std::vector<float> minus_;
+  int64_t begin_ = 0, rows_ = 0;
+  std::unique_ptr<float[]> x_;  // [rows, padded]: x - b_pre as the products see it
+};
+
+}  // namespace
+
+int64_t topk_encode(const TopkEncodeParams& p, Isa isa, ParallelFor parallel_for, float* values,
+                    int32_t* indices) {
+  if (p.rows == 0) return 0;
+  Encoder encoder(p, isa, parallel_for);
+  for (int64_t begin = 0; begin < p.rows; begin += kChunk) {
+    const int64_t count = std::min(kChunk, p.rows - begin);
+    encoder.encode(begin, count);
+    for (int64_t i = 0; i < count; ++i) {
+      const List& list = encoder.lists[i];
+      const int64_t kept = static_cast<int64_t>(list.size());
+      for (int64_t j = 0; j < p.k; ++j) {
+        const int64_t to = (begin + i) * p.k + j;
+        values[to] = j < kept ? list[j].z : 0.0f;
+        indices[to] = j < kept ? list[j].feature : -1;
+      }
+    }
+  }
+  return encoder.fallbacks;
+}
+
+int64_t topk_encode_ragged(const TopkEncodeParams& p, Isa isa, ParallelFor parallel_for,
+                           int64_t* offsets, Allocate allocate, void* context) {
+  std::vector<List> lists;
+  int64_t fallbacks = 0;
+  if (p.rows > 0) {
+    Encoder encoder(p, isa, parallel_for);
+    // One bound for the whole batch needs all its candidates.
+    const int64_t chunk = p.mode == TopkMode::kBatch ? p.rows : kChunk;
+    for (int64_t begin = 0; begin < p.rows; begin += chunk) {
+      encoder.encode(begin, std::min(chunk, p.rows - begin));
+      std::move(encoder.lists.begin(), encoder.lists.end(), std::back_inserter(lists));
+    }
+    fallbacks = encoder.fallbacks;
+  }
+  offsets[0] = 0;
+  for (int64_t i = 0; i < p.rows; ++i) offsets[i + 1] = offsets[i] + lists[i].size();
+  float* values = nullptr;
+  int32_t* indices = nullptr;
+  allocate(offsets[p.rows], &values, &indices, context);
+  for (const List& list : lists) {
+    for (const Candidate& c : list) {
+      *values++ = c.z;
+      *indices++ = c.feature;
+    }
+  }
+  return fallbacks;
+}
+
+void topk_encode_backward(const TopkBackwardParams& p, Isa isa, ParallelFor parallel_for) {
+  const TopkKernels kernels = topk_kernels(isa);
+  const auto begin_of = [&](int64_t n) { return p.offsets ? p.offsets[n] : n * p.k; };
+  const auto active = [&](int64_t i) { return p.indices[i] >= 0 && p.indices[i] < p.features; };
+  if (p.dx != nullptr) {
+    parallel(parallel_for, p.rows, 4, [&](int64_t begin, int64_t end) {
+      std::vector<int32_t> which;
+      std::vector<float> scale;
+      for (int64_t n = begin; n < end; ++n) {
+        which.clear();
+        scale.clear();
+        for (int64_t i = begin_of(n); i < begin_of(n + 1); ++i) {
+          if (!active(i)) continue;
+          which.push_back(p.indices[i]);
+          scale.push_back(p.grad[i]);
+        }
+        kernels.sum_rows(p.w_enc, which.data(), scale.data(), which.size(), p.width, nullptr,
+                         p.bf16, p.dx + n * p.width);
+      }
+    });
+  }
+  // The codes by feature, rows ascending.
+  std::vector<int64_t> at(p.features + 1, 0);
+  const int64_t codes = begin_of(p.rows);
+  for (int64_t i = 0; i < codes; ++i) {
+    if (active(i)) ++at[p.indices[i] + 1];
+  }
+  std::partial_sum(at.begin(), at.end(), at.begin());
+  std::vector<int32_t> which(at.back());
+  std::vector<float> scale(at.back());
+  std::vector<int64_t> next(at.begin(), at.end() - 1);
+  for (int64_t n = 0; n < p.rows; ++n) {
+    for (int64_t i = begin_of(n); i < begin_of(n + 1); ++i) {
+      if (!active(i)) continue;
+      const int64_t to = next[p.indices[i]]++;
+      which[to] = static_cast<int32_t>(n);
+      scale[to] = p.grad[i];
+    }
+  }
+  const std::vector<float> minus = floats(p.b_pre, p.width, kernels);
+  parallel(parallel_for, p.features, 8, [&](int64_t begin, int64_t end) {
+    for (int64_t f = begin; f < end; ++f) {
+      double sum = 0.0;
+      for (int64_t e = at[f]; e < at[f + 1]; ++e) sum += scale[e];
+      p.db[f] = static_cast<float>(sum);
+      if (p.dw == nullptr) continue;
+      kernels.sum_rows(p.x, which.data() + at[f], scale.data() + at[f], at[f + 1] - at[f], p.width,
+                       minus.empty() ? nullptr : minus.data(), p.bf16, p.dw + f * p.width);
+    }
+  });
+}
+
+}  // namespace sidechain::cpu

@@ -1,0 +1,202 @@
+// SPDX-License-Identifier: Apache-2.0
+// A set of rows on their way through the screen of topk_encode.
+#pragma once
+
+#include "cpu/topk_dictionary.h"
+
+namespace sidechain::cpu {
+
+// Order of values: NaN above infinity above numbers; nothing below zero counts.
+inline uint32_t order_of(float z) {
+  if (z != z) return 0xffffffffu;
+  if (!(z > 0.0f)) return 0;
+  uint32_t bits;
+  std::memcpy(&bits, &z, sizeof(bits));
+  return bits;
+}
+inline float value_of(uint32_t order) {
+  float z;
+  std::memcpy(&z, &order, sizeof(z));
+  return z;
+}
+
+// What a value of this order lets be cut off: everything that stays below it after rounding.
+inline float cut_at(uint32_t order) {
+  const float z = value_of(order);
+  return z == z ? z - kRounding * z : std::numeric_limits<float>::infinity();
+}
+
+// The k-th largest of `orders`, 0 if there are fewer; reorders them.
+inline uint32_t kth_largest(std::vector<uint32_t>& orders, int64_t k) {
+  if (static_cast<int64_t>(orders.size()) < k) return 0;
+  std::nth_element(orders.begin(), orders.begin() + (k - 1), orders.end(), std::greater<>());
+  return orders[k - 1];
+}
+
+// Rows of a block pass a panel of features together: the block stays in the second-level cache,
+// the panel in the first.
+constexpr int64_t kBlockRows = 64;
+// Panels between two looks at the lengths of the lists.
+constexpr int64_t kLook = 4;
+
+class RowSet {
+ public:
+  // Rows `ids` of x [.., padded] float32; ids are also what the stochastic rounding depends on.
+  RowSet(const Dictionary& dictionary, const TopkKernels& kernels, ParallelFor parallel_for,
+         const float* x, int64_t first_row, std::vector<int32_t> ids)
+      : d_(dictionary),
+        kernels_(kernels),
+        parallel_for_(parallel_for),
+        x_(x),
+        first_row_(first_row),
+        ids_(std::move(ids)),
+        slots_(round_up(size(), kRowPanel)) {
+    codes_.reset(new uint8_t[slots_ * d_.padded()]);
+    step_.assign(slots_, kTiny);
+    inverse_.assign(slots_, 1.0f / kTiny);
+    reach_.assign(slots_, 0.0f);
+    cut.assign(slots_, std::numeric_limits<float>::infinity());
+    dropped.assign(slots_, 1);
+    lists.resize(slots_);
+    counts_.assign(slots_, 0);
+    blocks([&](int64_t begin, int64_t end) { quantise(begin, end); });
+  }
+
+  int64_t size() const { return static_cast<int64_t>(ids_.size()); }
+  int32_t id(int64_t i) const { return ids_[i]; }
+
+  float error(int64_t i, int32_t feature) const { return d_.error(feature, step_[i], reach_[i]); }
+
+  // Screens panels [begin, end). With k > 0 the cut of a row rises to the k-th largest lower bound
+  // seen so far; a row whose list outgrows `most` is dropped.
+  void screen(int64_t begin, int64_t end, int64_t k, int64_t most) {
+    blocks([&](int64_t first, int64_t last) { screen_block(first, last, begin, end, k, most); });
+  }
+
+  // Drops the candidates of row i that cannot reach its cut any more.
+  void prune(int64_t i) {
+    auto& list = lists[i];
+    size_t kept = 0;
+    for (const Candidate& c : list) {
+      list[kept] = c;
+      kept += !(c.z + error(i, c.feature) < cut[i]);
+    }
+    list.resize(kept);
+  }
+
+  void lower_bounds(int64_t i, std::vector<uint32_t>& orders) const {
+    for (const Candidate& c : lists[i]) {
+      const float bound = c.z - error(i, c.feature);
+      orders.push_back(bound == bound ? order_of(bound) : 0);
+    }
+  }
+
+  // One for each row, padded to whole panels.
+  std::vector<float> cut;
+  std::vector<uint8_t> dropped;  // not screened: not finite, or the list outgrew its bound
+  std::vector<std::vector<Candidate>> lists;
+
+ private:
+  static constexpr float kTiny = 1e-20f;
+
+  template <class F>
+  void blocks(const F& body) {
+    const int64_t n = round_up(slots_, kBlockRows) / kBlockRows;
+    parallel(parallel_for_, n, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t b = begin; b < end; ++b) {
+        body(b * kBlockRows, std::min((b + 1) * kBlockRows, slots_));
+      }
+    });
+  }
+
+  uint8_t* codes(int64_t slot) {
+    return codes_.get() + slot / kRowPanel * kRowPanel * d_.padded() + slot % kRowPanel * 4;
+  }
+
+  void quantise(int64_t begin, int64_t end) {
+    const std::vector<float> zero(d_.padded(), 0.0f);
+    for (int64_t i = begin; i < end; ++i) {
+      const float* row = i < size() ? x_ + ids_[i] * d_.padded() : zero.data();
+      const int64_t salt = d_.certified() ? 2 * (first_row_ + (i < size() ? ids_[i] : 0)) : -1;
+      const Quantised q = kernels_.quantise_row(row, d_.padded(), salt, codes(i));
+      if (i >= size() || !(q.norm2 < std::numeric_limits<float>::infinity())) continue;
+      step_[i] = q.step;
+      inverse_[i] = 1.0f / q.step;
+      // |x'| <= |x| + |error of rounding|.
+      const float length =
+          std::sqrt(q.norm2) * inverse_[i] + std::sqrt(static_cast<float>(d_.padded()));
+      reach_[i] = length * length;
+      cut[i] = 0.0f;
+      dropped[i] = 0;
+    }
+  }
+
+  void screen_block(int64_t first, int64_t last, int64_t begin, int64_t end, int64_t k,
+                    int64_t most) {
+    const int64_t room = kLook * d_.panel_features();
+    std::vector<Candidate> sink(room);
+    std::vector<Candidate*> to(last - first, sink.data());
+    std::vector<size_t> look(last - first, std::max<int64_t>(2 * k, 128));
+    std::vector<uint32_t> orders;
+    ScreenRows rows = {codes(first),
+                       (last - first) / kRowPanel,
+                       d_.padded() / kGroup,
+                       step_.data() + first,
+                       inverse_.data() + first,
+                       reach_.data() + first,
+                       cut.data() + first,
+                       to.data(),
+                       counts_.data() + first,
+                       d_.confidence()};
+    for (int64_t panel = begin; panel < end; panel += kLook) {
+      for (int64_t i = first; i < last; ++i) {
+        counts_[i] = 0;
+        if (dropped[i]) continue;
+        // The list grows by `room` for the kernel to write to, then shrinks to what it wrote.
+        lists[i].resize(lists[i].size() + room);
+        to[i - first] = lists[i].data() + lists[i].size() - room;
+      }
+      for (int64_t j = panel; j < std::min(panel + kLook, end); ++j) {
+        kernels_.screen(rows, d_.panel(j));
+      }
+      for (int64_t i = first; i < last; ++i) {
+        if (dropped[i]) {
+          to[i - first] = sink.data();
+          continue;
+        }
+        auto& list = lists[i];
+        list.resize(list.size() - room + counts_[i]);
+        const bool done = panel + kLook >= end;
+        if (k == 0 || (list.size() < look[i - first] && !done)) continue;
+        raise(i, k, orders);
+        look[i - first] = std::max(2 * list.size(), look[i - first]);
+        if (static_cast<int64_t>(list.size()) > most) {
+          dropped[i] = 1;
+          cut[i] = std::numeric_limits<float>::infinity();
+          std::vector<Candidate>().swap(list);
+          to[i - first] = sink.data();
+        }
+      }
+    }
+  }
+
+  void raise(int64_t i, int64_t k, std::vector<uint32_t>& orders) {
+    orders.clear();
+    lower_bounds(i, orders);
+    cut[i] = std::max(cut[i], cut_at(kth_largest(orders, k)));
+    prune(i);
+  }
+
+  const Dictionary& d_;
+  TopkKernels kernels_;
+  ParallelFor parallel_for_;
+  const float* x_;
+  int64_t first_row_;
+  std::vector<int32_t> ids_;
+  int64_t slots_;
+  std::unique_ptr<uint8_t[]> codes_;
+  std::vector<float> step_, inverse_, reach_;
+  std::vector<int32_t> counts_;
+};
+
+}  // namespace sidechain::cpu

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every instruction set finds the same codes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sidechain import _native
+from sidechain.ops import topk_encode
+from sidechain.ops._topk_encode import PRECISIONS
+from sidechain.testing.cases import TOPK_ENCODE_CASES, TopkEncodeCase
+
+host: Any = _native.host()
+pytestmark = pytest.mark.skipif(host is None, reason=f"_host: {_native.absent('_host')}")
+ISAS = host.isas() if host else []
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("case", TOPK_ENCODE_CASES, ids=lambda c: c.name)
+def test_parity(case: TopkEncodeCase, precision: str, isa: str) -> None:
+    args = case.make(torch.float32)
+    args.pop("guess", None)
+    want = topk_encode(**args, precision=precision)
+    kw: dict[str, Any] = {n: args[n].numpy() for n in ("b_enc", "b_pre") if n in args}
+    if case.mode == "threshold":
+        limit = torch.as_tensor(args["threshold"], dtype=torch.float32)
+        kw["threshold"] = limit.expand(case.features).contiguous().numpy()
+    else:
+        kw |= {"k": case.k, "batch": case.mode == "batch_topk"}
+    values, indices, offsets, _ = host.topk_encode(
+        args["x"].numpy(), args["w_enc"].numpy(), isa=isa,
+        precision=PRECISIONS.index(precision), **kw,
+    )  # fmt: skip
+    np.testing.assert_array_equal(indices, want.indices.numpy())
+    np.testing.assert_allclose(values, want.values.numpy(), rtol=1.3e-7)
+    if want.offsets is not None:
+        np.testing.assert_array_equal(offsets, want.offsets.numpy())
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_int8_screens_alike(isa: str) -> None:
+    """The codes of rows and features are the same on every instruction set."""
+    args = TopkEncodeCase(70, 200, 2000, 12).make(torch.float32)
+    want = topk_encode(**args, precision="int8")
+    arrays = {n: args[n].numpy() for n in ("b_enc", "b_pre")}
+    _, indices, _, _ = host.topk_encode(
+        args["x"].numpy(), args["w_enc"].numpy(), isa=isa, k=12, precision=2, **arrays
+    )
+    assert (indices == want.indices.numpy()).mean() > 0.999
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"isa": "avx9"}, "expected an ISA this machine supports, got avx9"),
+        ({"w": np.zeros((5, 3), np.float32)}, r"expected x \[N, d\] and w \[F, d\]"),
+        ({"k": 6}, "expected 1 <= k <= F"),
+        ({"b_pre": np.zeros(5, np.float32)}, "unexpected size of b_pre"),
+        ({"precision": 3}, "expected precision 0, 1 or 2"),
+    ],
+)
+def test_bad_calls(change: dict[str, Any], match: str) -> None:
+    args = {
+        "x": np.zeros((2, 4), np.float32), "w": np.zeros((5, 4), np.float32), "k": 2,
+        "isa": "baseline",
+    }  # fmt: skip
+    with pytest.raises(ValueError, match=match):
+        host.topk_encode(**(args | change))
