@@ -51,7 +51,8 @@ ifeq ($(SIDECHAIN_NATIVE),0)
 	@echo "test-native: skipped, native code is switched off"
 else
 	$(BIN)/cmake --build build/cmake --target native_tests
-	$(BIN)/ctest --test-dir build/cmake --output-on-failure --no-tests=error
+	$(BIN)/ctest --test-dir build/cmake -j 2 --output-on-failure --no-tests=error
+	@grep -h '^emulation: .* kernels x\|planted bugs' build/cmake/Testing/Temporary/LastTest.log
 endif
 
 test-python: $(INSTALLED)

@@ -12,6 +12,8 @@
 
 #include <cstdint>
 
+#include "cuda/launch.cuh"
+#include "cuda/shared.cuh"
 #include "cuda/vec.cuh"
 #include "sidechain/tap.h"
 
@@ -32,8 +34,8 @@ __device__ inline bool tap_holds(const TokenMask& mask, int64_t row, int64_t tok
 
 constexpr int kScratch = kMaxWarps * 2 * kTapGroup;
 
-// What the host finds out about the layout once per launch.
-struct TapLaunch {
+// What the host finds out about the layout once per layout.
+struct TapLayout {
   int64_t chunks;  // per row
   bool vectors_aligned, ring_aligned;
   float* workspace;  // [R, chunks, 2, C], nullptr = no sums wanted
@@ -126,12 +128,12 @@ __device__ inline TapGroup tap_group(const TapParams& p, const TapBlock<T>& bloc
 // Captures the group and, where `dots`, leaves this thread's share of <x, x> and <x, v> in `dot`:
 // [xx of the group, xv of the group].
 template <int kWidth, class T>
-__device__ inline void tap_measure(const TapParams& p, const TapLaunch& launch,
+__device__ inline void tap_measure(const TapParams& p, const TapLayout& layout,
                                    const TapBlock<T>& block, const TapGroup& group, bool dots,
                                    float (&dot)[2 * kTapGroup]) {
   for (int64_t c = block.first; c < p.channels; c += block.stride) {
     float direction[kWidth] = {}, total[kWidth] = {}, total_square[kWidth] = {};
-    if (dots) load(block.v + c, launch.vectors_aligned, direction);
+    if (dots) load(block.v + c, layout.vectors_aligned, direction);
 #pragma unroll
     for (int i = 0; i < kTapGroup; ++i) {
       if (!group.capture[i] && !(dots && group.steer[i])) continue;
@@ -149,7 +151,7 @@ __device__ inline void tap_measure(const TapParams& p, const TapLaunch& launch,
       if (group.capture[i] && block.to_ring && t % p.ring.every == 0) {
         const int64_t at = block.capture_slot * p.ring.slot + block.row * p.ring.row +
                            t / p.ring.every * p.ring.token + c;
-        store_as(p.ring.data, p.ring.dtype, at, launch.ring_aligned, value);
+        store_as(p.ring.data, p.ring.dtype, at, layout.ring_aligned, value);
       }
     }
     if (!block.to_sums || !group.any_capture) continue;
@@ -169,12 +171,12 @@ __device__ inline void tap_measure(const TapParams& p, const TapLaunch& launch,
 // This thread's share of |x + along v|^2, from the elements: the expansion in <x, v> cancels for
 // short y, and the tokens are in the cache anyway.
 template <int kWidth, class T>
-__device__ inline void tap_norms(const TapParams& p, const TapLaunch& launch,
+__device__ inline void tap_norms(const TapParams& p, const TapLayout& layout,
                                  const TapBlock<T>& block, const TapGroup& group,
                                  const float (&along)[kTapGroup], float (&yy)[kTapGroup]) {
   for (int64_t c = block.first; c < p.channels; c += block.stride) {
     float direction[kWidth];
-    load(block.v + c, launch.vectors_aligned, direction);
+    load(block.v + c, layout.vectors_aligned, direction);
 #pragma unroll
     for (int i = 0; i < kTapGroup; ++i) {
       if (!group.steer[i]) continue;
@@ -191,12 +193,12 @@ __device__ inline void tap_norms(const TapParams& p, const TapLaunch& launch,
 
 // x <- (x + along v) scale.
 template <int kWidth, class T>
-__device__ inline void tap_move(const TapParams& p, const TapLaunch& launch,
+__device__ inline void tap_move(const TapParams& p, const TapLayout& layout,
                                 const TapBlock<T>& block, const TapGroup& group,
                                 const float (&along)[kTapGroup], const float (&scale)[kTapGroup]) {
   for (int64_t c = block.first; c < p.channels; c += block.stride) {
     float direction[kWidth];
-    load(block.v + c, launch.vectors_aligned, direction);
+    load(block.v + c, layout.vectors_aligned, direction);
 #pragma unroll
     for (int i = 0; i < kTapGroup; ++i) {
       if (!group.steer[i]) continue;
@@ -212,19 +214,19 @@ __device__ inline void tap_move(const TapParams& p, const TapLaunch& launch,
 
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kMaxThreads, 1)
-    tap_kernel(const TapParams p, const TapLaunch launch) {
-  extern __shared__ __align__(16) float shared_sums[];  // [2][C] where C <= kSharedChannels
+    tap_kernel(const TapParams p, const TapLayout layout) {
   __shared__ float scratch[2 * kScratch];
-  const int64_t chunk = blockIdx.x % launch.chunks;
-  TapBlock<T> block = tap_block<T>(p, blockIdx.x / launch.chunks);
+  const int64_t chunk = blockIdx.x % layout.chunks;
+  TapBlock<T> block = tap_block<T>(p, blockIdx.x / layout.chunks);
   if (block.v == nullptr && !block.to_ring && !block.to_sums) return;
   block.first = static_cast<int64_t>(threadIdx.x) * kWidth;
   block.stride = static_cast<int64_t>(blockDim.x) * kWidth;
 
   float* partial = nullptr;
   if (block.to_sums) {
-    partial = launch.workspace + (block.row * launch.chunks + chunk) * 2 * p.channels;
-    block.sums = p.channels <= kSharedChannels ? shared_sums : partial;
+    partial = layout.workspace + (block.row * layout.chunks + chunk) * 2 * p.channels;
+    // [2][C] either way
+    block.sums = p.channels <= kSharedChannels ? dynamic_shared<float>() : partial;
     block.squares = block.sums + p.channels;
     const float zero[kWidth] = {};
     for (int64_t c = block.first; c < p.channels; c += block.stride) {
@@ -240,7 +242,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     const TapGroup group = tap_group(p, block, t, end);
     const bool dots = group.any_steer && (p.renorm || block.b != 0.0f);
     float dot[2 * kTapGroup] = {};
-    if (group.any_capture || dots) tap_measure<kWidth>(p, launch, block, group, dots, dot);
+    if (group.any_capture || dots) tap_measure<kWidth>(p, layout, block, group, dots, dot);
     if (!group.any_steer) continue;
     if (dots) {
       block_sum(dot, scratch, turn);
@@ -256,7 +258,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     }
     if (p.renorm) {
       float yy[kTapGroup] = {};
-      tap_norms<kWidth>(p, launch, block, group, along, yy);
+      tap_norms<kWidth>(p, layout, block, group, along, yy);
       block_sum(yy, scratch, turn);
       turn ^= 1;
 #pragma unroll
@@ -264,7 +266,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
         scale[i] = yy[i] == 0.0f ? 1.0f : sqrtf(dot[i]) / sqrtf(yy[i]);
       }
     }
-    tap_move<kWidth>(p, launch, block, group, along, scale);
+    tap_move<kWidth>(p, layout, block, group, along, scale);
   }
 
   if (!block.to_sums || block.sums == partial) return;
@@ -282,7 +284,7 @@ constexpr int kFoldThreads = 256;
 // Adds the chunks of every row in order to the addressed slot; a thread owns one channel of one
 // row, and the first block of a row counts its tokens.
 __global__ void __launch_bounds__(kFoldThreads)
-    tap_fold_kernel(const TapParams p, const TapLaunch launch, int64_t blocks_per_row) {
+    tap_fold_kernel(const TapParams p, const TapLayout layout, int64_t blocks_per_row) {
   __shared__ int counted[kFoldThreads / 32];
   const int64_t row = blockIdx.x / blocks_per_row;
   const int64_t block = blockIdx.x % blocks_per_row;
@@ -292,8 +294,8 @@ __global__ void __launch_bounds__(kFoldThreads)
   const bool to_squares = p.squares.data != nullptr && tap_inside(slot, p.squares.slots);
   if ((to_sums || to_squares) && c < p.channels) {
     float sum = 0.0f, square = 0.0f;
-    for (int64_t chunk = 0; chunk < launch.chunks; ++chunk) {
-      const float* partial = launch.workspace + (row * launch.chunks + chunk) * 2 * p.channels;
+    for (int64_t chunk = 0; chunk < layout.chunks; ++chunk) {
+      const float* partial = layout.workspace + (row * layout.chunks + chunk) * 2 * p.channels;
       sum += partial[c];
       square += partial[p.channels + c];
     }
@@ -328,47 +330,44 @@ inline int64_t tap_workspace_floats(const TapParams& p) {
 }
 
 template <class T, int kWidth>
-cudaError_t launch_tap_typed(const TapParams& p, const TapLaunch& launch, cudaStream_t stream) {
+cudaError_t launch_tap_typed(const TapParams& p, const TapLayout& layout, cudaStream_t stream) {
   const int64_t packs = (p.channels + kWidth - 1) / kWidth;
   const int64_t rounds = (packs + kMaxThreads - 1) / kMaxThreads;
   const int64_t threads = ((packs + rounds - 1) / rounds + 31) / 32 * 32;
-  const bool shared = launch.workspace != nullptr && p.channels <= kSharedChannels;
+  const bool shared = layout.workspace != nullptr && p.channels <= kSharedChannels;
   const size_t bytes = shared ? 2 * p.channels * sizeof(float) : 0;
-  tap_kernel<T, kWidth><<<static_cast<unsigned>(p.rows * launch.chunks),
-                          static_cast<unsigned>(threads), bytes, stream>>>(p, launch);
-  return cudaGetLastError();
+  return launch(tap_kernel<T, kWidth>, p.rows * layout.chunks, threads, bytes, stream, p, layout);
 }
 
 template <class T>
-cudaError_t launch_tap_aligned(const TapParams& p, const TapLaunch& launch, cudaStream_t stream) {
+cudaError_t launch_tap_aligned(const TapParams& p, const TapLayout& layout, cudaStream_t stream) {
   constexpr int kWidth = 16 / sizeof(T);
   const bool aligned = reinterpret_cast<uintptr_t>(p.x) % 16 == 0 && p.channels % kWidth == 0 &&
                        p.x_row % kWidth == 0 && p.x_token % kWidth == 0;
-  return aligned ? launch_tap_typed<T, kWidth>(p, launch, stream)
-                 : launch_tap_typed<T, 1>(p, launch, stream);
+  return aligned ? launch_tap_typed<T, kWidth>(p, layout, stream)
+                 : launch_tap_typed<T, 1>(p, layout, stream);
 }
 
 inline cudaError_t launch_tap(const TapParams& p, float* workspace, cudaStream_t stream) {
-  TapLaunch launch = {};
-  launch.chunks = tap_chunks(p);
-  launch.workspace = workspace;
-  launch.vectors_aligned = reinterpret_cast<uintptr_t>(p.vectors) % 16 == 0 &&
+  TapLayout layout = {};
+  layout.chunks = tap_chunks(p);
+  layout.workspace = workspace;
+  layout.vectors_aligned = reinterpret_cast<uintptr_t>(p.vectors) % 16 == 0 &&
                            p.vector_stride % 4 == 0 && p.vector_slot_stride % 4 == 0;
   // 8 elements of any dtype are a multiple of 16 bytes.
-  launch.ring_aligned = reinterpret_cast<uintptr_t>(p.ring.data) % 16 == 0 &&
+  layout.ring_aligned = reinterpret_cast<uintptr_t>(p.ring.data) % 16 == 0 &&
                         p.ring.slot % 8 == 0 && p.ring.row % 8 == 0 && p.ring.token % 8 == 0;
-  if (p.rows * launch.chunks > INT32_MAX) return cudaErrorInvalidConfiguration;
   cudaError_t status = cudaSuccess;
   if (p.rows > 0 && p.tokens > 0 && p.channels > 0) {
     switch (p.dtype) {
       case Dtype::kFloat32:
-        status = launch_tap_aligned<float>(p, launch, stream);
+        status = launch_tap_aligned<float>(p, layout, stream);
         break;
       case Dtype::kFloat16:
-        status = launch_tap_aligned<__half>(p, launch, stream);
+        status = launch_tap_aligned<__half>(p, layout, stream);
         break;
       case Dtype::kBFloat16:
-        status = launch_tap_aligned<__nv_bfloat16>(p, launch, stream);
+        status = launch_tap_aligned<__nv_bfloat16>(p, layout, stream);
         break;
     }
   }
@@ -377,10 +376,7 @@ inline cudaError_t launch_tap(const TapParams& p, float* workspace, cudaStream_t
   // Without sums to add, one block a row is left, which counts.
   const int64_t columns = workspace != nullptr ? p.channels : 0;
   const int64_t per_row = columns > 0 ? (columns + kFoldThreads - 1) / kFoldThreads : 1;
-  if (p.rows * per_row > INT32_MAX) return cudaErrorInvalidConfiguration;
-  tap_fold_kernel<<<static_cast<unsigned>(p.rows * per_row), kFoldThreads, 0, stream>>>(p, launch,
-                                                                                        per_row);
-  return cudaGetLastError();
+  return launch(tap_fold_kernel, p.rows * per_row, kFoldThreads, 0, stream, p, layout, per_row);
 }
 
 }  // namespace sidechain::cuda

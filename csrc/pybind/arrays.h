@@ -33,6 +33,4 @@ void* writable(const std::string& op, py::array& a, Dtype dtype, std::vector<py:
 void bind_tap(py::module_& m);
 void bind_topk_encode(py::module_& m);
 
-void bind_rows(py::module_& m);
-
 }  // namespace sidechain::host

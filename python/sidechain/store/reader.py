@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 import zlib
 from collections.abc import Iterable, Sequence
@@ -17,9 +18,9 @@ from torch import Tensor
 
 from .batches import Batches
 from .gather import gather_rows
-from .layout import COLUMNS, DTYPES, Manifest, read_prompts
-from .recount import load_statistics
+from .layout import COLUMNS, DTYPES, PROMPTS, Manifest
 from .shard import Damage, MappedShard, decode
+from .sink import load_statistics
 from .statistics import Statistics
 
 
@@ -98,7 +99,7 @@ class ActivationStore:
         self.sigmas = _table(self._manifest.sigmas)
         self.provenance: dict[str, Any] = self._manifest.provenance
         self.dropped = entry.dropped
-        self.statistics: Statistics = load_statistics(self.folder, self._manifest, self.site)
+        self.statistics: Statistics = load_statistics(self.folder, self._manifest)[self.site]
         self._shards = [
             MappedShard(self.folder, self._manifest, self.site, shard) for shard in entry.shards
         ]
@@ -163,12 +164,9 @@ class ActivationStore:
         return Labels(**{name: torch.from_numpy(column) for name, column in found.items()})
 
     def prompts(self) -> list[str]:
-        """Texts of the prompts by number; empty where none were kept.
-
-        Raises:
-            ValueError: the file is damaged.
-        """
-        return read_prompts(self.folder, self._manifest)["prompts"]
+        """Texts of the prompts by number; empty where none were kept."""
+        path = self.folder / PROMPTS
+        return json.loads(path.read_text(encoding="utf-8"))["prompts"] if path.exists() else []
 
     def batches(
         self,

@@ -1,0 +1,187 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the emulated device computes, against plain loops: collectives with whole and partial masks,
+// block votes, atomics, launch shapes, dynamic shared memory, half and bfloat16 conversions.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <vector>
+
+#include "cuda/launch.cuh"
+#include "cuda/shared.cuh"
+
+namespace {
+
+using sidechain::cuda::dynamic_shared;
+using sidechain::cuda::launch;
+
+int failures = 0;
+
+#define EXPECT(CONDITION)                                                 \
+  do {                                                                    \
+    if (!(CONDITION)) {                                                   \
+      ++failures;                                                         \
+      std::printf("%s:%d: failed: %s\n", __FILE__, __LINE__, #CONDITION); \
+    }                                                                     \
+  } while (0)
+
+constexpr int kThreads = 64;
+constexpr int kResults = 16;
+constexpr unsigned kAll = 0xffffffffu, kOdd = 0xaaaaaaaau;
+
+__global__ void collectives(const int* in, int* out) {
+  const int t = threadIdx.x, v = in[t];
+  int* const mine = out + t * kResults;
+  mine[0] = __shfl_sync(kAll, v, 3);
+  mine[1] = __shfl_up_sync(kAll, v, 2, 8);
+  mine[2] = __shfl_down_sync(kAll, v, 2, 8);
+  mine[3] = __shfl_xor_sync(kAll, v, 5);
+  mine[4] = static_cast<int>(__ballot_sync(kAll, v > 40));
+  mine[5] = __any_sync(kAll, v == 7);
+  mine[6] = __all_sync(kAll, v >= 0);
+  mine[7] = static_cast<int>(__match_any_sync(kAll, v % 3));
+  mine[8] = __reduce_max_sync(kAll, v - 50);
+  mine[9] = static_cast<int>(__reduce_add_sync(kAll, static_cast<unsigned>(v)));
+  mine[10] = 0;
+  if (t % 2) mine[10] = __reduce_min_sync(kOdd, v);
+  mine[11] = __syncthreads_count(v % 2);
+  mine[12] = __syncthreads_or(v == 1000);
+  mine[13] = __syncthreads_and(v < 1000);
+  double wide = v;
+  for (int step = 16; step > 0; step /= 2) wide += __shfl_xor_sync(kAll, wide, step);
+  mine[14] = static_cast<int>(wide);
+  int all = 0;
+  mine[15] = static_cast<int>(__match_all_sync(kAll, t / 32, &all)) + all;
+}
+
+void test_collectives() {
+  std::vector<int> in(kThreads), out(kThreads * kResults);
+  for (int t = 0; t < kThreads; ++t) in[t] = t * 37 % 101;
+  EXPECT(launch(collectives, 1, kThreads, 0, nullptr, static_cast<const int*>(in.data()),
+                out.data()) == cudaSuccess);
+  for (int t = 0; t < kThreads; ++t) {
+    const int first = t / 32 * 32, lane = t % 32;
+    const int* const warp = &in[first];
+    const int* const got = &out[t * kResults];
+    unsigned ballot = 0, match = 0;
+    int any = 0, top = -1000, sum = 0, low_odd = 1000, odd = 0;
+    for (int i = 0; i < 32; ++i) {
+      ballot |= warp[i] > 40 ? 1u << i : 0u;
+      match |= warp[i] % 3 == in[t] % 3 ? 1u << i : 0u;
+      any |= warp[i] == 7 ? 1 : 0;
+      top = std::max(top, warp[i] - 50);
+      sum += warp[i];
+      if (i % 2) low_odd = std::min(low_odd, warp[i]);
+    }
+    for (int v : in) odd += v % 2;
+    EXPECT(got[0] == warp[3]);
+    EXPECT(got[1] == (lane % 8 >= 2 ? warp[lane - 2] : in[t]));
+    EXPECT(got[2] == (lane % 8 < 6 ? warp[lane + 2] : in[t]));
+    EXPECT(got[3] == warp[lane ^ 5]);
+    EXPECT(got[4] == static_cast<int>(ballot));
+    EXPECT(got[5] == any);
+    EXPECT(got[6] == 1);
+    EXPECT(got[7] == static_cast<int>(match));
+    EXPECT(got[8] == top);
+    EXPECT(got[9] == sum);
+    EXPECT(got[10] == (t % 2 ? low_odd : 0));
+    EXPECT(got[11] == odd);
+    EXPECT(got[12] == 0);
+    EXPECT(got[13] == 1);
+    EXPECT(got[14] == sum);
+    EXPECT(got[15] == 0);  // -1 as a mask, and 1
+  }
+}
+
+__global__ void atomics(int* count, float* sum, unsigned* highest, unsigned long long* first) {
+  atomicAdd(count, 1);
+  atomicAdd(sum, 0.5f);
+  atomicMax(highest, blockIdx.x * blockDim.x + threadIdx.x);
+  atomicCAS(first, 0ull, 1ull + threadIdx.x);
+}
+
+void test_atomics_and_grids() {
+  int count = 0;
+  float sum = 0.0f;
+  unsigned highest = 0;
+  unsigned long long first = 0;
+  EXPECT(launch(atomics, 5, 48, 0, nullptr, &count, &sum, &highest, &first) == cudaSuccess);
+  EXPECT(count == 240);
+  EXPECT(sum == 120.0f);
+  EXPECT(highest == 239);
+  EXPECT(first >= 1 && first <= 48);
+  EXPECT(launch(atomics, 0, 48, 0, nullptr, &count, &sum, &highest, &first) ==
+         cudaErrorInvalidConfiguration);
+  EXPECT(launch(atomics, 1, 1025, 0, nullptr, &count, &sum, &highest, &first) ==
+         cudaErrorInvalidConfiguration);
+  EXPECT(count == 240);
+}
+
+__global__ void rotate(float* out) {
+  float* held = dynamic_shared<float>();
+  held[threadIdx.x] = static_cast<float>(threadIdx.x + blockIdx.x);
+  __syncthreads();
+  out[blockIdx.x * blockDim.x + threadIdx.x] = held[(threadIdx.x + 1) % blockDim.x];
+}
+
+void test_dynamic_shared() {
+  std::vector<float> out(3 * kThreads);
+  EXPECT(launch(rotate, 3, kThreads, kThreads * 4, nullptr, out.data()) == cudaSuccess);
+  for (int i = 0; i < 3 * kThreads; ++i) {
+    EXPECT(out[i] == static_cast<float>((i % kThreads + 1) % kThreads + i / kThreads));
+  }
+}
+
+void test_shared_limit() {
+  std::vector<float> out(kThreads);
+  EXPECT(launch(rotate, 1, kThreads, 64 * 1024, nullptr, out.data()) ==
+         cudaErrorInvalidConfiguration);
+  EXPECT(cudaFuncSetAttribute(rotate, cudaFuncAttributeMaxDynamicSharedMemorySize, 64 * 1024) ==
+         cudaSuccess);
+  EXPECT(launch(rotate, 1, kThreads, 64 * 1024, nullptr, out.data()) == cudaSuccess);
+}
+
+// Every value of a 16-bit type converts to the double the format defines and back to itself, and a
+// float between two of them goes to the nearer, the even one in the middle.
+template <class T>
+void test_conversions(int exponent_bits, float (*widen)(T), T (*narrow)(float)) {
+  const int mantissa_bits = 15 - exponent_bits, bias = (1 << (exponent_bits - 1)) - 1;
+  const int top = (1 << exponent_bits) - 1;
+  for (int bits = 0; bits < 32768; ++bits) {
+    const int exponent = bits >> mantissa_bits, mantissa = bits & ((1 << mantissa_bits) - 1);
+    const float value = widen(T{static_cast<uint16_t>(bits)});
+    if (exponent == top) {
+      EXPECT(mantissa == 0 ? std::isinf(value) : std::isnan(value));
+      if (mantissa != 0) EXPECT(std::isnan(widen(narrow(value))));
+      continue;
+    }
+    const double unit = std::ldexp(1.0, std::max(exponent, 1) - bias - mantissa_bits);
+    const double exact = unit * (mantissa + (exponent > 0 ? 1 << mantissa_bits : 0));
+    EXPECT(static_cast<double>(value) == exact);
+    EXPECT(narrow(value).bits == bits);
+    EXPECT(narrow(-value).bits == (bits | 0x8000));
+    const auto middle = static_cast<float>(exact + unit / 2);
+    if (static_cast<double>(middle) != exact + unit / 2) continue;  // below the smallest float
+    EXPECT(narrow(middle).bits == bits + (bits & 1));
+    EXPECT(narrow(std::nextafter(middle, 0.0f)).bits == bits);
+    EXPECT(narrow(std::nextafter(middle, INFINITY)).bits == bits + 1);
+  }
+}
+
+}  // namespace
+
+int main() {
+  for (uint64_t seed = 1; seed <= 5; ++seed) {
+    emulation_seed(seed);
+    test_collectives();
+    test_atomics_and_grids();
+    test_dynamic_shared();
+  }
+  test_shared_limit();
+  test_conversions<__half>(5, __half2float, __float2half_rn);
+  test_conversions<__nv_bfloat16>(8, __bfloat162float, __float2bfloat16_rn);
+  std::printf("%d failures\n", failures);
+  return failures == 0 ? 0 : 1;
+}
