@@ -57,6 +57,7 @@ endif
 
 test-python: $(INSTALLED)
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton $(PYTEST_FLAGS)
 
 # One result file for each machine; a newer run replaces the older one of the same work.
 bench: bench-ops bench-hooks

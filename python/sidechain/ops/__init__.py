@@ -3,6 +3,7 @@
 
 from .. import _native
 from ._library import backends, register_triton
+from .attention_tap import attention_tap
 from .encode_reduce import CodeSums, code_sums_
 from .sae_edit import sae_edit_
 from .sae_update import SaeCodes, SaeMoments, sae_gradient_square, sae_update_
@@ -19,6 +20,7 @@ __all__ = [
     "DecodeLoss",
     "SaeCodes",
     "SaeMoments",
+    "attention_tap",
     "backends",
     "code_sums_",
     "sae_edit_",

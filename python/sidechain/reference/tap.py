@@ -67,18 +67,9 @@ def tap(
     Differentiable in: x, vectors, strength, removal. Accumulates in float32 (float64 where x or
     the buffer is float64).
     """
-    new: list[Tensor | None] = []
-    for buffer, update in zip(
-        (sums, squares, counts, ring),
-        _captured(x, sums, squares, counts, ring, capture_slot, capture_mask, ring_stride),
-        strict=True,
-    ):
-        if buffer is None or update is None:
-            new.append(None)
-        else:
-            new.append(buffer.index_copy(0, _slot(capture_slot, buffer)[1], update))
+    captures = capture(x, sums, squares, counts, ring, capture_slot, capture_mask, ring_stride)
     y = _steered(x, vectors, steer_slot, index, strength, removal, steer_mask, renorm)
-    return y, Captures(*new)
+    return y, captures
 
 
 def tap_(
@@ -99,15 +90,47 @@ def tap_(
     ring_stride: int = 1,
 ) -> None:
     """Do the same as `tap`, writing x and the capture buffers in place."""
-    for buffer, update in zip(
-        (sums, squares, counts, ring),
-        _captured(x, sums, squares, counts, ring, capture_slot, capture_mask, ring_stride),
-        strict=True,
-    ):
-        if buffer is not None and update is not None:
-            buffer.index_copy_(0, _slot(capture_slot, buffer)[1], update)
+    capture_(x, sums, squares, counts, ring, capture_slot, capture_mask, ring_stride)
     if vectors is not None:
         x.copy_(_steered(x, vectors, steer_slot, index, strength, removal, steer_mask, renorm))
+
+
+def capture(
+    x: Tensor,
+    sums: Tensor | None,
+    squares: Tensor | None,
+    counts: Tensor | None,
+    ring: Tensor | None,
+    capture_slot: Tensor | None,
+    capture_mask: Tensor | None,
+    ring_stride: int,
+) -> Captures:
+    """Return the capture buffers of `tap` after x [R, T, C]; no argument is written."""
+    buffers = (sums, squares, counts, ring)
+    updates = _captured(x, *buffers, capture_slot, capture_mask, ring_stride)
+    new: list[Tensor | None] = [None] * len(buffers)
+    for n, (buffer, update) in enumerate(zip(buffers, updates, strict=True)):
+        if buffer is not None and update is not None:
+            new[n] = buffer.index_copy(0, _slot(capture_slot, buffer)[1], update)
+    return Captures(*new)
+
+
+def capture_(
+    x: Tensor,
+    sums: Tensor | None,
+    squares: Tensor | None,
+    counts: Tensor | None,
+    ring: Tensor | None,
+    capture_slot: Tensor | None,
+    capture_mask: Tensor | None,
+    ring_stride: int,
+) -> None:
+    """Do the same as `capture`, writing the buffers in place."""
+    buffers = (sums, squares, counts, ring)
+    updates = _captured(x, *buffers, capture_slot, capture_mask, ring_stride)
+    for buffer, update in zip(buffers, updates, strict=True):
+        if buffer is not None and update is not None:
+            buffer.index_copy_(0, _slot(capture_slot, buffer)[1], update)
 
 
 def _steered(

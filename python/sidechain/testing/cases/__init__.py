@@ -6,6 +6,7 @@ Shapes met in diffusion models beside ugly ones.
 
 import torch
 
+from .attention_tap import ATTENTION_BENCH, ATTENTION_CASES, AttentionCase
 from .encode_reduce import SUMS_BENCH, SUMS_CASES, SumsCase
 from .sae_edit import EDIT_BENCH, EDIT_CASES, EditCase
 from .sae_update import UPDATE_BENCH, UPDATE_CASES, UpdateCase
@@ -16,6 +17,8 @@ from .topk_encode import TOPK_ENCODE_BENCH, TOPK_ENCODE_CASES, TopkEncodeCase
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 __all__ = [
+    "ATTENTION_BENCH",
+    "ATTENTION_CASES",
     "DECODE_BENCH",
     "DECODE_CASES",
     "DTYPES",
@@ -29,6 +32,7 @@ __all__ = [
     "TOPK_ENCODE_CASES",
     "UPDATE_BENCH",
     "UPDATE_CASES",
+    "AttentionCase",
     "DecodeCase",
     "EditCase",
     "SumsCase",

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every configuration of every kernel compiles for GPUs that need not be here, without spills."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+from triton_support import CALLS, compiling_for, ran, resources
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed"
+)
+ROOT = Path(__file__).resolve().parents[2]
+# What a block may hold on the smallest GPU of the family: 99 KiB on sm_86 and sm_89.
+SHARED_LIMIT = 99 * 1024
+KERNELS = sorted({c.op for c in CALLS})
+
+
+def test_every_kernel_has_calls() -> None:
+    files = {p.stem for p in (ROOT / "triton_kernels").glob("*.py")} - {"__init__"}
+    assert files == set(KERNELS)
+
+
+@pytest.mark.parametrize("capability", [80, 90], ids=["sm_80", "sm_90a"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("op", KERNELS)
+def test_compiles_without_spills(op: str, dtype: torch.dtype, capability: int) -> None:
+    wrong, seen, configs = [], set(), set()
+    with compiling_for(capability) as built:
+        for call in CALLS:
+            config = call.config(dtype.itemsize)
+            # float32 is not what runs on a GPU: one case per configuration is enough there.
+            if call.op != op or (dtype == torch.float32 and config in configs):
+                continue
+            configs.add(config)
+            call.run(call.make(dtype, "cpu"), "triton")
+            for key in built.kernels.keys() - seen:
+                seen.add(key)
+                name, kernel = built.kernels[key]
+                assert kernel.asm["cubin"]
+                used = resources(kernel.asm["cubin"])
+                if used["STACK"] or used["LOCAL"] or kernel.metadata.shared > SHARED_LIMIT:
+                    wrong.append((name, call.name, used, kernel.metadata.shared))
+                ran[f"cubin sm_{capability}", name] += 1
+    assert seen
+    assert wrong == []
+
+
+def test_float16_compiles_as_bfloat16_does() -> None:
+    """One case: the two differ in a type name only."""
+    with compiling_for(90) as built:
+        for call in CALLS:
+            if call.name.startswith("everything"):
+                call.run(call.make(torch.float16, "cpu"), "triton")
+    assert all(k.asm["cubin"] for _, k in built.kernels.values())
+    assert built.kernels
