@@ -33,4 +33,7 @@ void* writable(const std::string& op, py::array& a, Dtype dtype, std::vector<py:
 void bind_tap(py::module_& m);
 void bind_topk_encode(py::module_& m);
 
+// Not an op: the order and the gather of a store.
+void bind_rows(py::module_& m);
+
 }  // namespace sidechain::host

@@ -33,4 +33,5 @@ PYBIND11_MODULE(_host, m) {
       "The instruction set the ops use.");
   sidechain::host::bind_tap(m);
   sidechain::host::bind_topk_encode(m);
+  sidechain::host::bind_rows(m);
 }

@@ -55,6 +55,6 @@ def expected() -> Callable[..., Tensor]:
     """All rows in the order of writing."""
 
     def build(units: int = UNITS, site: str = "cross:3") -> Tensor:
-        return torch.cat([rows_of(unit, site) for unit in range(units)])
+        return torch.cat([torch.empty(0, WIDTH), *(rows_of(u, site) for u in range(units))])
 
     return build

@@ -6,7 +6,7 @@ from __future__ import annotations
 import queue
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -35,11 +35,13 @@ class Batch:
         x: [B, C] on the device asked for.
         rows: their numbers in the store [B] int64 on the CPU.
         labels: step, branch, prompt and token of each, or None if not asked for.
+        target: the same rows at the target site [B, C'], or None if there is none.
     """
 
     x: Tensor
     rows: Tensor
     labels: Labels | None
+    target: Tensor | None = None
 
 
 class Batches:
@@ -60,6 +62,9 @@ class Batches:
             own.
         dtype: of `x`. None = as stored (float32 for int8 and when normalised).
         labels: whether batches carry labels.
+        target: another site with the same rows, for a transcoder.
+        part: (first, last) keeps rows [first, last) of every batch: the share of one of several
+            processes that go through the same batches.
         drop_last: leave out the last rows of an epoch that do not fill a batch.
         prefetch: batches prepared ahead by a thread; 0 = none and no thread.
 
@@ -84,15 +89,21 @@ class Batches:
         labels: bool = False,
         drop_last: bool = True,
         prefetch: int = 2,
+        target: ActivationStore | None = None,
+        part: tuple[int, int] | None = None,
     ) -> None:
-        self.store = store
+        self.store, self.target, self.part = store, target, part
         self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
         self.epochs, self.labels, self.drop_last = epochs, labels, drop_last
         self.normalise, self.prefetch = normalise, prefetch
         self._check()
         self.epoch = 0
         self.position = 0
-        self._loader = _Loader(store, normalise, torch.device(device), dtype, labels)
+        place = torch.device(device)
+        self._loader = _Loader(store, normalise, place, dtype, labels)
+        self._targets = None
+        if target is not None:
+            self._targets = _Loader(target, normalise, place, dtype, labels=False)
         self._permutation: tuple[int, Permutation] | None = None
 
     def __len__(self) -> int:
@@ -135,13 +146,26 @@ class Batches:
         """Iterate from where the state is."""
         plan = self._plan()
         source = (
-            _ahead(plan, self._loader, self.prefetch)
+            _ahead(plan, self._load, self.prefetch)
             if self.prefetch
-            else ((place, self._loader.load(rows)) for place, rows in plan)
+            else ((place, self._load(rows)) for place, rows in plan)
         )
-        for (epoch, position), loaded in source:
+        for (epoch, position), (loaded, aimed) in source:
             self.epoch, self.position = epoch, position
-            yield self._loader.finish(loaded)
+            rows, labels = torch.from_numpy(loaded.rows), loaded.labels if self.labels else None
+            x = self._loader.finish(loaded)
+            target = None
+            if self._targets is not None and aimed is not None:
+                target = self._targets.finish(aimed)
+            del loaded, aimed  # their memory is used again once the consumer lets go of it
+            yield Batch(x, rows, labels, target)
+            del x, target
+
+    def _load(self, rows: NDArray[np.int64]) -> tuple[_Loaded, _Loaded | None]:
+        if self.part is not None:
+            rows = rows[slice(*self.part)]
+        aimed = None if self._targets is None else self._targets.load(rows)
+        return self._loader.load(rows), aimed
 
     def order(self, epoch: int, start: int, stop: int) -> NDArray[np.int64]:
         """Row numbers at positions [start, stop) of an epoch."""
@@ -202,6 +226,17 @@ class Batches:
                 f"batches: expected normalise to be one of {', '.join(NORMALISATIONS)}, or None, "
                 f"got {self.normalise!r}"
             )
+        if self.target is not None and len(self.target) != len(self.store):
+            raise ValueError(
+                f"batches: expected {len(self.store)} rows in the target [as in the store], got "
+                f"{len(self.target)}"
+            )
+        if self.part is not None and not 0 <= self.part[0] < self.part[1] <= self.batch_size:
+            raise ValueError(
+                f"batches: expected 0 <= first < last <= {self.batch_size} in part, got {self.part}"
+            )
+        if self.part is not None and not self.drop_last:
+            raise NotImplementedError("batches: expected drop_last with part, got neither")
         if self.batch_size < 1 or len(self.store) < (self.batch_size if self.drop_last else 1):
             raise ValueError(
                 f"batches: expected 1 <= batch_size <= {len(self.store)} [rows of the store], got "
@@ -282,7 +317,7 @@ class _Loader:
         self.pinned.append((buffer, event))
         return _Loaded(stored, rows, labels, event)
 
-    def finish(self, loaded: _Loaded) -> Batch:
+    def finish(self, loaded: _Loaded) -> Tensor:
         """Decode and normalise on the device, in the stream of the caller."""
         if loaded.event is not None:
             current = torch.cuda.current_stream(self.device)
@@ -294,17 +329,18 @@ class _Loader:
         elif self.normalise == "step" and loaded.labels is not None:
             step = loaded.labels.step.to(self.device)
             x = (x.float() - self.mean[step]) * self.inverse[step][:, None]
-        if self.dtype is not None:
-            x = x.to(self.dtype)
-        return Batch(x, torch.from_numpy(loaded.rows), loaded.labels if self.labels else None)
+        return x if self.dtype is None else x.to(self.dtype)
 
 
 _Place = tuple[int, int]
+_Found = tuple[_Loaded, _Loaded | None]
 
 
 def _ahead(
-    plan: Iterator[tuple[_Place, NDArray[np.int64]]], loader: _Loader, depth: int
-) -> Iterator[tuple[_Place, _Loaded]]:
+    plan: Iterator[tuple[_Place, NDArray[np.int64]]],
+    load: Callable[[NDArray[np.int64]], _Found],
+    depth: int,
+) -> Iterator[tuple[_Place, _Found]]:
     """Load in a thread, at most `depth` batches ahead; ends with the consumer."""
     ready: queue.Queue[Any] = queue.Queue(maxsize=depth)
     stop = threading.Event()
@@ -321,7 +357,7 @@ def _ahead(
     def work() -> None:
         try:
             for place, rows in plan:
-                if not offer((place, loader.load(rows))):
+                if not offer((place, load(rows))):
                     return
             offer(None)
         except BaseException as error:
@@ -334,6 +370,7 @@ def _ahead(
             if isinstance(item, BaseException):
                 raise item
             yield item
+            del item
     finally:
         stop.set()
         thread.join()

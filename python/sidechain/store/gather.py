@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import _native
+
 Bytes = NDArray[np.uint8]
 
 
@@ -16,16 +18,22 @@ def gather_rows(
 ) -> None:
     """out[i] = shards[shard[i]][row[i]].
 
+    The native form fetches the next rows while it copies one; without it NumPy does the same,
+    shard by shard. Both let other threads run.
+
     Args:
-        shards: [n_s, row_bytes] uint8 each.
+        shards: [n_s, row_bytes] uint8 each, contiguous.
         shard: number of the shard of every row [B].
         row: number of the row within its shard [B].
-        out: [B, row_bytes] uint8, written.
+        out: [B, row_bytes] uint8, contiguous, written.
+
+    Raises:
+        IndexError: a row that does not exist.
     """
-    used = np.unique(shard)
-    if len(used) == 1:
-        np.take(shards[int(used[0])], row, axis=0, out=out, mode="clip")
+    native = getattr(_native.host(), "gather_rows", None)
+    if native is not None:
+        native(list(shards), shard, row, out)
         return
-    for number in used:
+    for number in np.unique(shard):
         places = np.flatnonzero(shard == number)
         out[places] = shards[int(number)][row[places]]

@@ -2,7 +2,7 @@
 """The files of a store: names, manifest, what stands where in a shard.
 
     FOLDER/manifest.json            sites, dtype, time grid, totals, the list of shards
-    FOLDER/prompts.json             prompts and seeds, if they are known
+    FOLDER/prompts-1b851995.json    prompts and seeds, if they are known
     FOLDER/statistics-000007.safetensors
     FOLDER/cross-3/00000.rows       one file for each site and group of units
 
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import re
+import zlib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,6 @@ from numpy.typing import NDArray
 FORMAT = "sidechain-store"
 VERSION = 1
 MANIFEST = "manifest.json"
-PROMPTS = "prompts.json"
 BLOCK_BYTES = 1 << 20
 ALIGNMENT = 64
 DTYPES: dict[str, torch.dtype] = {
@@ -80,7 +80,7 @@ class Manifest:
         progress: what the writer was last told it had finished.
         next_group: number of the next shards.
         statistics: file name and CRC-32.
-        prompts: number and CRC-32 of the prompts file, or None.
+        prompts: file name and CRC-32, or None.
         provenance: where the rows come from.
     """
 
@@ -93,7 +93,7 @@ class Manifest:
     progress: int = 0
     next_group: int = 0
     statistics: dict[str, Any] | None = None
-    prompts: dict[str, int] | None = None
+    prompts: dict[str, Any] | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def row_bytes(self, site: str) -> int:
@@ -194,3 +194,22 @@ def unpack_tail(tail: bytes, rows: int) -> tuple[Columns, NDArray[np.uint32]]:
         columns[name] = np.frombuffer(tail, dtype, rows, offset)
         offset += rows * dtype.itemsize
     return columns, np.frombuffer(tail, "<u4", offset=offset)
+
+
+def read_prompts(folder: Path, manifest: Manifest) -> dict[str, list[Any]]:
+    """Prompts and seeds of a store, empty where none were kept.
+
+    Raises:
+        ValueError: the file is not the one that the manifest means.
+    """
+    if manifest.prompts is None:
+        return {"prompts": [], "seeds": []}
+    path = folder / manifest.prompts["file"]
+    content = path.read_bytes() if path.exists() else b""
+    if zlib.crc32(content) != manifest.prompts["crc32"]:
+        raise ValueError(
+            f"store: expected CRC-32 {manifest.prompts['crc32']:08x} of {path}, got "
+            f"{zlib.crc32(content):08x}"
+        )
+    found: dict[str, list[Any]] = json.loads(content)
+    return found

@@ -6,6 +6,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import _native
+
 _ROUNDS = 8
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
@@ -50,6 +52,15 @@ class Permutation:
         Returns:
             [B] int64 in [0, n), no two equal for unequal positions.
         """
+        native = getattr(_native.host(), "permute", None)
+        if native is not None:
+            wanted = np.ascontiguousarray(positions, dtype=np.int64)
+            found: NDArray[np.int64] = native(wanted, self.size, self.keys)
+            return found
+        return self.reference(positions)
+
+    def reference(self, positions: NDArray[np.integer]) -> NDArray[np.int64]:
+        """Return the same by NumPy alone: the definition of the order."""
         index = self._network(np.asarray(positions, dtype=np.uint64))
         outside = np.flatnonzero(index >= self.size)
         while len(outside):

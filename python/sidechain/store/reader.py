@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 import zlib
 from collections.abc import Iterable, Sequence
@@ -18,10 +17,9 @@ from torch import Tensor
 
 from .batches import Batches
 from .gather import gather_rows
-from .layout import COLUMNS, DTYPES, PROMPTS, Manifest
+from .layout import COLUMNS, DTYPES, Manifest, read_prompts
+from .recount import load_statistics
 from .shard import Damage, MappedShard, decode
-from .sink import load_statistics
-from .statistics import Statistics
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,8 @@ class ActivationStore:
         site, width, dtype: what a row is; `dtype` is as stored.
         branches, timesteps, sigmas: what the numbers of the labels stand for.
         damaged: what was left out, a list of `Damage`.
-        statistics: `Statistics` of all rows of the site ever written, filtered or not.
+        statistics: `Statistics` of all rows of the site at the steps and passes that are kept;
+            those of damaged rows and of other prompts are still in it.
 
     Raises:
         FileNotFoundError: no store there.
@@ -99,7 +98,6 @@ class ActivationStore:
         self.sigmas = _table(self._manifest.sigmas)
         self.provenance: dict[str, Any] = self._manifest.provenance
         self.dropped = entry.dropped
-        self.statistics: Statistics = load_statistics(self.folder, self._manifest)[self.site]
         self._shards = [
             MappedShard(self.folder, self._manifest, self.site, shard) for shard in entry.shards
         ]
@@ -108,6 +106,8 @@ class ActivationStore:
                 shard.verify()
         wanted = None if prompts is None else sorted(set(prompts))
         self._filter = (_steps(steps), self._passes(passes), wanted)
+        found = load_statistics(self.folder, self._manifest, self.site)
+        self.statistics = found.select(*self._filter[:2])
         self._index()
         self._report(damaged)
 
@@ -156,17 +156,23 @@ class ActivationStore:
     def labels(self, rows: Tensor | NDArray[Any] | Sequence[int]) -> Labels:
         """Labels of rows by number."""
         shard, row = self._locate(np.asarray(rows, dtype=np.int64))
-        found = {name: np.zeros(len(row), np.int64) for name in COLUMNS}
-        for number in np.unique(shard):
-            places = np.flatnonzero(shard == number)
-            for name, column in self._shards[int(number)].columns.items():
-                found[name][places] = column[row[places]]
-        return Labels(**{name: torch.from_numpy(column) for name, column in found.items()})
+        found = {}
+        for name, dtype in COLUMNS.items():
+            columns = [
+                s.columns[name].view(np.uint8).reshape(-1, dtype.itemsize) for s in self._shards
+            ]
+            values = np.empty(len(row), dtype)
+            gather_rows(columns, shard, row, values.view(np.uint8).reshape(-1, dtype.itemsize))
+            found[name] = torch.from_numpy(values.astype(np.int64))
+        return Labels(**found)
 
     def prompts(self) -> list[str]:
-        """Texts of the prompts by number; empty where none were kept."""
-        path = self.folder / PROMPTS
-        return json.loads(path.read_text(encoding="utf-8"))["prompts"] if path.exists() else []
+        """Texts of the prompts by number; empty where none were kept.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        return read_prompts(self.folder, self._manifest)["prompts"]
 
     def batches(
         self,
@@ -181,6 +187,8 @@ class ActivationStore:
         labels: bool = False,
         drop_last: bool = True,
         prefetch: int = 2,
+        target: ActivationStore | None = None,
+        part: tuple[int, int] | None = None,
     ) -> Batches:
         """Iterate over batches; see `Batches`."""
         return Batches(
@@ -195,6 +203,8 @@ class ActivationStore:
             labels=labels,
             drop_last=drop_last,
             prefetch=prefetch,
+            target=target,
+            part=part,
         )
 
     def verify(self) -> list[Damage]:

@@ -16,7 +16,7 @@ from ..sites import SitePattern, config_hash
 from ..sites import sites as list_sites
 from ..taps.generation import generate, model_name, quiet_settings, spread_seeds
 from ..taps.options import BRANCHES, Steps
-from .layout import MANIFEST, PROMPTS, Manifest
+from .layout import MANIFEST, Manifest, read_prompts
 from .reader import ActivationStore
 from .stream import StepRows, StreamTap
 from .writer import ActivationWriter
@@ -175,16 +175,14 @@ def _check_same(folder: Path, facts: dict[str, Any], texts: list[str], seeds: li
     """Refuse to continue a store that was recorded in another way."""
     if not (folder / MANIFEST).exists():
         return
-    found = Manifest.read(folder).provenance
+    manifest = Manifest.read(folder)
     for name, value in json.loads(json.dumps(facts)).items():
-        if found.get(name) != value:
+        there = manifest.provenance.get(name)
+        if there != value:
             raise ValueError(
-                f"record: expected {name}={found.get(name)!r} [how {folder} was recorded], got "
-                f"{value!r}"
+                f"record: expected {name}={there!r} [how {folder} was recorded], got {value!r}"
             )
-    if not (folder / PROMPTS).exists():
-        return
-    known = json.loads((folder / PROMPTS).read_text(encoding="utf-8"))
+    known = read_prompts(folder, manifest)
     for name, new in (("prompts", texts), ("seeds", seeds)):
         old = known[name]
         if new[: len(old)] != old:

@@ -216,8 +216,7 @@ def encode(rows: Tensor, dtype: torch.dtype) -> Bytes:
     int8: q = round(x / s) with s = max |x| / 127 of the row, then s as float32 at the end.
     """
     if dtype != torch.int8:
-        same = rows.to(dtype).contiguous()
-        return same.view(torch.uint8).numpy() if same.numel() else np.zeros((0, 0), np.uint8)
+        return rows.to(dtype).contiguous().view(torch.uint8).numpy()
     x = rows.to(torch.float32)
     scale = x.abs().amax(1) / 127.0
     inverse = torch.where(scale > 0, 1.0 / scale, 0.0)
@@ -232,6 +231,8 @@ def encode(rows: Tensor, dtype: torch.dtype) -> Bytes:
 
 def decode(stored: Tensor, dtype: torch.dtype, width: int) -> Tensor:
     """Rows [n, C] of stored bytes [n, row_bytes] uint8; int8 becomes float32, others a view."""
+    if not len(stored):
+        return torch.empty(0, width, dtype=torch.float32 if dtype == torch.int8 else dtype)
     if dtype != torch.int8:
         return stored.view(dtype)
     scale = stored[:, -4:].contiguous().view(torch.float32)

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import json
 import os
@@ -16,11 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from .._atomic import write_atomic
-from .layout import DTYPES, MANIFEST, PROMPTS, Columns, Manifest
+from .layout import DTYPES, MANIFEST, Columns, Manifest
+from .recount import count, load_statistics
 from .shard import OpenShard, decode, encode
 from .statistics import Statistics
 
@@ -38,8 +38,9 @@ class Sink:
         self.shard_bytes, self.seconds = shard_bytes, seconds
         self.dtype = DTYPES[manifest.dtype]
         self._open: dict[str, OpenShard] = {}
-        self._statistics = load_statistics(folder, manifest)
+        self._statistics = {n: load_statistics(folder, manifest, n) for n in manifest.sites}
         self._unit = {name: Statistics(site.width) for name, site in manifest.sites.items()}
+        self._named = named_files(manifest)
         self._progress = manifest.progress
         self._dropped = dict.fromkeys(manifest.sites, 0)
         self._committed_at = time.monotonic()
@@ -53,24 +54,16 @@ class Sink:
             ValueError: a row that is not finite in the dtype of the store.
             OSError: from the file system.
         """
+        if not len(rows):
+            return
         stored = encode(rows, self.dtype)
         kept = decode(torch.from_numpy(stored), self.dtype, rows.shape[1])
-        self._count(site, kept, columns)
+        if not count(self._unit[site], kept, columns):
+            raise ValueError(
+                f"store: expected finite rows in {self.manifest.dtype} at {site} [float16 ends at "
+                "65504; bfloat16 and float32 reach 3e38], got NaN or infinity"
+            )
         self._shard(site).append(stored, columns)
-
-    def _count(self, site: str, rows: Tensor, columns: Columns) -> None:
-        cells = columns["step"].astype(np.int64) * 256 + columns["branch"]
-        edges = np.flatnonzero(np.diff(cells)) + 1
-        for start, stop in zip([0, *edges], [*edges, len(cells)], strict=True):
-            cell = int(cells[start]) // 256, int(cells[start]) % 256
-            moments = self._unit[site].at(cell)
-            moments.add(rows[start:stop])
-            if not moments.finite():
-                raise ValueError(
-                    f"store: expected finite rows in {self.manifest.dtype} at {site}, step "
-                    f"{cell[0]} [float16 ends at 65504; bfloat16 and float32 reach 3e38], got NaN "
-                    "or infinity"
-                )
 
     def _shard(self, site: str) -> OpenShard:
         if site not in self._open:
@@ -112,6 +105,7 @@ class Sink:
 
     def commit(self) -> None:
         """Make the complete units durable; rows of an unfinished unit must not be there."""
+        before = self._named
         for site, shard in list(self._open.items()):
             if shard.rows:
                 sealed = shard.seal()
@@ -120,11 +114,10 @@ class Sink:
             else:
                 shard.abandon()
             del self._open[site]
-        for site, count in self._dropped.items():
-            self.manifest.sites[site].dropped += count
+        for site, lost in self._dropped.items():
+            self.manifest.sites[site].dropped += lost
             self._dropped[site] = 0
         self.manifest.progress = self._progress
-        old = self.manifest.statistics
         number = self.manifest.next_group
         self.manifest.next_group += 1
         tensors: dict[str, Tensor] = {}
@@ -136,15 +129,16 @@ class Sink:
         self.manifest.statistics = {"file": name, "crc32": zlib.crc32(content)}
         write_atomic(self.folder / MANIFEST, self.manifest.to_json().encode())
         self._committed_at = time.monotonic()
-        if old is not None:
-            (self.folder / old["file"]).unlink(missing_ok=True)
+        self._named = named_files(self.manifest)
+        for file in before - self._named:
+            (self.folder / file).unlink(missing_ok=True)
 
     def abandon(self) -> None:
         """Leave the store as it was last committed."""
         for shard in self._open.values():
             shard.abandon()
         self._open.clear()
-        clean(self.folder)
+        clean(self.folder, Manifest.read(self.folder))
 
     # -- facts ----------------------------------------------------------------------------------
 
@@ -165,51 +159,52 @@ class Sink:
             )
 
     def set_prompts(self, prompts: Sequence[str], seeds: Sequence[int]) -> None:
-        """Keep the prompts; a longer list than before must begin with the old one."""
-        content = json.dumps({"prompts": list(prompts), "seeds": list(seeds)}, indent=0)
-        write_atomic(self.folder / PROMPTS, content.encode())
-        self.manifest.prompts = {"count": len(prompts), "crc32": zlib.crc32(content.encode())}
+        """Keep the prompts, and commit."""
+        content = json.dumps({"prompts": list(prompts), "seeds": list(seeds)}, indent=0).encode()
+        checksum = zlib.crc32(content)
+        name = f"prompts-{checksum:08x}.json"
+        if self.manifest.prompts is not None and self.manifest.prompts["file"] == name:
+            return
+        write_atomic(self.folder / name, content)
+        self.manifest.prompts = {"file": name, "crc32": checksum}
+        self.commit()
 
 
 def _grid(values: Sequence[float]) -> str:
     return f"{len(values)} steps from {values[0]:g} to {values[-1]:g}"
 
 
-def load_statistics(folder: Path, manifest: Manifest) -> dict[str, Statistics]:
-    """Statistics of every site of a store, empty before the first commit."""
-    if manifest.statistics is None:
-        return {name: Statistics(site.width) for name, site in manifest.sites.items()}
-    tensors = load_file(folder / manifest.statistics["file"])
-    return {
-        name: Statistics.from_tensors(name, site.width, tensors)
-        for name, site in manifest.sites.items()
-    }
-
-
-_OURS = re.compile(r"statistics-\d{6}\.safetensors|\.(statistics-|manifest\.|prompts\.).*\.part")
+_OURS = re.compile(
+    r"(statistics-\d{6}\.safetensors|prompts-[0-9a-f]{8}\.json)"
+    r"|\.(statistics-|manifest\.|prompts-).*\.part"
+)
 _SHARD = re.compile(r"\d{5}\.rows(\.tmp)?")
 
 
-def clean(folder: Path) -> list[str]:
+def named_files(manifest: Manifest) -> set[str]:
+    """The files beside the shards that a manifest names."""
+    return {entry["file"] for entry in (manifest.statistics, manifest.prompts) if entry}
+
+
+def clean(folder: Path, manifest: Manifest | None) -> list[str]:
     """Remove what a crash left behind: files of ours that the manifest does not name.
+
+    Args:
+        folder: of the store.
+        manifest: as it is on disk; None where there is none yet.
 
     Returns:
         The names of the files removed.
     """
-    with contextlib.suppress(FileNotFoundError):
-        return _clean(folder, Manifest.read(folder))
-    return []
-
-
-def _clean(folder: Path, manifest: Manifest) -> list[str]:
-    known = {shard.file for site in manifest.sites.values() for shard in site.shards}
-    if manifest.statistics is not None:
-        known.add(manifest.statistics["file"])
     candidates = [p for p in folder.iterdir() if _OURS.fullmatch(p.name)]
-    for site in manifest.sites.values():
-        inside = folder / site.folder
-        if inside.is_dir():
-            candidates += [p for p in inside.iterdir() if _SHARD.fullmatch(p.name)]
+    known: set[str] = set()
+    if manifest is not None:
+        known = named_files(manifest)
+        for site in manifest.sites.values():
+            known |= {shard.file for shard in site.shards}
+            inside = folder / site.folder
+            if inside.is_dir():
+                candidates += [p for p in inside.iterdir() if _SHARD.fullmatch(p.name)]
     removed = []
     for path in candidates:
         name = path.relative_to(folder).as_posix()

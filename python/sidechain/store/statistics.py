@@ -119,15 +119,24 @@ class Statistics:
         self, steps: Iterable[int] | None = None, branches: Iterable[int] | None = None
     ) -> Moments:
         """Moments of all rows at some steps and branches (None = all) together."""
+        result = Moments.empty(self.width)
+        for _, moments in sorted(self.select(steps, branches).cells.items()):
+            result.merge(moments)
+        return result
+
+    def select(
+        self, steps: Iterable[int] | None = None, branches: Iterable[int] | None = None
+    ) -> Statistics:
+        """Keep the cells of some steps and branches (None = all); moments are shared."""
         wanted_steps = None if steps is None else set(steps)
         wanted_branches = None if branches is None else set(branches)
-        result = Moments.empty(self.width)
-        for (step, branch), moments in sorted(self.cells.items()):
-            if wanted_steps is not None and step not in wanted_steps:
-                continue
-            if wanted_branches is None or branch in wanted_branches:
-                result.merge(moments)
-        return result
+        kept = {
+            (step, branch): moments
+            for (step, branch), moments in self.cells.items()
+            if (wanted_steps is None or step in wanted_steps)
+            and (wanted_branches is None or branch in wanted_branches)
+        }
+        return Statistics(self.width, kept)
 
     def per_step(self, branches: Iterable[int] | None = None) -> tuple[Tensor, Tensor]:
         """Tables for normalising a row by its step: (x - mean[step]) / scale[step].

@@ -412,11 +412,17 @@ def _open(folder: Path, wanted: Manifest, mode: str) -> Manifest:
     if mode == "append" and not there:
         raise FileNotFoundError(f"store: expected a store [mode='append'], got none in {folder}")
     if not there:
+        clean(folder, None)
+        lost = next(folder.glob("*/[0-9]*.rows"), None)
+        if lost is not None:
+            raise FileExistsError(
+                f"store: expected {MANIFEST} beside the shards in {folder}, got {lost.name} without"
+            )
         write_atomic(folder / MANIFEST, wanted.to_json().encode())
         return wanted
     found = Manifest.read(folder)
     check_facts(found, wanted, folder)
-    clean(folder)
+    clean(folder, found)
     return found
 
 

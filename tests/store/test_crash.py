@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""kill -9 at every system call that changes a store, and what is left of it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sidechain.store import ActivationStore, ActivationWriter, record
+from sidechain.testing import tiny_pipeline
+
+from .conftest import UNIT_ROWS, WIDTH, write_unit
+
+SITES = ("a", "cross:3")
+CALLS = ("write", "fsync", "replace", "ftruncate", "unlink", "mkdir", "open")
+TOTAL = 5
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """A fork has none of the threads of OpenMP, and other sums have other roundings."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def write_some(folder: Path, units: int = TOTAL) -> None:
+    """Write, or continue to write, a store of two sites with several commits."""
+    with ActivationWriter(
+        folder,
+        dict.fromkeys(SITES, WIDTH),
+        dtype=torch.float32,
+        mode="resume",
+        shard_bytes=2 * UNIT_ROWS * WIDTH * 4,
+    ) as writer:
+        for unit in range(writer.progress, units):
+            write_unit(writer, unit)
+
+
+def forked(work: Callable[[], None]) -> int:
+    """Run in a fork, without leaving it by anything but death; return the wait status."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        finally:
+            os._exit(0)
+    return os.waitpid(child, 0)[1]
+
+
+def hooked(before: Callable[[int, str], None]) -> None:
+    """Call `before(n, name)` in front of the n-th system call that changes files."""
+    counter = 0
+
+    def wrap(name: str, inner: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal counter
+            counter += 1
+            before(counter, name)
+            return inner(*args, **kwargs)
+
+        return call
+
+    for name in CALLS:
+        setattr(os, name, wrap(name, getattr(os, name)))
+
+
+def check(folder: Path, expected: Callable[..., Tensor]) -> None:
+    """Whatever is committed is whole: both sites hold the same complete units, and no other."""
+    try:
+        stores = [ActivationStore(folder, site, verify="full", damaged="error") for site in SITES]
+    except FileNotFoundError:
+        return  # died before there was a store
+    assert len({len(store) for store in stores}) == 1
+    units, rest = divmod(len(stores[0]), UNIT_ROWS)
+    assert rest == 0
+    for store in stores:
+        assert torch.equal(store.read(range(len(store))), expected(units, store.site))
+        assert store.statistics.total().count == len(store)
+
+
+def test_kill_at_every_call(tmp_path: Path, expected: Callable[..., Tensor]) -> None:
+
+    def count() -> None:
+        hooked(lambda n, name: os.truncate(tmp_path / "count", n))
+        write_some(tmp_path / "whole")
+
+    (tmp_path / "count").touch()
+    assert forked(count) == 0
+    calls = (tmp_path / "count").stat().st_size
+    assert calls > 60
+    survived = set()
+    for victim in range(1, calls + 1):
+        folder = tmp_path / str(victim)
+
+        def die(n: int, name: str, victim: int = victim) -> None:
+            if n == victim:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        def work(folder: Path = folder, die: Any = die) -> None:
+            hooked(die)
+            write_some(folder)
+
+        assert os.WTERMSIG(forked(work)) == signal.SIGKILL
+        check(folder, expected)
+        if victim % 4 == 0:  # continuing costs more than dying
+            write_some(folder)
+            check(folder, expected)
+            store = ActivationStore(folder, SITES[0])
+            assert len(store) == TOTAL * UNIT_ROWS
+            files = [p for p in folder.rglob("*") if p.is_file()]
+            named = 2 + 1 + sum(len(s.shards) for s in store._manifest.sites.values())
+            assert len(files) == named  # manifest, lock, statistics, shards: nothing left over
+        if (folder / "manifest.json").exists():
+            survived.add(len(ActivationStore(folder, SITES[0])))
+    assert len(survived) >= 4  # the kills did hit different stages
+
+
+def test_kill_while_recording(tmp_path: Path) -> None:
+    prompts = [f"w{i} piano song" for i in range(8)]
+    options: dict[str, Any] = {
+        "num_inference_steps": 3,
+        "batch_size": 2,
+        "passes": "all",
+        "dtype": torch.float32,
+        "progress": False,
+        "shard_bytes": 8000,
+    }
+    pipe = tiny_pipeline()
+    record(pipe, "cross:0-1", prompts, tmp_path / "whole", **options)
+    folder = tmp_path / "cut"
+
+    def work() -> None:
+        inner = type(pipe).__call__
+
+        def slow(self: Any, *args: Any, **kwargs: Any) -> Any:
+            time.sleep(0.05)
+            return inner(self, *args, **kwargs)
+
+        type(pipe).__call__ = slow
+        record(pipe, "cross:0-1", prompts, folder, **options)
+
+    context = multiprocessing.get_context("fork")
+    child = context.Process(target=work, daemon=True)
+    child.start()
+    deadline = time.monotonic() + 60
+    while len(list(folder.glob("*/00002.rows"))) == 0 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert child.pid is not None
+    os.kill(child.pid, signal.SIGKILL)
+    child.join()
+    assert child.exitcode == -signal.SIGKILL
+    before = len(ActivationStore(folder, "cross:1"))
+    ran = []
+    tap = type(pipe).__call__
+    pipe.transformer.register_forward_pre_hook(lambda m, a: ran.append(1))
+    stores = record(pipe, "cross:0-1", prompts, folder, **options)
+    assert type(pipe).__call__ is tap
+    assert 0 < before < len(stores["cross:1"])
+    assert len(ran) < 3 * len(prompts) // 2  # prompts that were there were not run again
+    for site, store in stores.items():
+        whole = ActivationStore(tmp_path / "whole", site)
+        everything = range(len(whole))
+        assert torch.equal(store.read(everything), whole.read(everything))
+        assert torch.equal(store.labels(everything).prompt, whole.labels(everything).prompt)
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt])
+def test_an_exception_inside_a_unit_forgets_it(
+    tmp_path: Path, expected: Callable[..., Tensor], kind: type[BaseException]
+) -> None:
+    folder = tmp_path / "s"
+    with (
+        pytest.raises(kind),
+        ActivationWriter(folder, dict.fromkeys(SITES, WIDTH), dtype=torch.float32) as writer,
+    ):
+        for unit in range(3):
+            write_unit(writer, unit)
+        with writer.unit(progress=99):
+            writer.write({"a": torch.ones(7, WIDTH)})
+            raise kind
+    check(folder, expected)
+    assert len(ActivationStore(folder, "a")) == 3 * UNIT_ROWS
+    write_some(folder)
+    check(folder, expected)
+    assert len(ActivationStore(folder, "a")) == TOTAL * UNIT_ROWS
+
+
+def test_one_writer_at_a_time(tmp_path: Path) -> None:
+    with (
+        ActivationWriter(tmp_path / "s", {"a": 2}),
+        pytest.raises(RuntimeError, match="expected to be the only writer"),
+    ):
+        ActivationWriter(tmp_path / "s", {"a": 2}, mode="resume")
+    ActivationWriter(tmp_path / "s", {"a": 2}, mode="resume").close()
