@@ -6,9 +6,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops import attention_tap
 from ..sites import Run, Site, SitePattern, sites
 from .base import Tap
 from .processor import Attend, Operation, inner_processor
@@ -31,9 +31,9 @@ class SharedContext(Attend):
         self._attn = attn
         self._seen: Tensor | None = None  # [R, S, C] that the bank was made from
         self._changed: Tensor | None = None  # [1] bool on the device: `_seen` has gone stale
-        self._keys: Tensor  # [M, H, S, D]
+        self._keys: Tensor  # [M, S, Hkv, D]
         self._values: Tensor
-        self._entry: Tensor  # [A] int64: entry of the bank for each active row
+        self._entry: Tensor  # [A] int32: entry of the bank for each active row
         self._active: slice | Tensor | None  # rows that see any text; None = all
 
     def reset(self) -> None:
@@ -60,13 +60,10 @@ class SharedContext(Attend):
 
     def _attend(self, hidden: Tensor) -> Tensor:
         attn = self._attn
-        query = attn.to_q(hidden).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+        query = attn.to_q(hidden).unflatten(-1, (attn.heads, -1))
         if attn.norm_q is not None:
             query = attn.norm_q(query)
-        out = F.scaled_dot_product_attention(
-            query, self._keys[self._entry], self._values[self._entry]
-        )
-        return out.transpose(1, 2).flatten(2)
+        return attention_tap(query, self._keys, self._values, context_index=self._entry).flatten(2)
 
     def _refresh(self, context: Tensor) -> None:
         """Keep the bank where the contexts are the ones it was made from, else make it anew."""
@@ -95,17 +92,12 @@ class SharedContext(Attend):
             block = count > 0 and int(rows[-1]) - int(rows[0]) + 1 == count
             self._active = slice(int(rows[0]), int(rows[-1]) + 1) if block else rows
             self._entry = entry[rows]
-        keys, values = attn.to_k(entries), attn.to_v(entries)
+        self._entry = self._entry.int()
         width = attn.to_q.out_features // attn.heads
-        self._keys = self._by_head(keys, width)
-        self._values = self._by_head(values, width)
+        self._keys = attn.to_k(entries).unflatten(-1, (-1, width))
+        self._values = attn.to_v(entries).unflatten(-1, (-1, width))
         if attn.norm_k is not None:
             self._keys = attn.norm_k(self._keys)
-
-    def _by_head(self, x: Tensor, width: int) -> Tensor:
-        """[M, S, Hkv * D] -> [M, H, S, D]."""
-        split = x.unflatten(-1, (-1, width)).transpose(1, 2)
-        return split.repeat_interleave(self._attn.heads // split.shape[1], dim=1)
 
 
 class Share(Tap):
@@ -134,6 +126,7 @@ class Share(Tap):
             "a residual connection": attn.residual_connection,
             "a rescaled output": attn.rescale_output_factor != 1.0,
             "fused projections": getattr(attn, "fused_projections", False),
+            "heads wider than 128": attn.to_q.out_features // attn.heads > 128,
         }
         for what, present in odd.items():
             if present:
