@@ -2,8 +2,27 @@
 """Sparse dictionaries of what flows through a site: architectures, training, files."""
 
 from .config import ARCHITECTURES, Provenance, SaeConfig
+from .mesh import Mesh
 from .model import Codes, Sae
 from .normaliser import Normaliser
+from .sources import IterableSource, Source, StoreSource
+from .state import Rows
 from .train_config import TrainConfig
+from .trainer import Trainer, train
 
-__all__ = ["ARCHITECTURES", "Codes", "Normaliser", "Provenance", "Sae", "SaeConfig", "TrainConfig"]
+__all__ = [
+    "ARCHITECTURES",
+    "Codes",
+    "IterableSource",
+    "Mesh",
+    "Normaliser",
+    "Provenance",
+    "Rows",
+    "Sae",
+    "SaeConfig",
+    "Source",
+    "StoreSource",
+    "TrainConfig",
+    "Trainer",
+    "train",
+]

@@ -32,9 +32,9 @@ def save(sae: Sae, path: str | os.PathLike[str]) -> Path:
     tensors = {name: getattr(sae, name) for name in WEIGHTS if getattr(sae, name) is not None}
     if not sae.config.tied_bias:
         tensors["b_pre"] = sae.b_pre
-    tensors |= _grid("normaliser", sae.normaliser)
+    tensors |= grid_tensors("normaliser", sae.normaliser)
     if sae.target_normaliser is not sae.normaliser:
-        tensors |= _grid("target_normaliser", sae.target_normaliser)
+        tensors |= grid_tensors("target_normaliser", sae.target_normaliser)
     metadata = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -55,8 +55,8 @@ def load(path: str | os.PathLike[str], *, device: Any = None) -> Sae:
     tensors, metadata = read(Path(path))
     try:
         config = SaeConfig.from_json(metadata["config"])
-        normaliser = _normaliser(tensors, "normaliser")
-        target = _normaliser(tensors, "target_normaliser")
+        normaliser = read_grid(tensors, "normaliser")
+        target = read_grid(tensors, "target_normaliser")
         sae = Sae(
             config,
             normaliser=normaliser,
@@ -119,11 +119,13 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, metadata
 
 
-def _grid(prefix: str, normaliser: Normaliser) -> dict[str, Tensor]:
+def grid_tensors(prefix: str, normaliser: Normaliser) -> dict[str, Tensor]:
+    """Return the tensors of a normaliser as they are named in a file."""
     found = {f"{prefix}.{name}": getattr(normaliser, name) for name in GRID}
     return {name: t for name, t in found.items() if t is not None}
 
 
-def _normaliser(tensors: dict[str, Tensor], prefix: str) -> Normaliser | None:
+def read_grid(tensors: dict[str, Tensor], prefix: str) -> Normaliser | None:
+    """Return the normaliser that `grid_tensors` took apart, None if it is not there."""
     mean, scale, *grid = (tensors.get(f"{prefix}.{name}") for name in GRID)
     return None if mean is None or scale is None else Normaliser(mean, scale, *grid)

@@ -23,7 +23,7 @@ def random_rows(seed: int, stream: int, start: int, stop: int, width: int) -> Te
     """
     parts = []
     for block in range(start // _BLOCK, -(-stop // _BLOCK)):
-        generator = torch.Generator().manual_seed(_mix(seed, stream, block))
+        generator = torch.Generator().manual_seed(mix(seed, stream, block))
         rows = torch.randn(_BLOCK, width, generator=generator)
         first = block * _BLOCK
         parts.append(rows[max(0, start - first) : stop - first])
@@ -62,7 +62,7 @@ def geometric_median(x: Tensor, *, iterations: int = 100, tolerance: float = 1e-
     return point.to(x.dtype)
 
 
-def _mix(*numbers: int) -> int:
+def mix(*numbers: int) -> int:
     """One seed of several numbers, well spread (SplitMix64's finaliser)."""
     state = 0
     for number in numbers:

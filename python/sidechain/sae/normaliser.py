@@ -18,7 +18,7 @@ class Normaliser(nn.Module):
 
     Args:
         mean: [S, d] float32.
-        scale: [S] float32, positive; E |y|^2 = d where it comes from `fit`.
+        scale: [S] float32, positive; E |y|^2 = d where it is fitted.
         steps: [S] int64, ascending: the scheduler step of each entry. None = one entry for
             everything (S = 1), whatever the step.
         timesteps: [S] float64 of these steps, for `resampled`.
@@ -142,59 +142,3 @@ class Normaliser(nn.Module):
         scale = resample(self.scale.log()[:, None], self.timesteps, grid)[:, 0].exp()
         chosen = torch.arange(len(grid)) if steps is None else steps
         return Normaliser(mean, scale, chosen, grid, sigmas)
-
-
-class Moments:
-    """Running sums of rows by step, in float64: what `Normaliser` is fitted from.
-
-    Args:
-        steps: ascending scheduler steps. None = rows carry no step.
-        width: d.
-    """
-
-    def __init__(self, steps: Tensor | None, width: int) -> None:
-        self.steps = steps
-        size = 1 if steps is None else len(steps)
-        self.count = torch.zeros(size, dtype=torch.float64)
-        self.sum = torch.zeros(size, width, dtype=torch.float64)
-        self.square = torch.zeros(size, dtype=torch.float64)
-
-    def add(self, x: Tensor, step: Tensor | None) -> None:
-        """Add rows x [N, d] with steps [N]."""
-        x = x.detach().to("cpu", torch.float64)
-        if self.steps is None or step is None:
-            place = torch.zeros(len(x), dtype=torch.int64)
-        else:
-            place = torch.searchsorted(self.steps, step.cpu().long())
-        self.count.index_add_(0, place, torch.ones(len(x), dtype=torch.float64))
-        self.sum.index_add_(0, place, x)
-        self.square.index_add_(0, place, x.square().sum(1))
-
-    def fit(
-        self,
-        *,
-        centre: bool = True,
-        timesteps: Tensor | None = None,
-        sigmas: Tensor | None = None,
-    ) -> Normaliser:
-        """Return the normaliser after which every step has mean 0 and E |y|^2 = d.
-
-        Args:
-            centre: subtract the mean; otherwise only scale.
-            timesteps: [S], kept with it.
-            sigmas: [S], kept with it.
-
-        Raises:
-            ValueError: a step without rows.
-        """
-        if not bool((self.count > 0).all()):
-            raise ValueError("Normaliser: expected rows of every step, got a step without any")
-        mean = self.sum / self.count[:, None]
-        second = self.square / self.count
-        variance = second - mean.square().sum(1) if centre else second
-        if not centre:
-            mean = torch.zeros_like(mean)
-        scale = (variance / self.sum.shape[1]).clamp(min=0).sqrt()
-        # Constant rows have nothing to scale.
-        scale = torch.where(scale > 1e-12 * second.sqrt().clamp(min=1e-30), scale, 1.0)
-        return Normaliser(mean, scale, self.steps, timesteps, sigmas)

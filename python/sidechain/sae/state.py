@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .config import SELECTING, Provenance, SaeConfig
-from .init import encoder_scale, random_rows
+from .init import encoder_scale, geometric_median, random_rows
 from .mesh import Mesh
 from .model import Sae
 from .normaliser import Normaliser
@@ -123,6 +123,17 @@ class TrainState:
         """Factor w of the loss sum_n w |e_n|^2 / 2 over all rows of a batch."""
         return 2.0 / (self.train.batch * self.config.width_out)
 
+    def start_biases(self, rows: Rows) -> None:
+        """Set `b_dec`, and an untied `b_pre`, to the middle of the first batch."""
+        kind = self.train.bias_init
+        if kind == "zero":
+            return
+        x, target = (self.mesh.gather_rows(t) for t in self.normalised(rows))
+        middle = geometric_median if kind == "geometric_median" else _mean
+        self.weights["b_dec"].copy_(middle(target))
+        if self.fixed_b_pre is not None:
+            self.fixed_b_pre.copy_(middle(x))
+
     def normalised(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """Return the normalised input and target of a batch."""
         x = self.normaliser.normalise(rows.x, rows.step)
@@ -149,6 +160,8 @@ class TrainState:
             for kind, tensor in zip(("mean", "square"), pair, strict=True):
                 yield f"{name}.{kind}", tensor, name != "b_dec"
         yield "last_fired", self.last_fired, True
+        if self.fixed_b_pre is not None:
+            yield "b_pre", self.fixed_b_pre, False
 
     def to_sae(self, provenance: Provenance | None = None) -> Sae:
         """Return the dictionary as it is now, whole, on the CPU, in eval mode.
@@ -177,6 +190,10 @@ class TrainState:
         return sae.eval()
 
 
+def _mean(x: Tensor) -> Tensor:
+    return x.mean(0, dtype=torch.float64)
+
+
 def _copy(normaliser: Normaliser) -> Normaliser:
     grid: list[Tensor | None] = [
         normaliser.steps,
@@ -185,8 +202,3 @@ def _copy(normaliser: Normaliser) -> Normaliser:
     ]
     copies = [None if t is None else t.cpu().clone() for t in grid]
     return Normaliser(normaliser.mean.cpu().clone(), normaliser.scale.cpu().clone(), *copies)
-
-
-def parameter(t: Tensor) -> nn.Parameter:
-    """Return a leaf over the same memory, for autograd."""
-    return nn.Parameter(t, requires_grad=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from .autograd_step import autograd_step
 from .metrics import Outcome
+from .resample import resample
 from .state import Rows, TrainState
 
 
@@ -21,4 +22,7 @@ def train_step(state: TrainState, rows: Rows) -> Outcome:
     """
     if state.schedule.looks_for_dead(state.step):
         state.look_for_dead()
-    return autograd_step(state, rows)
+    outcome = autograd_step(state, rows)
+    if state.schedule.resamples(state.step - 1):
+        resample(state, rows, outcome.row_loss)
+    return outcome
