@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops import topk_encode
-from ._interim import sparse_decode
+from ..ops import sparse_decode, topk_encode
 from .model import Codes
 from .select import keep_batch_largest, keep_row_largest
 from .state import TrainState

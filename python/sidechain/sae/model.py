@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops import Codes, topk_encode
+from ..ops import Codes, sparse_decode, topk_encode
 from . import files
-from ._interim import sparse_decode
 from .config import SELECTING, Provenance, SaeConfig
 from .init import encoder_scale, random_rows
 from .normaliser import Normaliser

@@ -40,7 +40,7 @@ def apply(state: TrainState, grads: dict[str, Tensor]) -> None:
     The thresholds of jumprelu are trained through their logarithm (arXiv 2407.14435): the gradient
     is that of log(threshold) and the step multiplies.
     """
-    weights, train = state.weights, state.train
+    weights = state.weights
     if state.config.unit_norm:
         grads["w_dec"] = project(grads["w_dec"], weights["w_dec"])
     threshold = weights.get("threshold")
@@ -51,13 +51,28 @@ def apply(state: TrainState, grads: dict[str, Tensor]) -> None:
         for grad in grads.values():
             grad.mul_(scale)
     logarithm = None if threshold is None else torch.zeros_like(threshold)
+    adam_(state, grads, instead={} if logarithm is None else {"threshold": logarithm})
+    if "threshold" in grads and threshold is not None and logarithm is not None:
+        threshold.mul_(logarithm.exp())
+    if state.config.unit_norm:
+        renormalise(weights["w_dec"])
+
+
+def adam_(
+    state: TrainState, grads: dict[str, Tensor], instead: dict[str, Tensor] | None = None
+) -> None:
+    """Take one step of AdamW on the weights that have a gradient here, in place.
+
+    Args:
+        state: its weights and moments.
+        grads: by name of the weight.
+        instead: tensors to change in place of weights.
+    """
+    train = state.train
     for decayed in (True, False):
         names = [n for n in grads if (n in MATRICES) == decayed]
-        params = [
-            logarithm if n == "threshold" and logarithm is not None else weights[n] for n in names
-        ]
         adamw(
-            params,
+            [(instead or {}).get(n, state.weights[n]) for n in names],
             [grads[n] for n in names],
             [state.moments[n][0] for n in names],
             [state.moments[n][1] for n in names],
@@ -72,10 +87,6 @@ def apply(state: TrainState, grads: dict[str, Tensor]) -> None:
             eps=train.eps,
             maximize=False,
         )
-    if "threshold" in grads and threshold is not None and logarithm is not None:
-        threshold.mul_(logarithm.exp())
-    if state.config.unit_norm:
-        renormalise(weights["w_dec"])
 
 
 def renormalise(w_dec: Tensor) -> None:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from .autograd_step import autograd_step
+from .fused_step import fused_step
 from .metrics import Outcome
 from .resample import resample
 from .state import Rows, TrainState
@@ -22,7 +23,7 @@ def train_step(state: TrainState, rows: Rows) -> Outcome:
     """
     if state.schedule.looks_for_dead(state.step):
         state.look_for_dead()
-    outcome = autograd_step(state, rows)
+    outcome = (fused_step if state.schedule.fused else autograd_step)(state, rows)
     if state.schedule.resamples(state.step - 1):
         resample(state, rows, outcome.row_loss)
     return outcome
