@@ -113,13 +113,18 @@ def test_prompts(text: str) -> int | tuple[str, ...]:
     """Read a number of held-out prompts, or a text file with one prompt per line."""
     if text.lstrip("+-").isdigit():
         return whole("--prompts", text, 1)
+    return lines("--prompts", text)
+
+
+def lines(name: str, path: str) -> tuple[str, ...]:
+    """Read a text file with one prompt per line."""
     try:
-        lines = Path(text).read_text(encoding="utf-8").splitlines()
+        found = Path(path).read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
-        raise ValueError(f"--prompts: expected UTF-8 text in {text}, got {error.reason}") from None
-    prompts = tuple(line.strip() for line in lines if line.strip())
+        raise ValueError(f"{name}: expected UTF-8 text in {path}, got {error.reason}") from None
+    prompts = tuple(line.strip() for line in found if line.strip())
     if not prompts:
-        raise ValueError(f"--prompts: expected one prompt per line in {text}, got none")
+        raise ValueError(f"{name}: expected one prompt per line in {path}, got none")
     return prompts
 
 

@@ -45,6 +45,7 @@ def build_parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
     _add_localize(commands, run["localize"])
     _add_vector(commands, run["vector"])
     _add_steer(commands, run["steer"])
+    _add_sae(commands, run)
     _add_curves(commands, run["curves"])
     _add_impact(commands, run["impact"])
     _add_bench(commands, run["bench"])
@@ -205,6 +206,81 @@ def _add_steer(commands: Any, run: Command) -> None:
     parser.add_argument("--audio", action="store_true", help="also write clips to listen to")
     _sampling(parser, rows=True, seed=True)
     parser.add_argument("--out", default="runs/steer", metavar="DIR", help="default %(default)s")
+
+
+def _add_sae(commands: Any, run: Mapping[str, Command]) -> None:
+    parser = commands.add_parser("sae", help="train sparse dictionaries of what a site puts out")
+    actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
+    _add_sae_train(actions, run["sae train"])
+
+
+def _add_sae_train(actions: Any, run: Command) -> None:
+    parser = _new(
+        actions,
+        "train",
+        "train a dictionary, or go on with a run",
+        run,
+        long="Train a sparse dictionary on recorded activations, or on what a site puts out while "
+        "the model generates. The same command again goes on from the last checkpoint, bit for "
+        "bit, also after a crash. Under torchrun the processes share the work.",
+    )
+    parser.add_argument(
+        "data", metavar="STORE|SITE", help="folder of a store, or a site such as cross:3"
+    )
+    parser.add_argument("--site", metavar="SITE", help="which site of the store")
+    parser.add_argument(
+        "--target", metavar="SITE", help="reconstruct this site instead: a transcoder"
+    )
+    parser.add_argument(
+        "--architecture",
+        choices=("topk", "batch_topk", "matryoshka", "jumprelu", "relu", "gated"),
+        default="batch_topk",
+        metavar="NAME",
+        help="topk, batch_topk, matryoshka, jumprelu, relu or gated (default %(default)s)",
+    )
+    parser.add_argument(
+        "--features", default="8x", metavar="N|Nx", help="or a multiple of the width (default 8x)"
+    )
+    parser.add_argument(
+        "--k", metavar="N", help="features a token (default 32; topk, batch_topk, matryoshka)"
+    )
+    parser.add_argument(
+        "--tokens", default="2000000", metavar="N", help="rows to train on (default %(default)s)"
+    )
+    parser.add_argument("--batch", default="4096", metavar="N", help="rows a step (default 4096)")
+    parser.add_argument("--lr", metavar="X", help="default 2e-4 / sqrt(features / 16384)")
+    parser.add_argument(
+        "--sparsity", default="5", metavar="X", help="penalty of relu, gated, jumprelu (default 5)"
+    )
+    parser.add_argument("--seed", default="0", metavar="N", help="default %(default)s")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="any other setting of sidechain.sae.TrainConfig, such as aux_k=0; may be repeated",
+    )
+    parser.add_argument(
+        "--log",
+        default="",
+        metavar="LIST",
+        help="beside metrics.jsonl: tensorboard,wandb, where installed",
+    )
+    parser.add_argument(
+        "--feature-slices",
+        default="1",
+        metavar="N",
+        help="under torchrun: processes that share one dictionary (default 1)",
+    )
+    live = parser.add_argument_group("a site of a running model")
+    _model(live)
+    live.add_argument("--prompts", metavar="FILE", help="text file, one prompt per line")
+    live.add_argument("--every", default="1", metavar="N", help="keep every Nth step (default 1)")
+    live.add_argument(
+        "--buffer", default="262144", metavar="N", help="rows shuffled together (default 262144)"
+    )
+    _sampling(parser, rows=False, seed=False)
+    parser.add_argument("--out", metavar="DIR", help="default runs/sae/SITE-ARCHITECTURE")
 
 
 def _add_curves(commands: Any, run: Command) -> None:

@@ -146,6 +146,67 @@ def _steer(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _sae_train(arguments: argparse.Namespace) -> int:
+    from sidechain import sae
+    from sidechain.sae import command
+
+    settings = {
+        **command.settings(arguments.set),
+        "tokens": options.whole("--tokens", arguments.tokens, 1),
+        "batch": options.whole("--batch", arguments.batch, 1),
+        "sparsity": options.finite("--sparsity", arguments.sparsity, least=0.0),
+        "seed": options.whole("--seed", arguments.seed, 0),
+    }
+    if arguments.lr is not None:
+        settings["lr"] = options.finite("--lr", arguments.lr)
+    source = command.source(
+        arguments.data,
+        site=arguments.site,
+        target=arguments.target,
+        seed=settings["seed"],
+        live=lambda: _live_source(arguments, settings["seed"]),
+    )
+    k = None if arguments.k is None else options.whole("--k", arguments.k, 1)
+    trainer = sae.Trainer(
+        command.config(
+            source, architecture=arguments.architecture, features=arguments.features, k=k
+        ),
+        sae.TrainConfig(**settings),
+        source,
+        options.folder(
+            arguments.out or f"runs/sae/{command.slug(source)}-{arguments.architecture}"
+        ),
+        mesh=sae.from_environment(options.whole("--feature-slices", arguments.feature_slices, 1)),
+        loggers=options.chosen("--log", arguments.log, sae.LOGGERS) if arguments.log else (),
+    )
+    trainer.run()
+    if trainer.mesh.first:
+        print(trainer.result)
+    return 0
+
+
+def _live_source(arguments: argparse.Namespace, seed: int) -> Any:
+    if arguments.prompts is None:
+        raise ValueError(
+            f"sae train: expected the folder of a store, or --prompts FILE beside a site, got "
+            f"{arguments.data!r} alone"
+        )
+    prompts = options.lines("--prompts", arguments.prompts)
+    settings = {
+        "target": arguments.target,
+        "every": options.whole("--every", arguments.every, 1),
+        "buffer": options.whole("--buffer", arguments.buffer, 1),
+        "num_inference_steps": options.whole("--steps", arguments.steps, 1),
+        "guidance_scale": options.finite("--guidance", arguments.guidance, least=0.0),
+    }
+    model = options.model(arguments.model)
+
+    from sidechain import sae, zoo
+
+    pipe = zoo.music() if model == "zoo:music" else zoo.music(folder=model)
+    return sae.PipelineSource(pipe, arguments.data, prompts, seed=seed, **settings)
+
+
 def _curves(arguments: argparse.Namespace) -> int:
     from sidechain.metrics import curve_table
     from sidechain.metrics.tables import write_table
@@ -203,6 +264,7 @@ COMMANDS: dict[str, Command] = {
     "localize": _localize,
     "vector": _vector,
     "steer": _steer,
+    "sae train": _sae_train,
     "curves": _curves,
     "impact": _impact,
     "bench": _bench,

@@ -2,9 +2,11 @@
 """Sparse dictionaries of what flows through a site: architectures, training, files."""
 
 from .config import ARCHITECTURES, Provenance, SaeConfig
-from .mesh import Mesh
+from .log import LOGGERS
+from .mesh import Mesh, from_environment
 from .model import Codes, Sae
 from .normaliser import Normaliser
+from .online import PipelineSource
 from .sources import IterableSource, Source, StoreSource
 from .state import Rows
 from .train_config import TrainConfig
@@ -12,10 +14,12 @@ from .trainer import Trainer, train
 
 __all__ = [
     "ARCHITECTURES",
+    "LOGGERS",
     "Codes",
     "IterableSource",
     "Mesh",
     "Normaliser",
+    "PipelineSource",
     "Provenance",
     "Rows",
     "Sae",
@@ -24,5 +28,6 @@ __all__ = [
     "StoreSource",
     "TrainConfig",
     "Trainer",
+    "from_environment",
     "train",
 ]

@@ -123,8 +123,8 @@ def load(checkpoint: Checkpoint, state: TrainState) -> None:
     state.dead = mask.nonzero()[:, 0].to(state.device)
 
 
-def normalisers(checkpoint: Checkpoint) -> tuple[Normaliser, Normaliser]:
-    """Return the normalisers of the input and of the target.
+def normalisers(checkpoint: Checkpoint) -> tuple[Normaliser, Normaliser | None]:
+    """Return the normalisers of the input and, of a transcoder, of the target.
 
     Raises:
         ValueError: there are none.
@@ -132,8 +132,8 @@ def normalisers(checkpoint: Checkpoint) -> tuple[Normaliser, Normaliser]:
     path = checkpoint.folder / checkpoint.manifest["files"][0]["file"]
     tensors = safetensors.torch.load_file(path)
     own, target = (read_grid(tensors, name) for name in NORMALISERS)
-    if own is None or target is None:
-        raise ValueError(f"checkpoint: expected normalisers in {path.name}, got none")
+    if own is None:
+        raise ValueError(f"checkpoint: expected a normaliser in {path.name}, got none")
     return own, target
 
 
@@ -142,7 +142,7 @@ def _write_slice(folder: Path, state: TrainState) -> dict[str, Any]:
     number = mesh.feature_rank
     tensors = {n: t for n, t, cut in state.named() if cut or number == 0}
     if number == 0:
-        for name in NORMALISERS:
+        for name in NORMALISERS[: 2 if state.config.transcoder else 1]:
             tensors |= grid_tensors(name, getattr(state, name))
     tensors["dead"] = torch.zeros(state.size, dtype=torch.bool, device=state.device)
     tensors["dead"][state.dead] = True

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -138,6 +139,27 @@ class Mesh:
         out = t.new_empty((size * len(t), *t.shape[1:]))
         dist.all_gather_into_tensor(out, t.contiguous(), group=group)
         return out
+
+
+def from_environment(features: int = 1) -> Mesh:
+    """Return the mesh of the processes that `torchrun` started; 1 x 1 outside of it.
+
+    Args:
+        features: slices of the dictionary; the other axis takes the rest of the processes.
+
+    Raises:
+        ValueError: the processes cannot be divided like that.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world % features:
+        raise ValueError(
+            f"Mesh: expected feature slices that divide {world} processes, got {features}"
+        )
+    if world > 1 and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return Mesh(world // features, features)
 
 
 class _SumOnce(torch.autograd.Function):

@@ -128,7 +128,7 @@ class StoreSource:
             target_site="" if self.target is None else self.target.site,
             model=str(known.get("model", "")),
             config_hash=str(known.get("config_hash", "")),
-            passes=tuple(self.store.branches),
+            passes=tuple(self.store.branches[i] for i in sorted(_present(self.store)[1])),
             source=Path(self.store.folder).name,
         )
 
@@ -168,9 +168,9 @@ class IterableSource:
         for item in self._fresh():
             keep.append(item)
             labelled, aimed = item.step is not None, item.target is not None
-            _count(own, item.x, item.step)
+            count_rows(own, item.x, item.step)
             if item.target is not None:
-                _count(other, item.target, item.step)
+                count_rows(other, item.target, item.step)
             count += len(item.x)
             if count >= CALIBRATION or kind == "none":
                 break
@@ -247,7 +247,7 @@ def regroup(items: Iterable[Rows], batch: int, skip: int) -> Iterator[Rows]:
         count += len(item.x) - skip
         skip = 0
         while count >= batch:
-            whole = _join(held)
+            whole = join(held)
             yield _slice(whole, 0, batch)
             held, count = [_slice(whole, batch, count)], count - batch
 
@@ -284,11 +284,18 @@ def _table(moments: Moments, centre: bool) -> tuple[Tensor, Tensor]:
     return torch.zeros(len(moments.mean)), torch.tensor(second**0.5 or 1.0)
 
 
-def _from_store(store: ActivationStore, kind: str, centre: bool) -> Normaliser:
-    # Statistics cover all rows ever written; the store may be open for some passes and steps only.
+def _present(store: ActivationStore) -> tuple[set[int], set[int]]:
+    """Steps and branches among evenly spread rows.
+
+    A store may be open for some of them only, while its statistics cover all rows ever written.
+    """
     spread = torch.linspace(0, len(store) - 1, min(len(store), 1 << 16)).long()
     labels = store.labels(spread)
-    steps, branches = set(labels.step.tolist()), set(labels.branch.tolist())
+    return set(labels.step.tolist()), set(labels.branch.tolist())
+
+
+def _from_store(store: ActivationStore, kind: str, centre: bool) -> Normaliser:
+    steps, branches = _present(store)
     cells = {c: m for c, m in store.statistics.cells.items() if c[0] in steps and c[1] in branches}
     return fit(
         Statistics(store.width, cells),
@@ -321,7 +328,8 @@ def _columns(labels: Any) -> list[Tensor]:
     return [labels.step, labels.branch, labels.prompt, labels.token]
 
 
-def _count(statistics: Statistics, x: Tensor, step: Tensor | None) -> None:
+def count_rows(statistics: Statistics, x: Tensor, step: Tensor | None) -> None:
+    """Add rows [n, d] with steps [n] to statistics."""
     x = x.detach().cpu()
     if step is None:
         statistics.at((0, 0)).add(x)
@@ -334,7 +342,8 @@ def _slice(rows: Rows, start: int, stop: int) -> Rows:
     return Rows(*(None if t is None else t[start:stop] for t in rows))  # type: ignore[arg-type]
 
 
-def _join(held: list[Rows]) -> Rows:
+def join(held: list[Rows]) -> Rows:
+    """Return the rows of several one after the other."""
     if len(held) == 1:
         return held[0]
     columns = zip(*held, strict=True)

@@ -84,6 +84,11 @@ class Trainer:
             "source": source.identity(),
         }
 
+    @property
+    def result(self) -> Path:
+        """File of the trained dictionary."""
+        return self.out / RESULT
+
     def run(self) -> Sae:
         """Train to the end and return the dictionary, in eval mode on the CPU.
 
@@ -92,9 +97,8 @@ class Trainer:
             only read.
         """
         self._claim()
-        finished = self.out / RESULT
-        if finished.exists():
-            return Sae.load(finished)
+        if self.result.exists():
+            return Sae.load(self.result)
         state, offset = self._begin()
         metrics = Metrics(state)
         log = self._log(state, offset)
@@ -133,7 +137,6 @@ class Trainer:
                 target = None
         else:
             own, target = checkpoint.normalisers(found)
-            target = target if self.config.transcoder else None
         state = TrainState(self.config, self.train, own, target, mesh=self.mesh, device=self.device)
         if found is None:
             return state, 0
@@ -203,7 +206,7 @@ class Trainer:
         )
         sae = state.to_sae(provenance)
         if self.mesh.first:
-            sae.save(self.out / RESULT)
+            sae.save(self.result)
         self.mesh.barrier()
         return sae
 
