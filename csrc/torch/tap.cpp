@@ -1,13 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "torch/tap.h"
 
+#include "torch/parallel.h"
+
 namespace sidechain::torch_ops {
 namespace {
-
-void parallel_for(int64_t n, int64_t grain, cpu::Body body, void* context) {
-  torch::stable::parallel_for(0, n, grain,
-                              [&](int64_t begin, int64_t end) { body(begin, end, context); });
-}
 
 void tap_cpu(Tensor x, MaybeTensor vectors, MaybeTensor steer_slot, MaybeTensor index,
              MaybeTensor strength, MaybeTensor removal, MaybeTensor steer_mask, bool renorm,

@@ -7,24 +7,13 @@
 #include <random>
 #include <vector>
 
+#include "expect.h"
 #include "sidechain/tap.h"
 
 namespace {
 
 using sidechain::Dtype;
 using sidechain::Isa;
-
-int failures = 0;
-
-#define EXPECT(condition, ...)                    \
-  do {                                            \
-    if (!(condition)) {                           \
-      ++failures;                                 \
-      std::printf("%s:%d: ", __FILE__, __LINE__); \
-      std::printf(__VA_ARGS__);                   \
-      std::printf("\n");                          \
-    }                                             \
-  } while (0)
 
 float half_to_float(uint16_t h) {
   const int exponent = h >> 10 & 31;
@@ -131,23 +120,6 @@ void plain(Buffers& b, const Shape& s) {
   }
 }
 
-void expect_close(const char* isa, const char* what, const Shape& s, const std::vector<float>& got,
-                  const std::vector<float>& want, double relative) {
-  double error = 0, size = 0;
-  for (size_t i = 0; i < want.size(); ++i) {
-    error += std::pow(static_cast<double>(got[i]) - want[i], 2);
-    size += std::pow(static_cast<double>(want[i]), 2);
-  }
-  EXPECT(error <= relative * relative * size, "%s: %s at [%ld, %ld, %ld]: relative error %.3e", isa,
-         what, static_cast<long>(s.rows), static_cast<long>(s.tokens),
-         static_cast<long>(s.channels), std::sqrt(error / size));
-}
-
-// Splits the work in the least convenient way: backwards, one iteration at a time.
-void backwards(int64_t n, int64_t, sidechain::cpu::Body body, void* context) {
-  for (int64_t i = n; i-- > 0;) body(i, i + 1, context);
-}
-
 void test_shapes(Isa isa) {
   const Shape shapes[] = {{1, 1, 1},   {2, 5, 7},     {1, 129, 16}, {3, 300, 33},
                           {2, 65, 64}, {1, 40, 1536}, {0, 3, 4},    {2, 0, 5}};
@@ -157,11 +129,11 @@ void test_shapes(Isa isa) {
     sidechain::cpu::tap(params(split, s), isa, backwards);
     plain(want, s);
     const char* name = sidechain::isa_name(isa);
-    expect_close(name, "x", s, got.x, want.x, 4e-7);
-    expect_close(name, "sums", s, got.sums, want.sums, 4e-7);
-    expect_close(name, "squares", s, got.squares, want.squares, 4e-7);
-    expect_close(name, "counts", s, got.counts, want.counts, 0);
-    expect_close(name, "ring", s, got.ring, want.ring, 0);
+    expect_close(isa, "x", got.x, want.x, 4e-7);
+    expect_close(isa, "sums", got.sums, want.sums, 4e-7);
+    expect_close(isa, "squares", got.squares, want.squares, 4e-7);
+    expect_close(isa, "counts", got.counts, want.counts, 0);
+    expect_close(isa, "ring", got.ring, want.ring, 0);
     EXPECT(split.x == got.x && split.sums == got.sums && split.squares == got.squares,
            "%s: result depends on how the work is split", name);
   }
@@ -222,16 +194,9 @@ void test_rounding(Isa isa) {
 }  // namespace
 
 int main() {
-  for (Isa isa : {Isa::kBaseline, Isa::kAvx2, Isa::kAvx512}) {
-    if (!sidechain::isa_supported(isa)) {
-      std::printf("%s: not supported by this machine\n", sidechain::isa_name(isa));
-      continue;
-    }
+  return on_every_isa([](Isa isa) {
     test_shapes(isa);
     test_conversions(isa);
     test_rounding(isa);
-    std::printf("%s: done\n", sidechain::isa_name(isa));
-  }
-  std::printf("%d failures\n", failures);
-  return failures != 0;
+  });
 }

@@ -24,13 +24,12 @@ struct DecodeParams {
   int64_t features, width;  // F, d
   Matrix w_dec;             // [F, d]
   const float* b_dec;       // [d], nullptr = 0
-  Matrix target;            // [N, d], data = nullptr: decode only
-  const float* row_weight;  // [N], nullptr = 1; factor of dvalues
   float* out;               // [N, d] contiguous: x_hat, or x_hat - target
-  float* loss;              // [N] |x_hat - target|^2, nullptr without target
-  // dvalues, nullptr without target: [N, K] contiguous, or [nnz] of which every element is written.
-  // 0 where an entry stands for nothing.
-  float* dvalues;
+  bool compare;             // with the target; else decode only, and what follows is unused
+  Matrix target;            // [N, d]
+  const float* row_weight;  // [N], nullptr = 1; factor of dvalues
+  float* loss;              // [N] |x_hat - target|^2
+  float* dvalues;           // [N, K] or [nnz] contiguous; 0 where an entry stands for nothing
 };
 
 // Gradients of sum <grad, x_hat>.

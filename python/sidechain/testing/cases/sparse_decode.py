@@ -83,7 +83,7 @@ DECODE_CASES = (
     replace(_case, rows=33, width=320, features=1000, k=16, row_weight=True),
     replace(_case, rows=17, width=111, k=5, csr=True, bias=False),
     replace(_case, rows=5, width=1, features=7, k=7),
-    replace(_case, rows=3, width=19, features=1, k=1, bias=False),
+    replace(_case, rows=60, width=19, features=1, k=1, bias=False),
     replace(_case, rows=70, width=1536, features=500, k=32, csr=True),
     replace(_case, rows=4, width=513, features=64, k=64),
     DecodeCase(0, 16, 8, 2),

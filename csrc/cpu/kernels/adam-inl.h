@@ -1,0 +1,121 @@
+// SPDX-License-Identifier: Apache-2.0
+// One row of Adam. Included INSIDE an ISA namespace, after vec-inl.h and rows-inl.h.
+
+#if SIDECHAIN_ISA_LEVEL == 2
+inline F32 sqrt_lanes(F32 v) {
+  return bits_as<F32>(_mm512_maskz_sqrt_ps(0xffff, bits_as<__m512>(v)));
+}
+#elif SIDECHAIN_ISA_LEVEL == 1
+inline F32 sqrt_lanes(F32 v) { return bits_as<F32>(_mm256_sqrt_ps(bits_as<__m256>(v))); }
+#else
+inline F32 sqrt_lanes(F32 v) {
+  F32 root;
+  for (int i = 0; i < kLanes; ++i) root[i] = __builtin_sqrtf(v[i]);
+  return root;
+}
+#endif
+
+inline U32 lane_numbers() {
+  U32 n;
+  for (int i = 0; i < kLanes; ++i) n[i] = static_cast<uint32_t>(i);
+  return n;
+}
+
+inline U32 mix_lanes(U32 x) {
+  x = (x ^ (x >> 16)) * kMix1;
+  x = (x ^ (x >> 15)) * kMix2;
+  return x ^ (x >> 16);
+}
+
+// Adds the 16 random bits below the last bit kept, then cuts; infinities and NaN stay.
+inline void store_rounded(BFloat* p, F32 v, U32 noise, int64_t n) {
+  const U32 u = bits_as<U32>(v);
+  const I32 special = (u & 0x7f800000u) == 0x7f800000u;
+  const U32 kept = select(I32(v != v), U32{} + 0x7fc00000u, u);
+  const U16 h = narrow_u32(select(special, kept, u + noise) >> 16);
+  if (n >= kLanes) {
+    __builtin_memcpy(p, &h, sizeof(h));
+  } else {
+    for (int64_t i = 0; i < n; ++i) p[i].bits = h[i];
+  }
+}
+inline void store_rounded(float* p, F32 v, U32, int64_t n) { store_upto(p, v, n); }
+
+template <class T>
+constexpr bool kNarrow = sizeof(T) == 2;
+
+// A row of a weight with its moments, and the gradient that moves it.
+template <class M>
+struct AdamRow {
+  float* weight;
+  M *mean, *square;
+  const float* grad;
+  int64_t width;
+  float along;         // the gradient loses along * weight
+  float wake1, wake2;  // what the moments lost while the row slept, wake2 with one beta2 more
+  float decay;         // of the weight
+  uint32_t noise;      // of this row
+  float shift;         // b_pre += shift * weight as it was
+  float* b_pre;        // nullptr = not wanted
+};
+
+struct RowNorms {
+  F32 grad, weight;  // squares, lane by lane
+};
+
+template <class M, bool kShift>
+RowNorms adam_row(const AdamRow<M>& r, const AdamStep& a) {
+  RowNorms norms = {};
+  // Rows of neighbours lie one behind the other: while this one is worked on, the same place of the
+  // next is on its way, past the gathers that come between them.
+  const int64_t ahead = r.width;
+  for (int64_t c = 0; c < r.width; c += kLanes) {
+    const int64_t n = r.width - c;
+    __builtin_prefetch(r.weight + c + ahead, 1, 2);
+    __builtin_prefetch(r.mean + c + ahead, 1, 2);
+    __builtin_prefetch(r.square + c + ahead, 1, 2);
+    const F32 weight = load_upto(r.weight + c, n);
+    F32 g = load_upto(r.grad + c, n) - r.along * weight;
+    norms.grad += g * g;
+    g *= a.clip;
+    if constexpr (kShift) {
+      store_upto(r.b_pre + c, load_upto(r.b_pre + c, n) + r.shift * weight, n);
+    }
+    F32 mean = r.wake1 * load_upto(r.mean + c, n);
+    mean += a.rest1 * (g - mean);
+    const F32 square = r.wake2 * load_upto(r.square + c, n) + a.rest2 * (g * g);
+    const F32 denominator = sqrt_lanes(square) * a.correction + a.eps;
+    const F32 moved = r.decay * weight - a.size * (mean / denominator);
+    norms.weight += moved * moved;
+    store_upto(r.weight + c, moved, n);
+    U32 noise = {};
+    if constexpr (kNarrow<M>) {
+      noise = mix_lanes(lane_numbers() + (r.noise + static_cast<uint32_t>(c)));
+    }
+    store_rounded(r.mean + c, mean, noise & 0xffffu, n);
+    store_rounded(r.square + c, square, noise >> 16, n);
+  }
+  return norms;
+}
+
+// weight /= norm
+inline void divide_row(float* weight, int64_t width, float norm) {
+  for (int64_t c = 0; c < width; c += kLanes) {
+    store_upto(weight + c, load_upto(weight + c, width - c) / norm, width - c);
+  }
+}
+
+template <class T>
+void copy_row_to(T* to, const float* from, int64_t width) {
+  for (int64_t c = 0; c < width; c += kLanes) {
+    store_upto(to + c, load_upto(from + c, width - c), width - c);
+  }
+}
+
+inline double power(double base, int64_t exponent) {
+  double result = 1.0;
+  for (; exponent > 0; exponent >>= 1, base *= base) {
+    if (exponent & 1) result *= base;
+  }
+  return result;
+}
