@@ -37,6 +37,7 @@ def studies(monkeypatch, tmp_path):
         "localization": Study("LocalizationConfig"),
         "vectors": Study("VectorConfig"),
         "steering": Study("SteeringConfig"),
+        "capture": Study("CaptureConfig"),
         "demo": SimpleNamespace(calls=[]),
     }
 
@@ -179,6 +180,47 @@ class TestStudies:
         assert settings["concepts"] == ("drums",)
         assert settings["prompts"] == {"drums": [("a with drums", "a"), ("b with drums", "b")]}
 
+    def test_capture(self, studies, capsys, tmp_path, monkeypatch):
+        class Found(list):
+            width, dropped = 160, 7
+
+        def run(settings):
+            studies["capture"].settings = settings
+            return {"cross:5": Found([0] * 65)}
+
+        monkeypatch.setattr(studies["capture"], "run", run)
+        prompts = write(tmp_path / "p.txt", "one\n\n two \n")
+        line = (
+            f"capture --prompts {prompts} --sites cross:5 --passes all --window 2:10 --every 4 "
+            "--tokens 1: --dtype int8 --policy spill --queue-mb 8 --shard-mb 2 --steps 12 "
+            "--guidance 2 --seed 5 --batch-rows 4 --out x"
+        )
+        assert cli.main(line.split()) == 0
+        assert capsys.readouterr().out == "x cross:5: 65 rows of 160, 7 dropped\n"
+        assert studies["capture"].settings == {
+            "model": "zoo:music",
+            "prompts": ("one", "two"),
+            "sites": "cross:5",
+            "passes": "all",
+            "window": (2, 10),
+            "every": 4,
+            "tokens": slice(1, None),
+            "dtype": "int8",
+            "policy": "spill",
+            "queue_bytes": 8 << 20,
+            "shard_bytes": 2 << 20,
+            "steps": 12,
+            "guidance": 2.0,
+            "batch_rows": 4,
+            "seed": 5,
+            "out": Path("x"),
+        }
+        assert cli.main(["capture", "--window", "0.25:1"]) == 0
+        settings = studies["capture"].settings
+        assert settings["window"] == (0.25, 1.0)
+        assert (settings["prompts"], settings["tokens"]) == (100, None)
+        assert settings["dtype"] == "float16"
+
     def test_vector(self, studies, capsys, tmp_path):
         assert cli.main(["vector", "--concept", "drums", "--unit"]) == 0
         settings = studies["vectors"].settings
@@ -260,6 +302,23 @@ BAD = [
     ("localize --prompts wrong.csv", "expected columns concept,clean_prompt,corrupted_prompt"),
     ("localize --prompts tuba.csv", "--prompts, column concept: expected piano"),
     ("localize --prompts drums.csv --concepts fast", "expected pairs for .*, got none for fast"),
+    ("capture --prompts 0", "--prompts: expected at least 1"),
+    ("capture --prompts nowhere.txt", "No such file or directory: nowhere.txt"),
+    ("capture --prompts empty.txt", "--prompts: expected one prompt per line"),
+    ("capture --window 3", "--window: expected A:B, got '3'"),
+    ("capture --window 3:3", "--window: expected A < B in A:B, got '3:3'"),
+    ("capture --window 0.5:2", "--window: expected fractions 0 <= A < B <= 1"),
+    ("capture --window a:b", "--window: expected a finite number, got 'a'"),
+    ("capture --every 0", "--every: expected at least 1, got 0"),
+    ("capture --tokens 1", "--tokens: expected A:B or A:B:STEP, got '1'"),
+    ("capture --tokens 1:x", "--tokens: expected A:B or A:B:STEP"),
+    ("capture --tokens ::-1", "--tokens: expected STEP >= 1"),
+    ("capture --dtype float64", "invalid choice: 'float64'"),
+    ("capture --policy wait", "invalid choice: 'wait'"),
+    ("capture --queue-mb 0", "--queue-mb: expected at least 1"),
+    ("capture --shard-mb x", "--shard-mb: expected a whole number"),
+    ("capture --passes both", "invalid choice: 'both'"),
+    ("capture --out wrong.csv", "--out: expected a folder, got the file"),
     ("vector", "expected --concept NAME or --prompts"),
     ("vector --concept tuba", "--concept: expected piano"),
     ("vector --concept all", "--concept: expected piano .*, got 'all'"),

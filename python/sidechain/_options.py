@@ -48,6 +48,41 @@ def finite(name: str, text: str, *, least: float = -math.inf) -> float:
     return value
 
 
+def window(name: str, text: str | None) -> tuple[int | float, int | float] | None:
+    """Read "A:B", two step numbers or two fractions of a run; None = all."""
+    if text is None:
+        return None
+    parts = text.split(":")
+    if len(parts) != 2:
+        raise ValueError(f"{name}: expected A:B, got {text!r}")
+    if all(part.lstrip("+-").isdigit() for part in parts):
+        start, stop = (whole(name, part, 0) for part in parts)
+        if start >= stop:
+            raise ValueError(f"{name}: expected A < B in A:B, got {text!r}")
+        return start, stop
+    first, last = (finite(name, part) for part in parts)
+    if not 0.0 <= first < last <= 1.0:
+        raise ValueError(f"{name}: expected fractions 0 <= A < B <= 1 in A:B, got {text!r}")
+    return first, last
+
+
+def span(name: str, text: str | None) -> slice | None:
+    """Read "A:B" or "A:B:STEP" with any part left out, as in Python; None = all."""
+    if text is None:
+        return None
+    parts = text.split(":")
+    try:
+        values = [int(part) if part else None for part in parts]
+    except ValueError:
+        values = []
+    if len(values) not in (2, 3):
+        raise ValueError(f"{name}: expected A:B or A:B:STEP, got {text!r}")
+    found = slice(*values)
+    if found.step is not None and found.step < 1:
+        raise ValueError(f"{name}: expected STEP >= 1, got {text!r}")
+    return found
+
+
 def seeds(texts: Sequence[str]) -> tuple[int, ...]:
     """Read seeds given as "0 1 2" or "0,1,2"."""
     values = [whole("--seeds", part, 0) for text in texts for part in text.split(",")]

@@ -43,6 +43,7 @@ def build_parser(run: Mapping[str, Command]) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     _add_demo(commands, run["demo"])
     _add_localize(commands, run["localize"])
+    _add_capture(commands, run["capture"])
     _add_vector(commands, run["vector"])
     _add_steer(commands, run["steer"])
     _add_sae(commands, run)
@@ -125,6 +126,67 @@ def _add_localize(commands: Any, run: Command) -> None:
     )
     _sampling(parser, rows=True, seed=False)
     parser.add_argument("--out", default="runs/localize", metavar="DIR", help="default %(default)s")
+
+
+def _add_capture(commands: Any, run: Command) -> None:
+    parser = _new(
+        commands,
+        "capture",
+        "record activations of sites into a store on disk",
+        run,
+        long="Generate from prompts and stream every token that the chosen sites put out into "
+        "checksummed shards, with step, pass, prompt and token of every row. The same command "
+        "continues a run that was cut off, and adds prompts to one that was finished.",
+    )
+    _model(parser)
+    parser.add_argument(
+        "--prompts",
+        default="100",
+        metavar="N|FILE",
+        help="number of made-up captions, or a text file with one prompt per line "
+        "(default %(default)s)",
+    )
+    parser.add_argument(
+        "--sites", default="cross:*", metavar="GLOB", help="sites to record (default %(default)s)"
+    )
+    parser.add_argument(
+        "--passes",
+        choices=("cond", "uncond", "all"),
+        default="cond",
+        help="guidance passes to record (default %(default)s)",
+    )
+    parser.add_argument(
+        "--window",
+        metavar="A:B",
+        help="steps A to B - 1, or fractions of the run such as 0.25:0.75 (default: all)",
+    )
+    parser.add_argument(
+        "--every", default="1", metavar="N", help="keep one step in N (default %(default)s)"
+    )
+    parser.add_argument(
+        "--tokens", metavar="A:B[:STEP]", help="a slice of the tokens (default: all)"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16", "int8"),
+        default="float16",
+        help="of the rows on disk; int8 has a scale for each row (default %(default)s)",
+    )
+    parser.add_argument(
+        "--policy",
+        choices=("block", "drop", "spill", "error"),
+        default="block",
+        help="when the disk is slower than the model: wait, throw rows away and count them, park "
+        "them in a temporary file, or stop (default %(default)s)",
+    )
+    parser.add_argument(
+        "--queue-mb", default="256", metavar="N", help="rows waiting in memory (default 256 MiB)"
+    )
+    parser.add_argument(
+        "--shard-mb", default="256", metavar="N", help="size of a shard (default 256 MiB)"
+    )
+    _sampling(parser, rows=True, seed=True)
+    parser.add_argument("--out", default="runs/capture", metavar="DIR", help="default %(default)s")
 
 
 def _add_vector(commands: Any, run: Command) -> None:

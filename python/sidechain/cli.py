@@ -98,6 +98,29 @@ def _localize(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _capture(arguments: argparse.Namespace) -> int:
+    settings = {
+        **_sampling_values(arguments),
+        "prompts": options.test_prompts(arguments.prompts),
+        "sites": arguments.sites,
+        "passes": arguments.passes,
+        "window": options.window("--window", arguments.window),
+        "every": options.whole("--every", arguments.every, 1),
+        "tokens": options.span("--tokens", arguments.tokens),
+        "dtype": arguments.dtype,
+        "policy": arguments.policy,
+        "queue_bytes": options.whole("--queue-mb", arguments.queue_mb, 1) << 20,
+        "shard_bytes": options.whole("--shard-mb", arguments.shard_mb, 1) << 20,
+        "seed": options.whole("--seed", arguments.seed, 0),
+        "out": options.folder(arguments.out),
+    }
+    study = _study("capture")
+    for site, found in study.run(study.CaptureConfig(**settings)).items():
+        lost = f", {found.dropped} dropped" if found.dropped else ""
+        print(f"{settings['out']} {site}: {len(found)} rows of {found.width}{lost}")
+    return 0
+
+
 def _vector(arguments: argparse.Namespace) -> int:
     if arguments.concept is None and arguments.prompts is None:
         raise ValueError("vector: expected --concept NAME or --prompts FILE.csv, got neither")
@@ -262,6 +285,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
 COMMANDS: dict[str, Command] = {
     "demo": _demo,
     "localize": _localize,
+    "capture": _capture,
     "vector": _vector,
     "steer": _steer,
     "sae train": _sae_train,

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from ..sites import SitePattern, config_hash
+from ..sites import SiteList, SitePattern, config_hash
 from ..sites import sites as list_sites
 from ..taps.generation import generate, model_name, quiet_settings, spread_seeds
 from ..taps.options import BRANCHES, Steps
@@ -79,16 +80,10 @@ def record(
     chosen = list_sites(pipe, sites)
     all_seeds = spread_seeds("record", seeds, len(texts))
     settings = quiet_settings("record", pipe, call)
-    facts = {
-        "model": model_name(pipe),
-        "config_hash": config_hash(pipe),
-        "sites": {site.alias: site.name for site in chosen},
-        "passes": passes,
-        "steps": steps,
-        "every": every,
-        "tokens": None if tokens is None else str(tokens),
-        "call": {k: v for k, v in call.items() if isinstance(v, str | int | float | None)},
-    }
+    recorder = _Recorder()
+    ring_dtype = torch.float32 if dtype == torch.int8 else dtype
+    tap = StreamTap(pipe, chosen, passes, steps, every, tokens, ring_dtype, recorder.take)
+    facts = _facts(pipe, chosen, call, passes=passes, steps=steps, every=every, tokens=tokens)
     folder = Path(folder)
     _check_same(folder, facts, texts, all_seeds)
     writer = ActivationWriter(
@@ -102,47 +97,37 @@ def record(
         policy=policy,
         provenance=facts,
     )
-    ring_dtype = torch.float32 if dtype == torch.int8 else dtype
-    recorder = _Recorder(writer)
-    tap = StreamTap(pipe, chosen, passes, steps, every, tokens, ring_dtype, recorder.take)
-    bar = tqdm(
-        total=len(texts),
-        initial=writer.progress,
-        desc="record",
-        unit="prompt",
-        disable=not progress,
-    )
+    first, count = writer.progress, len(texts)
+    bar = tqdm(total=count, initial=first, desc="record", unit="prompt", disable=not progress)
     with bar, writer:
         writer.set_prompts(texts, all_seeds)
-        if writer.progress < len(texts):
-            with tap:
-                for start in range(writer.progress, len(texts), batch_size):
-                    stop = min(start + batch_size, len(texts))
-                    recorder.first = start
-                    recorder.count = stop - start
-                    with writer.unit(progress=stop):
-                        generate(pipe, texts[start:stop], all_seeds[start:stop], settings)
-                        tap.end()
-                    bar.update(stop - start)
-                    bar.set_postfix_str(f"{recorder.rows} rows", refresh=False)
+        recorder.writer = writer
+        with tap if first < count else contextlib.nullcontext():
+            for start in range(first, count, batch_size):
+                stop = min(start + batch_size, count)
+                recorder.first = start
+                with writer.unit(progress=stop):
+                    generate(pipe, texts[start:stop], all_seeds[start:stop], settings)
+                    tap.end()
+                bar.update(stop - start)
+                bar.set_postfix_str(f"{recorder.rows} rows", refresh=False)
     return {site.alias: ActivationStore(folder, site.alias) for site in chosen}
 
 
 class _Recorder:
     """Labels the rows of a step and gives them to the writer."""
 
-    def __init__(self, writer: ActivationWriter) -> None:
-        self.writer = writer
-        self.first = 0
-        self.count = 1
+    writer: ActivationWriter
+
+    def __init__(self) -> None:
+        self.first = 0  # number of the prompt of the first sample
         self.rows = 0
 
     def take(self, found: StepRows) -> None:
         """Write one step."""
         run = found.run
         self.writer.set_grid(run.timesteps, run.sigmas)
-        each = found.samples // self.count
-        prompt = self.first + np.arange(found.samples) // each
+        prompt = self.first + np.arange(found.samples)
         length = len(found.tokens)
         branch = np.array([BRANCHES.index(name) for name in found.branches])
         kept = self.writer.write(
@@ -164,6 +149,17 @@ def _texts(prompts: Sequence[str]) -> list[str]:
     if not len(prompts):
         raise ValueError("record: expected at least one prompt, got none")
     return list(prompts)
+
+
+def _facts(pipe: Any, chosen: SiteList, call: dict[str, Any], **selection: Any) -> dict[str, Any]:
+    """What must be the same when a recording is continued."""
+    return {
+        "model": model_name(pipe),
+        "config_hash": config_hash(pipe),
+        "sites": {site.alias: site.name for site in chosen},
+        **{name: str(v) if isinstance(v, slice) else v for name, v in selection.items()},
+        "call": {k: v for k, v in call.items() if isinstance(v, str | int | float | None)},
+    }
 
 
 def _positive(name: str, value: Any) -> None:

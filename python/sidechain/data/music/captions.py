@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from .attributes import ATTRIBUTES
+from .attributes import ATTRIBUTES, draw
 
 #: attribute -> class -> phrases; the first is the plainest.
 ADJECTIVES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -49,6 +49,9 @@ TAILS: dict[str, dict[str, tuple[str, ...]]] = {
 NOUNS = ("melody", "tune", "song", "piece", "track", "solo", "music")
 #: Words that prompts may use but captions never do: the trained encoder reads them as "a".
 FILLERS = ("an", "by", "in", "lead", "mood", "of", "played", "playing", "style", "tempo", "the")
+#: Clips of fresh captions are numbered from here, far from those the music model was trained on.
+_FRESH_CLIPS = 10_000_000
+_FRESH_WORDING = 77
 
 
 def vocabulary() -> list[str]:
@@ -123,3 +126,14 @@ def describe(spec: Mapping[str, str], rng: np.random.Generator, *, plain: bool =
 def caption(labels: Sequence[int], rng: np.random.Generator) -> str:
     """A random training caption for a clip with these labels."""
     return describe(mentioned(labels, rng), rng)
+
+
+def fresh_captions(count: int, first: int = 0) -> list[str]:
+    """Captions number `first`, ..., drawn as those of the training clips, of clips never rendered.
+
+    The same numbers give the same captions, whatever the count.
+    """
+    return [
+        caption(draw(_FRESH_CLIPS + i).labels(), np.random.default_rng([_FRESH_WORDING, i]))
+        for i in range(first, first + count)
+    ]
