@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The example of the readme runs as printed, with fewer pairs and steps."""
+"""The examples of the readme run as printed, one after the other, with fewer pairs and steps."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ FEWER = (
     ("] * 3)", "] * 3, num_inference_steps=2)"),
     ('pipe("a happy violin tune")', 'pipe("a happy violin tune", num_inference_steps=2)'),
     ('pipe("a violin melody")', 'pipe("a violin melody", num_inference_steps=2)'),
+    ("batches(4096", "batches(64"),
 )
 
 
-def test_python_example():
+def test_python_examples(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    code = "\n".join(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
     for printed, shorter in FEWER:
         assert printed in code
         code = code.replace(printed, shorter)
@@ -30,6 +32,7 @@ def test_python_example():
     exec(compile(code, "README.md", "exec"), space)
     assert space["audio"].shape == (3, 1, 81920)
     assert space["cap"]["cross:3"].shape == (2, 1, 1, 160)
+    assert space["batch"].x.shape == (64, 160)
 
 
 @pytest.mark.skipif(not (ROOT / "bench").is_dir(), reason="benches are not in this checkout")
