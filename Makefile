@@ -9,6 +9,8 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --progress-bar off --disable-pip-version-check $(TORCH)
+PEERS := .venv-peers
+PEER_PIP := $(PEERS)/bin/python -m pip install --progress-bar off --disable-pip-version-check $(TORCH)
 NATIVE_SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py
 FORMATTED := $(shell find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 PYTEST_FLAGS ?=
@@ -28,7 +30,7 @@ else
 INSTALLED := $(VENV)/.installed-native
 endif
 
-.PHONY: demo test test-python test-native lint types bench bench-ops bench-hooks kernels-report zoo-music install clean
+.PHONY: demo test test-python test-native lint types bench bench-ops bench-hooks bench-sae peers kernels-report zoo-music install clean
 
 install: $(INSTALLED)
 
@@ -64,6 +66,22 @@ bench: bench-ops bench-hooks
 
 bench-ops bench-hooks: bench-%: $(INSTALLED)
 	$(BIN)/sidechain bench $* --threads 1 --json bench/results
+
+# Peers want packages that a user of sidechain does not: an environment on top of ours.
+bench-sae: $(PEERS)/.installed
+	$(PEERS)/bin/python -W ignore -m sidechain bench sae --threads 1 --json bench/results
+
+peers: $(PEERS)/.installed
+
+$(PEERS)/.installed: pyproject.toml $(INSTALLED)
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -c 'import sysconfig; here = sysconfig.get_path("purelib"); \
+	  open(here + "/base.pth", "w").write( \
+	    "import site; site.addsitedir(%r)" % here.replace("/$(PEERS)/", "/$(VENV)/"))'
+	$(PEER_PIP) eai-sparsify==1.3.3 sae-lens==6.54.12 einops pymongo openai tomlkit \
+	  pydantic-settings json-repair cattrs more-itertools jaxtyping
+	$(PEER_PIP) --no-deps --pre overcomplete==0.3.0 llamascopium==2.0.0b34
+	@touch $@
 
 kernels-report: $(INSTALLED)
 	$(BIN)/python tests/build/kernels_report.py

@@ -8,7 +8,7 @@
 #       --again                        measure what is already there for this commit, too
 #       --budget SECONDS               start nothing after this long (default 460)
 #
-# Sections: correctness tests sanitizer ops hooks (default: all). Each is merged into
+# Sections: correctness tests sanitizer ops hooks sae (default: all). Each is merged into
 # $OUT/<gpu>.json (OUT: default bench/results) as soon as it ends, so a run that was cut off goes on
 # where it stopped. No pip, no network. The two _C*.abi3.so files serve any Python and torch >= 2.11.
 set -euo pipefail

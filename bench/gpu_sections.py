@@ -163,6 +163,8 @@ def units() -> list[Unit]:
     return [
         Unit("correctness", None, 90, correctness),
         *(Unit("ops", op, 120, bench) for op in names),
+        Unit("sae", "steps", 120, bench),
+        Unit("sae", "memory", 60, bench),
         Unit("tests", None, 120, tests),
         *(Unit("sanitizer", op, 90, sanitizer) for op in names),
         Unit("hooks", None, 60, bench),

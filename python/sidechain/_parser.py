@@ -13,7 +13,7 @@ from sidechain._version import __version__
 Command = Callable[[argparse.Namespace], int]
 
 BAD_INPUT = 2
-BENCHES = ("ops", "hooks")
+BENCHES = ("ops", "hooks", "sae")
 ARMS = ("localized", "all", "ablated", "random")
 PASSES = (
     "cond_only",

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from . import results
 from .cases import Row, run_case
 from .machine import Machine
 
-SECTIONS = ("ops", "hooks")
+SECTIONS = ("ops", "hooks", "sae")
 
 
 def run(
@@ -30,11 +30,11 @@ def run(
 
     Args:
         section: "ops", every op against plain torch, eager and compiled; "hooks", taps against
-            hand-written hooks.
+            hand-written hooks; "sae", training steps against plain torch and other packages.
         device: "cpu" or "cuda".
         threads: of torch on the CPU. None = as they are.
-        only: ops: those whose name holds this text; hooks: cases likewise.
-        seconds: time for each candidate.
+        only: ops: those whose name holds this text; hooks and sae: cases likewise.
+        seconds: time for each candidate; sae has its own number of steps.
         json: result file to merge the runs into, or a folder for `<machine>.json`. Only complete
             runs are stored.
         compare: result file to compare with.
@@ -76,24 +76,33 @@ def _measured(
     section: str, machine: Machine, only: str, seconds: float
 ) -> Iterator[tuple[str | None, list[Row]]]:
     """Rows of one run after the other."""
-    if section == "hooks":
+    if section == "ops":
+        from . import ops
+
+        for module in ops.modules(only):
+            cases = (run_case(c, machine, seconds=seconds) for c in module.cases(machine.device))
+            yield module.OP, _printed(cases)
+    elif section == "hooks":
         from . import hooks
 
-        every: list[Row] = []
-        for rows in hooks.rows(machine, only=only, seconds=seconds):
-            print(results.table(rows), flush=True)
-            every += rows
-        yield None, every
-        return
-    from . import ops
+        yield None, _printed(hooks.rows(machine, only=only, seconds=seconds))
+    else:
+        from .sae import memory, race
 
-    for module in ops.modules(only):
-        every = []
-        for case in module.cases(machine.device):
-            rows = run_case(case, machine, seconds=seconds)
-            print(results.table(rows), flush=True)
-            every += rows
-        yield module.OP, every
+        if only in "steps" or any(only in shape.name for shape in race.SHAPES[machine.device]):
+            shapes = "" if only in "steps" else only
+            yield "steps", _printed(race.rows(machine, only=shapes))
+        if only in "memory":
+            yield "memory", _printed(iter([memory.rows(machine.device)]))
+
+
+def _printed(tables: Iterable[list[Row]]) -> list[Row]:
+    """All rows, each table printed as soon as it is there."""
+    every: list[Row] = []
+    for rows in tables:
+        print(results.table(rows), flush=True)
+        every += rows
+    return every
 
 
 def _headline(facts: dict[str, Any]) -> str:
