@@ -117,8 +117,9 @@ def _group(
         error += b_dec
     row_loss = error.square().sum(1)
     error *= weight
+    # Codes of nothing against -error leave exactly error: its products with the rows, no more.
     _, _, dvalues = sparse_decode_loss(
-        codes.values, codes.indices, w_dec, None, part - error, offsets=codes.offsets
+        torch.zeros_like(codes.values), codes.indices, w_dec, None, -error, offsets=codes.offsets
     )
     return _Group(codes, error, dvalues, row_loss, biased)
 

@@ -137,7 +137,7 @@ class Mesh:
         if size == 1:
             return t
         out = t.new_empty((size * len(t), *t.shape[1:]))
-        dist.all_gather_into_tensor(out, t.contiguous(), group=group)
+        dist.all_gather(list(out.split(len(t))), t.contiguous(), group=group)
         return out
 
 
