@@ -24,7 +24,7 @@ struct CodeSumsParams {
 namespace cpu {
 
 // Deterministic for any splitting by `parallel_for` (nullptr = serial): the entries of a feature
-// are added in row order, in float64 within a run of one label.
+// are added in row order.
 void code_sums(const CodeSumsParams& params, Isa isa, ParallelFor parallel_for);
 
 }  // namespace cpu

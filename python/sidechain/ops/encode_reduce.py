@@ -64,9 +64,9 @@ def code_sums_(
         ValueError: a shape does not fit.
         RuntimeError: tensors on different devices, or the backend cannot run here.
 
-    Differentiable in: nothing. The sums of one call accumulate in float64 on the CPU.
+    Differentiable in: nothing. Entries are added in row order, in the dtype of the sums.
     Deterministic: yes, for any number of threads. float64 is served by the reference.
-    Backends: cpu, cuda (sm80+), reference.
+    Backends: cpu (avx512 / avx2 / baseline), cuda (sm80+), reference.
     """
     if not isinstance(out, CodeSums):
         raise TypeError(f"code_sums_: expected out to be CodeSums, got {type(out).__name__}")
