@@ -30,7 +30,7 @@ else
 INSTALLED := $(VENV)/.installed-native
 endif
 
-.PHONY: demo test test-python test-native lint types bench bench-ops bench-hooks bench-sae peers kernels-report zoo-music install clean
+.PHONY: demo test test-python test-native lint types bench bench-ops bench-hooks bench-sae peers kernels-report zoo-music zoo-sae install clean
 
 install: $(INSTALLED)
 
@@ -89,6 +89,9 @@ kernels-report: $(INSTALLED)
 zoo-music: $(INSTALLED)
 	$(PIP) --no-deps tinysoundfont
 	$(BIN)/python -m sidechain.zoo.recipes
+
+zoo-sae: $(INSTALLED)
+	$(BIN)/python -m sidechain.zoo.recipes.train_sae
 
 clean:
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache

@@ -134,6 +134,16 @@ class TestTables:
         assert run.wait() == 0
 
 
+#: How a vector is made unless told otherwise.
+CAA = {
+    "method": "caa",
+    "dictionaries": None,
+    "features": 20,
+    "score": "tada",
+    "weighting": "natural",
+}
+
+
 class TestStudies:
     def test_demo(self, studies, capsys):
         assert cli.main(["demo", "--out", "here", "--seed", "3", "--short"]) == 0
@@ -235,6 +245,7 @@ class TestStudies:
             "batch_rows": 64,
             "seed": 0,
             "normalise": True,
+            **CAA,
             "out": Path("runs/vectors/drums.safetensors"),
         }
         assert capsys.readouterr().out == "runs/vectors/drums.safetensors\n"
@@ -265,7 +276,23 @@ class TestStudies:
             "guidance": 2.0,
             "batch_rows": 64,
             "seed": 5,
+            **CAA,
             "out": Path("x"),
+        }
+
+    def test_steer_by_features(self, studies, tmp_path):
+        line = (
+            f"steer --concept drums --method sae --dictionaries {tmp_path} --features 8 "
+            "--score diff --weighting none --out x"
+        )
+        assert cli.main(line.split()) == 0
+        settings = studies["steering"].settings
+        assert {name: settings[name] for name in CAA} == {
+            "method": "sae",
+            "dictionaries": tmp_path,
+            "features": 8,
+            "score": "diff",
+            "weighting": "none",
         }
 
     def test_steer_files(self, studies, tmp_path):
@@ -281,6 +308,11 @@ class TestStudies:
 
 
 BAD = [
+    ("steer --vector drums.csv --method sae", "--method: expected no --vector"),
+    ("steer --concept drums --dictionaries nowhere", "--dictionaries: expected a folder"),
+    ("steer --concept drums --method sae --features 0", "--features: expected at least 1"),
+    ("sae score --concepts tuba", "--concepts: expected piano"),
+    ("sae score --prompts 0", "--prompts: expected at least 1"),
     ("localize --concepts drums,tuba", r"--concepts: expected piano \| .*, got 'tuba'"),
     ("localize --steps 0", "--steps: expected at least 1, got 0"),
     ("localize --steps many", "--steps: expected a whole number, got 'many'"),

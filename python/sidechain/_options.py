@@ -183,6 +183,14 @@ def readable(name: str, text: str) -> Path:
     return path
 
 
+def existing(name: str, text: str) -> Path:
+    """Check that a folder is there."""
+    path = Path(text)
+    if not path.is_dir():
+        raise NotADirectoryError(f"{name}: expected a folder, got {text!r}")
+    return path
+
+
 def folder(text: str) -> Path:
     """Check that a folder can be written or made; nothing is left behind."""
     path = Path(text)

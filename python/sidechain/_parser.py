@@ -15,6 +15,8 @@ Command = Callable[[argparse.Namespace], int]
 BAD_INPUT = 2
 BENCHES = ("ops", "hooks", "sae")
 ARMS = ("localized", "all", "ablated", "random")
+SCORES = ("tada", "diff", "ratio", "mean_pos", "cohens_d", "logistic")
+WEIGHTINGS = ("natural", "none", "raw", "softmax", "sqrt", "log")
 PASSES = (
     "cond_only",
     "uncond_only",
@@ -209,6 +211,7 @@ def _add_vector(commands: Any, run: Command) -> None:
     parser.add_argument(
         "--sites", default="cross:*", metavar="GLOB", help="sites to record (default %(default)s)"
     )
+    _method(parser)
     parser.add_argument(
         "--unit",
         action="store_true",
@@ -232,6 +235,7 @@ def _add_steer(commands: Any, run: Command) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--vector", metavar="FILE", help="a vector of `sidechain vector`")
     source.add_argument("--concept", metavar="NAME", help="make the vector first")
+    _method(parser)
     parser.add_argument(
         "--strengths",
         default="0,1,2,4,8",
@@ -271,9 +275,10 @@ def _add_steer(commands: Any, run: Command) -> None:
 
 
 def _add_sae(commands: Any, run: Mapping[str, Command]) -> None:
-    parser = commands.add_parser("sae", help="train sparse dictionaries of what a site puts out")
+    parser = commands.add_parser("sae", help="train and score dictionaries of what a site puts out")
     actions = parser.add_subparsers(title="actions", metavar="ACTION", required=True)
     _add_sae_train(actions, run["sae train"])
+    _add_sae_score(actions, run["sae score"])
 
 
 def _add_sae_train(actions: Any, run: Command) -> None:
@@ -343,6 +348,53 @@ def _add_sae_train(actions: Any, run: Command) -> None:
     )
     _sampling(parser, rows=False, seed=False)
     parser.add_argument("--out", metavar="DIR", help="default runs/sae/SITE-ARCHITECTURE")
+
+
+def _add_sae_score(actions: Any, run: Command) -> None:
+    parser = _new(
+        actions,
+        "score",
+        "measure dictionaries and find the features of concepts",
+        run,
+        long="Measure dictionaries on captions they were not trained on (unexplained variance, "
+        "active and dead features), score their features for concepts from one generation of "
+        "prompt pairs, and write tables and one HTML report with the clips in which the best "
+        "features are most active. The path of the report is printed last.",
+    )
+    _model(parser)
+    parser.add_argument(
+        "--sites", default="cross:*", metavar="GLOB", help="those with a dictionary (default all)"
+    )
+    parser.add_argument(
+        "--dictionaries",
+        metavar="DIR",
+        help="folder with a dictionary for each site, cross-6.safetensors (default: the zoo)",
+    )
+    parser.add_argument(
+        "--concepts",
+        default="drums,vocals,violin",
+        metavar="A,B,...",
+        help="comma list, or all (default %(default)s)",
+    )
+    parser.add_argument(
+        "--score", choices=SCORES, default="tada", help="what ranks features (default %(default)s)"
+    )
+    parser.add_argument(
+        "--features", default="3", metavar="N", help="a concept and site (default %(default)s)"
+    )
+    parser.add_argument(
+        "--moments", default="3", metavar="N", help="clips a feature (default %(default)s)"
+    )
+    parser.add_argument(
+        "--pairs", default="16", metavar="N", help="prompt pairs a concept (default %(default)s)"
+    )
+    parser.add_argument(
+        "--prompts", default="32", metavar="N", help="held-out captions (default %(default)s)"
+    )
+    _sampling(parser, rows=True, seed=True)
+    parser.add_argument(
+        "--out", default="runs/sae-score", metavar="DIR", help="default %(default)s"
+    )
 
 
 def _add_curves(commands: Any, run: Command) -> None:
@@ -434,6 +486,35 @@ def _model(parser: Any) -> None:
         default="zoo:music",
         metavar="MODEL",
         help="zoo:music or the folder of a saved pipeline (default %(default)s)",
+    )
+
+
+def _method(parser: Any) -> None:
+    group = parser.add_argument_group("how the vector is made")
+    group.add_argument(
+        "--method",
+        choices=("caa", "sae"),
+        default="caa",
+        help="caa: mean difference of activations; sae: decoder rows of the dictionary features "
+        "that score best (default %(default)s)",
+    )
+    group.add_argument(
+        "--dictionaries",
+        metavar="DIR",
+        help="sae: folder with a dictionary for each site, cross-6.safetensors (default: the zoo)",
+    )
+    group.add_argument(
+        "--features", default="20", metavar="N", help="sae: features a step (default %(default)s)"
+    )
+    group.add_argument(
+        "--score", choices=SCORES, default="tada", help="sae: what ranks them (default tada)"
+    )
+    group.add_argument(
+        "--weighting",
+        choices=WEIGHTINGS,
+        default="natural",
+        help="sae: natural (strength 1 is one natural difference) or as published (none), or by "
+        "the scores (default natural)",
     )
 
 

@@ -137,6 +137,7 @@ def _vector(arguments: argparse.Namespace) -> int:
         "sites": arguments.sites,
         "seed": options.whole("--seed", arguments.seed, 0),
         "normalise": arguments.unit,
+        **_method_values(arguments),
         "out": options.target(out, ".safetensors"),
     }
     study = _study("vectors")
@@ -149,6 +150,11 @@ def _steer(arguments: argparse.Namespace) -> int:
     concept = arguments.concept
     if concept is not None:
         concept = options.concept(concept)
+    if arguments.vector and arguments.method != "caa":
+        raise ValueError(
+            f"--method: expected no --vector [it says how it was made], got {arguments.method} "
+            f"and {arguments.vector}"
+        )
     settings = {
         **_sampling_values(arguments),
         "vector": options.readable("--vector", arguments.vector) if arguments.vector else None,
@@ -161,6 +167,7 @@ def _steer(arguments: argparse.Namespace) -> int:
         "renorm": arguments.renorm,
         "seed": options.whole("--seed", arguments.seed, 0),
         "audio": arguments.audio,
+        **_method_values(arguments),
         "out": options.folder(arguments.out),
     }
     study = _study("steering")
@@ -230,6 +237,27 @@ def _live_source(arguments: argparse.Namespace, seed: int) -> Any:
     return sae.PipelineSource(pipe, arguments.data, prompts, seed=seed, **settings)
 
 
+def _sae_score(arguments: argparse.Namespace) -> int:
+    folder = arguments.dictionaries
+    settings = {
+        **_sampling_values(arguments),
+        "dictionaries": None if folder is None else options.existing("--dictionaries", folder),
+        "sites": arguments.sites,
+        "concepts": options.concepts(arguments.concepts),
+        "score": arguments.score,
+        "features": options.whole("--features", arguments.features, 1),
+        "moments": options.whole("--moments", arguments.moments, 1),
+        "pairs": options.whole("--pairs", arguments.pairs, 1),
+        "prompts": options.whole("--prompts", arguments.prompts, 1),
+        "seed": options.whole("--seed", arguments.seed, 0),
+        "out": options.folder(arguments.out),
+    }
+    study = _study("dictionaries")
+    found = study.run(study.DictionaryConfig(**settings))
+    print(_report("dictionary").write(found, settings["out"] / "report.html"))
+    return 0
+
+
 def _curves(arguments: argparse.Namespace) -> int:
     from sidechain.metrics import curve_table
     from sidechain.metrics.tables import write_table
@@ -289,6 +317,7 @@ COMMANDS: dict[str, Command] = {
     "vector": _vector,
     "steer": _steer,
     "sae train": _sae_train,
+    "sae score": _sae_score,
     "curves": _curves,
     "impact": _impact,
     "bench": _bench,
@@ -302,6 +331,17 @@ def _sampling_values(arguments: argparse.Namespace) -> dict[str, Any]:
         "steps": options.whole("--steps", arguments.steps, 1),
         "guidance": options.finite("--guidance", arguments.guidance, least=0.0),
         "batch_rows": options.whole("--batch-rows", arguments.batch_rows, 1),
+    }
+
+
+def _method_values(arguments: argparse.Namespace) -> dict[str, Any]:
+    folder = arguments.dictionaries
+    return {
+        "method": arguments.method,
+        "dictionaries": None if folder is None else options.existing("--dictionaries", folder),
+        "features": options.whole("--features", arguments.features, 1),
+        "score": arguments.score,
+        "weighting": arguments.weighting,
     }
 
 

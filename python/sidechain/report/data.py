@@ -193,6 +193,59 @@ class Table:
     caption: str = ""
 
 
+@dataclass(frozen=True)
+class DictionaryHealth:
+    """One dictionary in the figures: a line.
+
+    Attributes:
+        site: short name.
+        steps: scheduler steps [S].
+        step_fvu: unexplained share of the variance of each step [S].
+        density: share of tokens in which each feature is active [F].
+    """
+
+    site: str
+    steps: Sequence[int]
+    step_fvu: Sequence[float]
+    density: Sequence[float]
+
+
+@dataclass(frozen=True)
+class FeatureClip:
+    """A clip in which a feature is large.
+
+    Attributes:
+        prompt: text of the clip.
+        step: scheduler step of the moment.
+        value: activation there.
+        place: where it is, as a share of the clip's length; None = in the global token.
+        trace: activation along the clip at that step.
+        audio: samples [T].
+        mel: log-mel spectrogram [frames, bins], low bins first.
+    """
+
+    prompt: str
+    step: int
+    value: float
+    place: float | None
+    trace: Sequence[float]
+    audio: NDArray[np.floating] | None = None
+    mel: NDArray[np.floating] | None = None
+
+
+@dataclass(frozen=True)
+class FeatureCard:
+    """A feature with its figures and the clips in which it is largest."""
+
+    concept: str
+    name: str
+    facts: str
+    clips: Sequence[FeatureClip]
+    sample_rate: int = 16000
+    seconds: float = 5.12
+    hertz: tuple[float, float] = (30.0, 8000.0)
+
+
 @dataclass
 class ReportData:
     """Everything one report shows; empty parts are left out.
@@ -209,6 +262,9 @@ class ReportData:
         steering_tables: further tables below the trade-off curves.
         sweeps: clips to hear and see.
         preservation_tables: what stayed: drums, instrument and so on under steering.
+        dictionaries: lines of the figure of dictionaries.
+        dictionary_tables: their figures, and the features that stand for concepts.
+        features: features to hear and see.
         model: facts about the model, name to value.
         run: facts about the run: versions, seeds, times.
         reproduce: shell commands.
@@ -226,6 +282,9 @@ class ReportData:
     steering_tables: Sequence[Table] = ()
     sweeps: Sequence[Sweep] = ()
     preservation_tables: Sequence[Table] = ()
+    dictionaries: Sequence[DictionaryHealth] = ()
+    dictionary_tables: Sequence[Table] = ()
+    features: Sequence[FeatureCard] = ()
     model: Mapping[str, object] = field(default_factory=dict)
     run: Mapping[str, object] = field(default_factory=dict)
     reproduce: Sequence[str] = ()

@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 from sidechain._version import __version__
 from sidechain.metrics.bootstrap import Interval
 from sidechain.metrics.impact import functional, ranking
-from sidechain.report import figures
-from sidechain.report.data import Arm, ImpactMap, ReportData, Sweep, Table, Tradeoff
+from sidechain.report import dictionary_figures, figures
+from sidechain.report.data import Arm, FeatureCard, ImpactMap, ReportData, Sweep, Table, Tradeoff
 from sidechain.report.media import (
     audio_bytes,
     data_uri,
@@ -83,6 +83,8 @@ def render(data: ReportData, *, audio: str = "flac") -> str:
         tradeoffs=_tradeoffs(data.tradeoffs),
         steering=_steering_table(data.tradeoffs),
         sweeps=[(sweep, _clips(sweep, audio)) for sweep in data.sweeps],
+        dictionaries=_dictionaries(data),
+        features=[(card, _feature_clips(card, audio)) for card in data.features],
     )
 
 
@@ -247,6 +249,43 @@ def _clips(sweep: Sweep, kind: str) -> list[dict[str, Any]]:
                 "type": f"audio/{kind}",
             }
         )
+    return shown
+
+
+def _dictionaries(data: ReportData) -> Picture | None:
+    rows = data.dictionaries
+    if not rows:
+        return None
+    dead = "; ".join(f"{one.site} {sum(d == 0 for d in one.density)}" for one in rows)
+    return _picture(
+        lambda mode, width: dictionary_figures.dictionary_health(rows, theme=mode, width=width),
+        f"Unexplained variance of {len(rows)} dictionaries by step, and how often features fire.",
+        "Left: share of a step's variance that the reconstruction leaves. Right: features by the "
+        f"share of tokens in which they are active. Never active here: {dead}.",
+    )
+
+
+def _feature_clips(card: FeatureCard, kind: str) -> list[dict[str, Any]]:
+    mels = [clip.mel for clip in card.clips if clip.mel is not None]
+    low = min((float(m.min()) for m in mels), default=0.0)
+    high = max((float(m.max()) for m in mels), default=1.0)
+    top = max((max(clip.trace, default=0.0) for clip in card.clips), default=0.0) or 1.0
+    shown = []
+    for clip in card.clips:
+        image = sound = ""
+        if clip.mel is not None:
+            image = data_uri(spectrogram_png(clip.mel, low, high), "image/png")
+        if clip.audio is not None:
+            sound = data_uri(audio_bytes(clip.audio, card.sample_rate, kind), f"audio/{kind}")
+        count = max(1, len(clip.trace))
+        # One bar for each token, so that a single active token stays visible.
+        bars = [
+            (100 * index / count, 100 / count, 30 * value / top)
+            for index, value in enumerate(clip.trace)
+            if value > 0
+        ]
+        when = "global token" if clip.place is None else f"{clip.place * card.seconds:.2f} s"
+        shown.append({"clip": clip, "image": image, "audio": sound, "bars": bars, "when": when})
     return shown
 
 

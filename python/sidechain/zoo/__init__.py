@@ -5,9 +5,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from .load import judges, localized, music
+from .load import dictionaries, dictionary, dictionary_file, judges, localized, music
 
-__all__ = ["judges", "localized", "music", "music_tagger"]
+__all__ = [
+    "dictionaries",
+    "dictionary",
+    "dictionary_file",
+    "judges",
+    "localized",
+    "music",
+    "music_tagger",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,8 +12,11 @@ from typing import Any
 
 import torch
 
+from ..sae import Sae
+
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 CHECKSUMS = "checksums.json"
+SAES = "sae"
 
 
 def write_checksums(folder: Path) -> None:
@@ -122,6 +125,44 @@ def judges(device: str | torch.device = "cpu", folder: Path | str | None = None)
             "mel": MelJudge.from_pretrained(path / "mel", local_files_only=True),
         }
     return {name: judge.eval().to(device) for name, judge in found.items()}
+
+
+def dictionaries() -> tuple[str, ...]:
+    """Aliases of the sites of the music model for which a dictionary is shipped, in order."""
+    listing = WEIGHTS / SAES / CHECKSUMS
+    if not listing.is_file():
+        return ()
+    found = [Path(name).stem for name in json.loads(listing.read_text()) if _is_weights(name)]
+    return tuple(sorted(f"cross:{name.removeprefix('cross-')}" for name in found))
+
+
+def dictionary(site: str, device: str | torch.device = "cpu") -> Sae:
+    """The shipped sparse dictionary of a site of the music model, in evaluation mode.
+
+    Args:
+        site: alias, "cross:6"; `dictionaries` lists them.
+        device: where to put it.
+
+    Raises:
+        ValueError: no dictionary of that site, or a damaged file.
+    """
+    known = dictionaries()
+    if site not in known:
+        raise ValueError(
+            f"dictionary: expected a site of {', '.join(known) or 'none shipped'}, got {site!r}"
+        )
+    folder = WEIGHTS / SAES
+    verify(folder)
+    return Sae.load(folder / dictionary_file(site), device=device)
+
+
+def dictionary_file(site: str) -> str:
+    """Name of the file of a site's dictionary."""
+    return f"{site.replace(':', '-')}.safetensors"
+
+
+def _is_weights(name: str) -> bool:
+    return name.endswith(".safetensors")
 
 
 def localized(name: str) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ from ...sites import sites as list_sites
 from ...taps import steer
 from ...vectors import SteeringVector
 from .. import common
-from ..vectors import VectorConfig, build
+from ..vectors import METHODS, VectorConfig, build, dictionaries
 from .analyse import Steering, analyse
 
 ARMS = ("localized", "all", "ablated", "random")
@@ -51,6 +51,11 @@ class SteeringConfig:
     batch_rows: int = 64
     seed: int = 0
     audio: bool = False
+    method: str = "caa"
+    dictionaries: Path | None = None
+    features: int = 20
+    score: str = "tada"
+    weighting: str = "natural"
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ def run(config: SteeringConfig) -> Steering:
         raise ValueError("steer: expected a concept or a vector file, got neither")
     wanted = concept(name)
     localized = localized_sites(pipe, config.sites, wanted.name)
-    _check_sites(pipe, localized, given)
+    _check_sites(pipe, localized, _held_sites(config, pipe, given))
     content = None if config.vector is None else common.digest(config.vector)
     folder = common.RunFolder(config.out, {**asdict(config), "out": None, "vector": content})
     vector = given if given is not None else _make_vector(config, pipe, wanted, folder)
@@ -95,8 +100,21 @@ def localized_sites(pipe: Any, pattern: str | None, name: str) -> list[str]:
     return list(zoo.localized(name))
 
 
-def _check_sites(pipe: Any, localized: Sequence[str], given: SteeringVector | None) -> None:
-    held = list_sites(pipe, VectorConfig.sites if given is None else given.sites)
+def _held_sites(config: SteeringConfig, pipe: Any, given: SteeringVector | None) -> Any:
+    """Sites that the vector has, or will have once it is made."""
+    if given is not None:
+        return given.sites
+    if config.method not in METHODS:
+        raise ValueError(
+            f"steer: expected method to be one of {', '.join(METHODS)}, got {config.method!r}"
+        )
+    if config.method == "sae":
+        return list(dictionaries(pipe, VectorConfig.sites, config.dictionaries))
+    return VectorConfig.sites
+
+
+def _check_sites(pipe: Any, localized: Sequence[str], pattern: Any) -> None:
+    held = list_sites(pipe, pattern)
     missing = [site for site in localized if site not in held.aliases]
     if missing:
         raise ValueError(
@@ -119,6 +137,11 @@ def _make_vector(
             guidance=config.guidance,
             batch_rows=config.batch_rows,
             seed=config.seed,
+            method=config.method,
+            dictionaries=config.dictionaries,
+            features=config.features,
+            score=config.score,
+            weighting=config.weighting,
         ),
     )
     made.save(saved)

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+import torch
+
+from sidechain.sae import Normaliser, Sae, SaeConfig
+from sidechain.sae.health import measure, top_moments
+from sidechain.store import ActivationStore, ActivationWriter
+
+D, F, STEPS, PROMPTS, TOKENS = 5, 12, (0, 3), 4, 7
+
+
+def draw(*shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def store(tmp_path):
+    """Rows of two steps of very different size."""
+    with ActivationWriter(tmp_path / "acts", {"cross:0": D}, dtype=torch.float32) as writer:
+        for step in STEPS:
+            for prompt in range(PROMPTS):
+                rows = draw(TOKENS, D, seed=100 * step + prompt) * (1 + step) + step
+                writer.write({"cross:0": rows}, step=step, branch="cond", prompt=prompt)
+    return ActivationStore(tmp_path / "acts", "cross:0")
+
+
+def dictionary(architecture, **changes):
+    normaliser = Normaliser(draw(2, D, seed=1), torch.tensor([0.7, 4.0]), torch.tensor(STEPS))
+    k = 3 if architecture in ("topk", "batch_topk") else None
+    config = SaeConfig(D, F, architecture, k=k, **changes)
+    sae = Sae(config, normaliser=normaliser).eval()
+    with torch.no_grad():
+        sae.w_enc.copy_(draw(F, D, seed=2))
+        sae.b_enc.copy_(0.3 * draw(F, seed=3))
+        sae.b_enc[4] = -100  # never active
+        sae.b_dec.copy_(0.2 * draw(D, seed=4))
+        if architecture == "batch_topk":
+            sae.threshold.fill_(0.8)
+    return sae
+
+
+def dense(sae, store):
+    """Normalised rows, dense activations and steps, in float64, from the formulas."""
+    rows = torch.arange(len(store))
+    x, step = store.read(rows).double(), store.labels(rows).step
+    place = torch.tensor([STEPS.index(int(s)) for s in step])
+    scale = sae.normaliser.scale.double()[place, None]
+    y = (x - sae.normaliser.mean.double()[place]) / scale
+    z = (y - sae.b_pre.double()) @ sae.w_enc.double().T + sae.b_enc.double()
+    if sae.config.architecture == "topk":
+        kept = torch.zeros_like(z).scatter(1, z.topk(3).indices, 1.0) * z.clamp(min=0)
+    else:
+        kept = z * (z > 0.8)
+    return y, kept.detach(), place, scale[:, 0]
+
+
+@pytest.mark.parametrize("batch", [4096, 10])
+@pytest.mark.parametrize("architecture", ["topk", "batch_topk"])
+def test_figures_equal_the_dense_expressions(store, architecture, batch):
+    sae = dictionary(architecture)
+    found = measure(sae, store, batch=batch)
+    y, kept, place, scale = dense(sae, store)
+    error = (y - kept @ sae.w_dec.detach().double() - sae.b_dec.detach().double()).square().sum(1)
+    centred = torch.stack([y[place == s].mean(0) for s in (0, 1)])[place]
+    spread = (y - centred).square().sum(1)
+    per_step = torch.stack([error[place == s].sum() / spread[place == s].sum() for s in (0, 1)])
+    raw = (error * scale**2).sum() / (spread * scale**2).sum()
+    assert found.rows == len(STEPS) * PROMPTS * TOKENS and found.steps.tolist() == list(STEPS)
+    assert found.fvu == pytest.approx(float(error.sum() / spread.sum()), rel=1e-5)
+    assert found.raw_fvu == pytest.approx(float(raw), rel=1e-5)
+    assert found.raw_fvu != pytest.approx(found.fvu, rel=1e-3)  # or the test says nothing
+    torch.testing.assert_close(found.step_fvu, per_step, rtol=1e-5, atol=0)
+    active = (kept > 0).double()
+    assert found.l0 == pytest.approx(float(active.sum(1).mean()))
+    torch.testing.assert_close(found.density, active.mean(0))
+    assert found.dead == float((active.sum(0) == 0).double().mean()) > 0
+
+
+def test_a_perfect_dictionary_explains_everything(tmp_path):
+    """Rows of one atom each, and a dictionary that has the atoms."""
+    sae = Sae(SaeConfig(D, F, "topk", k=1, tied_bias=False)).eval()
+    values = torch.rand(60, generator=torch.Generator().manual_seed(5)) + 0.5
+    number = torch.arange(60) % F
+    with ActivationWriter(tmp_path, {"s": D}, dtype=torch.float32) as writer:
+        writer.write({"s": values[:, None] * sae.w_dec.detach()[number]}, prompt=0)
+    found = measure(sae, ActivationStore(tmp_path))
+    assert found.fvu < 1e-10 and found.dead == 0 and found.l0 == 1
+
+
+@pytest.mark.parametrize("batch", [4096, 5])
+def test_top_moments_are_the_largest_of_each_prompt(store, batch):
+    sae = dictionary("topk")
+    _, kept, _, _ = dense(sae, store)
+    labels = store.labels(torch.arange(len(store)))
+    found = top_moments(sae, store, [2, 4, 9], 3, batch=batch)
+    assert list(found) == [2, 4, 9] and found[4] == []
+    for feature in (2, 9):
+        peaks = {
+            prompt: float(kept[labels.prompt == prompt, feature].max()) for prompt in range(PROMPTS)
+        }
+        expected = sorted((v for v in peaks.values() if v > 0), reverse=True)[:3]
+        assert [m.value for m in found[feature]] == pytest.approx(expected, rel=1e-5)
+        for moment in found[feature]:
+            row = (
+                (labels.prompt == moment.prompt)
+                & (labels.step == moment.step)
+                & (labels.token == moment.token)
+            )
+            assert float(kept[row, feature]) == pytest.approx(moment.value, rel=1e-5)
+
+
+def test_bad_input(store, tmp_path):
+    with pytest.raises(ValueError, match=r"features within \[0, 12\), got 12"):
+        top_moments(dictionary("topk"), store, [12], 1)
+    with ActivationWriter(tmp_path / "nameless", {"s": D}) as writer:
+        writer.write({"s": torch.zeros(3, D)})
+    nameless = ActivationStore(tmp_path / "nameless")
+    with pytest.raises(ValueError, match="rows that know their prompts"):
+        top_moments(dictionary("topk"), nameless, [1], 1)
+    with pytest.raises(ValueError, match="expected a store with rows, got an empty one"):
+        measure(dictionary("topk"), ActivationStore(tmp_path / "nameless", prompts=[5]))
