@@ -9,6 +9,7 @@
 #include <functional>
 #include <limits>
 #include <memory>
+#include <new>
 #include <vector>
 
 #include "cpu/kernels/topk_encode.h"
@@ -66,6 +67,18 @@ inline std::vector<float> floats(const Vector& v, int64_t n, const TopkKernels& 
 
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
+// Packed codes, aligned to cache lines.
+struct FreeCodes {
+  void operator()(uint8_t* codes) const {
+    ::operator delete(codes, std::align_val_t(kCodeAlignment));
+  }
+  static constexpr size_t kCodeAlignment = 64;
+};
+using Codes = std::unique_ptr<uint8_t[], FreeCodes>;
+inline uint8_t* allocate_codes(int64_t bytes) {
+  return static_cast<uint8_t*>(::operator new(bytes, std::align_val_t(FreeCodes::kCodeAlignment)));
+}
+
 // Share of a bias or a cut that rounding to float32 may change on the way to a comparison.
 constexpr float kRounding = 1e-6f;
 
@@ -97,15 +110,20 @@ class Dictionary {
   float bias(int32_t feature) const { return bias_[feature]; }
   float limit(int32_t feature) const { return limit_.empty() ? 0.0f : limit_[feature]; }
 
-  // Row of float32 as the products see it, zero up to padded().
-  void load(int64_t feature, float* to) const {
-    kernels_.load_row(row_of(p_.w_enc, feature), p_.w_enc.dtype, p_.width, nullptr, bf16(), to);
+  // A feature as the products see it, zero up to padded(): itself, or a copy in `to`.
+  const float* row(int64_t feature, float* to) const {
+    const void* from = row_of(p_.w_enc, feature);
+    if (p_.w_enc.dtype == Dtype::kFloat32 && !bf16() && p_.width == padded_) {
+      return static_cast<const float*>(from);
+    }
+    kernels_.load_row(from, p_.w_enc.dtype, p_.width, nullptr, bf16(), to);
     std::fill(to + p_.width, to + padded_, 0.0f);
+    return to;
   }
 
   void pack() {
     const int64_t slots = panels_ * panel_;
-    codes_.reset(new int8_t[slots * padded_]);
+    codes_.reset(allocate_codes(slots * padded_));
     step_.assign(slots, 0.0f);
     norm2_.assign(slots, 0.0f);
     start_.assign(slots, 0);
@@ -113,14 +131,14 @@ class Dictionary {
     for (size_t f = 0; f < limit_.size(); ++f) shifted_[f] -= limit_[f];
     bounds_.resize(panels_);
     parallel(parallel_for_, panels_, 4, [&](int64_t begin, int64_t end) {
-      std::vector<float> row(padded_);
-      for (int64_t panel = begin; panel < end; ++panel) pack_panel(panel, row.data());
+      std::vector<float> copy(padded_);
+      for (int64_t panel = begin; panel < end; ++panel) pack_panel(panel, copy.data());
     });
   }
 
   FeaturePanel panel(int64_t i) const {
     const int64_t first = i * panel_;
-    return {codes_.get() + first * padded_,
+    return {reinterpret_cast<const int8_t*>(codes_.get()) + first * padded_,
             start_.data() + first,
             step_.data() + first,
             shifted_.data() + first,
@@ -142,19 +160,16 @@ class Dictionary {
     float norm2, step2, slack;
   };
 
-  void pack_panel(int64_t panel, float* row) {
-    int8_t* codes = codes_.get() + panel * panel_ * padded_;
+  void pack_panel(int64_t panel, float* copy) {
+    auto* codes = reinterpret_cast<int8_t*>(codes_.get()) + panel * panel_ * padded_;
     Bounds most = {};
     for (int64_t j = 0; j < panel_; ++j) {
       const int64_t f = panel * panel_ + j;
-      if (f < p_.features) {
-        load(f, row);
-      } else {
-        std::fill(row, row + padded_, 0.0f);
-      }
+      if (f >= p_.features) std::fill(copy, copy + padded_, 0.0f);
+      const float* values = f < p_.features ? row(f, copy) : copy;
       // Odd salts: the rows of x have the even ones.
       const int64_t salt = certified() ? 2 * f + 1 : -1;
-      const Quantised q = kernels_.quantise_feature(row, padded_, salt, codes + 4 * j);
+      const Quantised q = kernels_.quantise_feature(values, padded_, salt, codes + 4 * j);
       step_[f] = q.step;
       norm2_[f] = q.norm2;
       start_[f] = -kZero * q.sum;
@@ -173,7 +188,7 @@ class Dictionary {
   std::vector<float> bias_, limit_, shifted_, step_, norm2_;
   std::vector<int32_t> start_;
   std::vector<Bounds> bounds_;
-  std::unique_ptr<int8_t[]> codes_;
+  Codes codes_;
 };
 
 }  // namespace sidechain::cpu

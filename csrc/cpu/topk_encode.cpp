@@ -20,6 +20,10 @@ namespace {
 constexpr int64_t kChunk = 2048;
 // Rows too few to pay for packing the dictionary: reading it once in float64 costs as much.
 constexpr int64_t kDirectRows = 6;
+// Rows from which a few are screened first to tell where the others may start.
+constexpr int64_t kPilotFrom = 256;
+constexpr int64_t kPilotRows = 8;
+constexpr float kPilotShare = 0.9f;
 // Rows valued in full at a time: the only dense values held.
 constexpr int64_t kFullRows = 16;
 constexpr int64_t kFeatureGrain = 32;
@@ -52,9 +56,13 @@ class Encoder {
     std::vector<int32_t> todo(count);
     std::iota(todo.begin(), todo.end(), 0);
     if (p_.rows > kDirectRows) {
-      bool guessing = p_.guess != nullptr && p_.mode != TopkMode::kThreshold;
-      if (guessing) todo = screen(todo, true);
-      if (!todo.empty()) todo = screen(todo, false);
+      if (p_.mode != TopkMode::kThreshold && p_.guess != nullptr) {
+        todo = screen(todo, Start::kGuess);
+      } else if (p_.mode == TopkMode::kRows && count >= kPilotFrom) {
+        fly_pilot();
+        todo = screen(todo, Start::kRatio);
+      }
+      if (!todo.empty()) todo = screen(todo, Start::kCold);
       fallbacks += static_cast<int64_t>(todo.size());
     }
     value_in_full(todo);
@@ -65,7 +73,8 @@ class Encoder {
   int64_t fallbacks = 0;
 
  private:
-  const float* row(int64_t i) const { return x_.get() + i * dictionary_.padded(); }
+  // Where the cut of a row starts: at 0, at the caller's guess, or at a share of |x|.
+  enum class Start { kCold, kGuess, kRatio };
 
   void load_rows() {
     const int64_t padded = dictionary_.padded();
@@ -80,15 +89,32 @@ class Encoder {
     });
   }
 
-  // Returns the rows that stay undecided.
-  std::vector<int32_t> screen(const std::vector<int32_t>& ids, bool guess) {
+  // The k-th value as a share of |x|, a little less than the least of a few rows. Starting there
+  // spares a row most of its candidates; a row that it cuts too high is screened again.
+  void fly_pilot() {
+    std::vector<int32_t> ids(kPilotRows);
+    for (int64_t i = 0; i < kPilotRows; ++i) ids[i] = static_cast<int32_t>(i * rows_ / kPilotRows);
     RowSet set(dictionary_, kernels_, parallel_for_, x_.get(), begin_, ids);
-    if (guess) {
-      for (int64_t i = 0; i < set.size(); ++i) {
-        const float at = p_.guess[(begin_ + set.id(i)) * p_.guess_stride];
-        if (!set.dropped[i] && at > 0.0f) set.cut[i] = at;
-      }
+    set.screen(0, dictionary_.panels(), p_.k, p_.features);
+    ratio_ = std::numeric_limits<float>::infinity();
+    for (int64_t i = 0; i < kPilotRows; ++i) {
+      if (!set.dropped[i]) ratio_ = std::min(ratio_, kPilotShare * set.cut[i] / set.length(i));
     }
+  }
+
+  float start_of(const RowSet& set, int64_t i, Start start) const {
+    if (start == Start::kGuess) return p_.guess[(begin_ + set.id(i)) * p_.guess_stride];
+    const float at = ratio_ * set.length(i);
+    return start == Start::kRatio && at < std::numeric_limits<float>::infinity() ? at : 0.0f;
+  }
+
+  // Returns the rows that stay undecided.
+  std::vector<int32_t> screen(const std::vector<int32_t>& ids, Start start) {
+    RowSet set(dictionary_, kernels_, parallel_for_, x_.get(), begin_, ids);
+    for (int64_t i = 0; i < set.size(); ++i) {
+      if (!set.dropped[i]) set.cut[i] = std::max(0.0f, start_of(set, i, start));
+    }
+    const bool guess = start != Start::kCold;
     switch (p_.mode) {
       case TopkMode::kRows:
         return screen_rows(set, guess);
@@ -242,9 +268,9 @@ class Encoder {
   void products(int64_t f, const std::vector<int32_t>& which, float* weights, double* wide,
                 double* z) const {
     const int64_t count = static_cast<int64_t>(which.size());
-    dictionary_.load(f, weights);
-    kernels_.exact(weights, x_.get(), dictionary_.padded(), which.data(), count,
-                   dictionary_.padded(), wide, z);
+    const float* w = dictionary_.row(f, weights);
+    kernels_.exact(w, x_.get(), dictionary_.padded(), which.data(), count, dictionary_.padded(),
+                   wide, z);
     for (int64_t e = 0; e < count; ++e) z[e] += dictionary_.bias(static_cast<int32_t>(f));
   }
 
@@ -324,6 +350,7 @@ class Encoder {
   Dictionary dictionary_;
   std::vector<float> minus_;
   int64_t begin_ = 0, rows_ = 0;
+  float ratio_ = 0.0f;
   std::unique_ptr<float[]> x_;  // [rows, padded]: x - b_pre as the products see it
 };
 

@@ -35,9 +35,10 @@ inline uint32_t kth_largest(std::vector<uint32_t>& orders, int64_t k) {
 
 // Rows of a block pass a panel of features together: the block stays in the second-level cache,
 // the panel in the first.
-constexpr int64_t kBlockRows = 64;
-// Panels between two looks at the lengths of the lists.
-constexpr int64_t kLook = 4;
+constexpr int64_t kBlockRows = kMostRows;
+static_assert(kBlockRows % kRowPanel == 0, "blocks hold whole panels");
+// Candidates from which on raising the cut is worth its time.
+constexpr int64_t kLeastLook = 256;
 
 class RowSet {
  public:
@@ -51,19 +52,21 @@ class RowSet {
         first_row_(first_row),
         ids_(std::move(ids)),
         slots_(round_up(size(), kRowPanel)) {
-    codes_.reset(new uint8_t[slots_ * d_.padded()]);
+    codes_.reset(allocate_codes(slots_ * d_.padded()));
     step_.assign(slots_, kTiny);
     inverse_.assign(slots_, 1.0f / kTiny);
     reach_.assign(slots_, 0.0f);
+    length_.assign(slots_, 0.0f);
     cut.assign(slots_, std::numeric_limits<float>::infinity());
     dropped.assign(slots_, 1);
     lists.resize(slots_);
-    counts_.assign(slots_, 0);
     blocks([&](int64_t begin, int64_t end) { quantise(begin, end); });
   }
 
   int64_t size() const { return static_cast<int64_t>(ids_.size()); }
   int32_t id(int64_t i) const { return ids_[i]; }
+
+  float length(int64_t i) const { return length_[i]; }  // |x|
 
   float error(int64_t i, int32_t feature) const { return d_.error(feature, step_[i], reach_[i]); }
 
@@ -123,9 +126,9 @@ class RowSet {
       step_[i] = q.step;
       inverse_[i] = 1.0f / q.step;
       // |x'| <= |x| + |error of rounding|.
-      const float length =
-          std::sqrt(q.norm2) * inverse_[i] + std::sqrt(static_cast<float>(d_.padded()));
-      reach_[i] = length * length;
+      length_[i] = std::sqrt(q.norm2);
+      const float most = length_[i] * inverse_[i] + std::sqrt(static_cast<float>(d_.padded()));
+      reach_[i] = most * most;
       cut[i] = 0.0f;
       dropped[i] = 0;
     }
@@ -133,48 +136,31 @@ class RowSet {
 
   void screen_block(int64_t first, int64_t last, int64_t begin, int64_t end, int64_t k,
                     int64_t most) {
-    const int64_t room = kLook * d_.panel_features();
-    std::vector<Candidate> sink(room);
-    std::vector<Candidate*> to(last - first, sink.data());
-    std::vector<size_t> look(last - first, std::max<int64_t>(2 * k, 128));
+    std::vector<Found> found((last - first) * d_.panel_features());
+    std::vector<int64_t> look(last - first, std::max(kLeastLook, 8 * k));
     std::vector<uint32_t> orders;
-    ScreenRows rows = {codes(first),
-                       (last - first) / kRowPanel,
-                       d_.padded() / kGroup,
-                       step_.data() + first,
-                       inverse_.data() + first,
-                       reach_.data() + first,
-                       cut.data() + first,
-                       to.data(),
-                       counts_.data() + first,
-                       d_.confidence()};
-    for (int64_t panel = begin; panel < end; panel += kLook) {
-      for (int64_t i = first; i < last; ++i) {
-        counts_[i] = 0;
+    const ScreenRows rows = {codes(first),
+                             (last - first) / kRowPanel,
+                             d_.padded() / kGroup,
+                             step_.data() + first,
+                             inverse_.data() + first,
+                             reach_.data() + first,
+                             cut.data() + first,
+                             d_.confidence()};
+    for (int64_t panel = begin; panel < end; ++panel) {
+      const int64_t count = kernels_.screen(rows, d_.panel(panel), found.data());
+      for (int64_t e = 0; e < count; ++e) {
+        const int64_t i = first + found[e].row;
         if (dropped[i]) continue;
-        // The list grows by `room` for the kernel to write to, then shrinks to what it wrote.
-        lists[i].resize(lists[i].size() + room);
-        to[i - first] = lists[i].data() + lists[i].size() - room;
-      }
-      for (int64_t j = panel; j < std::min(panel + kLook, end); ++j) {
-        kernels_.screen(rows, d_.panel(j));
-      }
-      for (int64_t i = first; i < last; ++i) {
-        if (dropped[i]) {
-          to[i - first] = sink.data();
-          continue;
-        }
         auto& list = lists[i];
-        list.resize(list.size() - room + counts_[i]);
-        const bool done = panel + kLook >= end;
-        if (k == 0 || (list.size() < look[i - first] && !done)) continue;
+        list.push_back(found[e].candidate);
+        if (k == 0 || static_cast<int64_t>(list.size()) < look[found[e].row]) continue;
         raise(i, k, orders);
-        look[i - first] = std::max(2 * list.size(), look[i - first]);
+        look[found[e].row] = std::max<int64_t>(2 * list.size(), look[found[e].row]);
         if (static_cast<int64_t>(list.size()) > most) {
           dropped[i] = 1;
           cut[i] = std::numeric_limits<float>::infinity();
           std::vector<Candidate>().swap(list);
-          to[i - first] = sink.data();
         }
       }
     }
@@ -194,9 +180,8 @@ class RowSet {
   int64_t first_row_;
   std::vector<int32_t> ids_;
   int64_t slots_;
-  std::unique_ptr<uint8_t[]> codes_;
-  std::vector<float> step_, inverse_, reach_;
-  std::vector<int32_t> counts_;
+  Codes codes_;
+  std::vector<float> step_, inverse_, reach_, length_;
 };
 
 }  // namespace sidechain::cpu

@@ -14,15 +14,21 @@
 
 namespace sidechain::cpu {
 
-constexpr int64_t kRowPanel = 4;  // rows that share each load of packed features
-constexpr int64_t kGroup = 8;     // elements of a row that meet in one 16-bit sum, in two lanes
-// Codes of x run from 0 to 2 kZero. More would leave fewer bits to w in the 16-bit sums: 100
+constexpr int64_t kRowPanel = 6;   // rows that share each load of packed features
+constexpr int64_t kGroup = 16;     // elements of a row that meet in one 16-bit sum, in two lanes
+constexpr int64_t kMostRows = 48;  // rows of one call of `screen`
+// Codes of x run from 0 to 2 kZero. More would leave fewer bits to w in the 16-bit sums: about 76
 // minimises the sum of both errors for normal data.
-constexpr int kZero = 100;
+constexpr int kZero = 76;
 
 struct Candidate {
   float z;
   int32_t feature;
+};
+// What the screen lets pass, in the order of its loops.
+struct Found {
+  Candidate candidate;
+  int32_t row;
 };
 
 // Scales of a quantised row or feature.
@@ -53,9 +59,7 @@ struct ScreenRows {
   const float* inverse;  // 1 / p
   const float* reach;    // (|x'| / p)^2
   const float* cut;      // what z + error must reach
-  Candidate** lists;     // room for a panel more at each call
-  int32_t* counts;
-  float confidence;  // c
+  float confidence;      // c
 };
 
 #define SIDECHAIN_DECLARE(ID, NAME)                                                              \
@@ -69,8 +73,9 @@ struct ScreenRows {
   Quantised quantise_row(const float* v, int64_t n, int64_t salt, uint8_t* codes);               \
   /* Codes of 4 elements every 4 * feature_panel() bytes. */                                     \
   Quantised quantise_feature(const float* v, int64_t n, int64_t salt, int8_t* codes);            \
-  /* Appends the pairs whose z may reach the cut of the row. */                                  \
-  void screen(const ScreenRows& rows, const FeaturePanel& panel);                                \
+  /* Writes the pairs whose z may reach the cut of the row, in the worst case all of them, and   \
+     returns their number. */                                                                    \
+  int64_t screen(const ScreenRows& rows, const FeaturePanel& panel, Found* found);               \
   /* out[i] = <w, x + which[i] * x_row> summed in float64; `wide` holds n doubles. */            \
   void exact(const float* w, const float* x, int64_t x_row, const int32_t* which, int64_t count, \
              int64_t n, double* wide, double* out);                                              \
