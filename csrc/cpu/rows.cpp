@@ -1,7 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "sidechain/rows.h"
 
+#include <algorithm>
 #include <cstring>
+#include <memory>
+
+#include "cpu/kernels/moments.h"
 
 namespace sidechain {
 
@@ -25,6 +29,22 @@ inline void touch_pages(const uint8_t* row, int64_t row_bytes) {
   for (const uint8_t* page = row + (kPage - reinterpret_cast<uintptr_t>(row) % kPage); page < end;
        page += kPage) {
     __builtin_prefetch(page);
+  }
+}
+
+// Floats of a chunk of moments: 64 KiB, which the second-level cache holds with room to spare.
+constexpr int64_t kChunk = 16384;
+constexpr int64_t kWidest = 16;  // lanes of the widest vectors
+
+auto moments_entry(Isa isa) {
+  switch (isa) {
+#define SIDECHAIN_CASE(ID, NAME) \
+  case Isa::ID:                  \
+    return cpu::NAME::moments_chunk;
+    SIDECHAIN_FOR_EACH_ISA(SIDECHAIN_CASE)
+#undef SIDECHAIN_CASE
+    default:
+      return cpu::baseline::moments_chunk;
   }
 }
 
@@ -64,6 +84,16 @@ void gather_rows(const uint8_t* const* sources, int64_t count, int64_t row_bytes
     }
     __builtin_prefetch(next + row_bytes - 1);
     std::memcpy(target + lines, source + lines, static_cast<size_t>(row_bytes - lines));
+  }
+}
+
+void moments(MomentsParams& p, Isa isa) {
+  const auto take_in = moments_entry(isa);
+  const int64_t padded = (p.width + kWidest - 1) / kWidest * kWidest;
+  const int64_t rows = std::max<int64_t>(1, kChunk / padded);
+  const std::unique_ptr<float[]> scratch(new float[rows * padded]());
+  for (int64_t begin = 0; begin < p.count; begin += rows) {
+    take_in(p, begin, std::min(p.count, begin + rows), padded, scratch.get());
   }
 }
 

@@ -21,7 +21,7 @@ from sidechain.testing import tiny_pipeline
 from .conftest import UNIT_ROWS, WIDTH, write_unit
 
 SITES = ("a", "cross:3")
-CALLS = ("write", "fsync", "replace", "ftruncate", "unlink", "mkdir", "open")
+CALLS = ("writev", "fsync", "replace", "ftruncate", "unlink", "mkdir", "open")
 TOTAL = 5
 
 
@@ -45,6 +45,8 @@ def write_some(folder: Path, units: int = TOTAL) -> None:
     ) as writer:
         for unit in range(writer.progress, units):
             write_unit(writer, unit)
+            if unit % 2:
+                writer.flush()
 
 
 def forked(work: Callable[[], None]) -> int:

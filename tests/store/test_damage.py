@@ -215,7 +215,7 @@ class TestFullDisk:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         check_and_continue(tmp_path / "s", expected)
 
-    @pytest.mark.parametrize("name", ["write", "fsync", "replace"])
+    @pytest.mark.parametrize("name", ["writev", "fsync", "replace"])
     def test_at_every_call(
         self,
         tmp_path: Path,
@@ -255,23 +255,26 @@ class TestFullDisk:
     def test_a_disk_that_has_room_again_loses_only_the_open_unit(
         self, tmp_path: Path, expected: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        folder, inner, calls = tmp_path / "s", os.write, 0
+        folder, inner, size = tmp_path / "s", os.writev, WIDTH * 4 * UNIT_ROWS
 
-        def call(descriptor: int, content: Any) -> int:
-            nonlocal calls
-            calls += 1
-            if calls == 8:
-                inner(descriptor, content[:1000])  # half a row is on disk already
+        def call(descriptor: int, parts: Any) -> int:
+            content = b"".join(parts)
+            room = 9 * size - os.fstat(descriptor).st_size  # the tail of seven units fits as well
+            if len(content) > room:
+                inner(descriptor, [content[: max(0, room)]])  # half of it is on disk already
                 raise OSError(errno.ENOSPC, "No space left on device")
-            return inner(descriptor, content)
+            return inner(descriptor, parts)
 
-        monkeypatch.setattr(os, "write", call)
+        monkeypatch.setattr(os, "writev", call)
         with (
             pytest.raises(OSError, match="No space left"),
             ActivationWriter(folder, {"cross:3": WIDTH}, dtype=torch.float32) as writer,
         ):
-            for unit in range(UNITS):
+            for unit in range(7):
                 write_unit(writer, unit)
+            with writer.unit():
+                for unit in range(30):
+                    writer.write({"cross:3": rows_of(unit)})
         monkeypatch.undo()
         assert len(ActivationStore(folder)) == 7 * UNIT_ROWS
         check_and_continue(folder, expected)

@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
-// Rows of a store: where a shuffled order is, and copies of rows that lie anywhere in memory.
-// The definitions are python/sidechain/store/permutation.py and gather.py.
+// Rows of a store: where a shuffled order is, copies of rows that lie anywhere in memory, moments.
+// The definitions are python/sidechain/store/permutation.py, gather.py and statistics.py.
 #pragma once
 
 #include <array>
 #include <cstdint>
+
+#include "sidechain/dtype.h"
+#include "sidechain/isa.h"
 
 namespace sidechain {
 
@@ -23,5 +26,22 @@ void permute(const Order& order, const int64_t* positions, int64_t count, int64_
 
 // out[i] = the row_bytes bytes at sources[i], i < count. Neither aligned nor of a special size.
 void gather_rows(const uint8_t* const* sources, int64_t count, int64_t row_bytes, uint8_t* out);
+
+// Streaming moments of rows [count, width], contiguous; everything but the rows is updated.
+struct MomentsParams {
+  const void* rows;
+  Dtype dtype;
+  int64_t count;
+  int64_t width;
+  int64_t seen;  // rows that mean and m2 stand for already
+  double* mean;  // [width]
+  double* m2;    // [width], sum of (x - mean)^2
+  double norm_sum;
+  double norm_squares;
+  double norm_max;
+};
+
+// Deterministic for one ISA. NaN and infinity of any row reach m2 of their column.
+void moments(MomentsParams& p, Isa isa);
 
 }  // namespace sidechain

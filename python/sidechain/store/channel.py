@@ -15,11 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .layout import Columns
+from .labels import Labels
 
 POLICIES = ("block", "drop", "spill", "error")
 
-Rows = Mapping[str, tuple[Tensor, Columns]]
+Rows = Mapping[str, tuple[Tensor, Labels]]
+
+# Small pieces are handled together, up to so many bytes, and wait so many seconds for company.
+_BATCH_BYTES = 1 << 20
+_PATIENCE = 0.05
 
 
 @dataclass
@@ -83,12 +87,20 @@ class Channel:
         policy: what happens to rows that find no room: "block" (wait), "drop" (throw away and
             count), "spill" (wait on disk), "error" (raise).
         spill: file for "spill".
+        batch_bytes: rows that `get` hands out together, at most.
     """
 
-    def __init__(self, limit: int, policy: str, spill: Spill | None) -> None:
+    def __init__(
+        self, limit: int, policy: str, spill: Spill | None, batch_bytes: int = _BATCH_BYTES
+    ) -> None:
         self.limit, self.policy, self.spill = limit, policy, spill
-        self.waiting_bytes = 0
+        self.waiting_bytes = 0  # queued, and taken but not yet done
         self.peak_bytes = 0
+        self._queued_bytes = 0
+        self._held = 0
+        self._urgent = False
+        self._batch_bytes = min(batch_bytes, _BATCH_BYTES)
+        self._enough = min(self._batch_bytes, limit // 4)
         self._items: deque[tuple[Any, int]] = deque()
         self._changed = threading.Condition()
         self._failure: BaseException | None = None
@@ -101,11 +113,21 @@ class Channel:
             self.waiting_bytes = 0
             self._changed.notify_all()
 
-    def put(self, item: Any) -> None:
-        """Add something that is not rows."""
+    def put(self, item: Any, urgent: bool = True) -> None:
+        """Add something that is not rows; what is not urgent may wait for more to come."""
         with self._changed:
             self._check()
-            self._items.append((item, 0))
+            self._add(item, 0, urgent)
+
+    def _add(self, item: Any, size: int, urgent: bool = False) -> None:
+        first = not self._items
+        self._items.append((item, size))
+        self.waiting_bytes += size
+        self._queued_bytes += size
+        self.peak_bytes = max(self.peak_bytes, self.waiting_bytes)
+        self._urgent |= urgent
+        # The thread is not woken for every small piece: that would cost more than the piece.
+        if first or self._urgent or self._queued_bytes >= self._enough:
             self._changed.notify_all()
 
     def put_rows(self, rows: Rows, ready: Callable[[], None] | None = None) -> bool:
@@ -133,13 +155,12 @@ class Channel:
                         f"[policy='error'], got {self.waiting_bytes} bytes waiting"
                     )
                 if self.policy == "block":
+                    self._urgent = True
+                    self._changed.notify_all()
                     self._changed.wait_for(lambda: self._failure is not None or self._fits(size))
                     self._check()
             if self._fits(size) or self.spill is None:
-                self._items.append((("rows", (rows, ready)), size))
-                self.waiting_bytes += size
-                self.peak_bytes = max(self.peak_bytes, self.waiting_bytes)
-                self._changed.notify_all()
+                self._add(("rows", (rows, ready)), size)
                 return True
         # Outside of the lock: the writer thread goes on while the disk is busy.
         if ready is not None:
@@ -148,22 +169,28 @@ class Channel:
         self.put(("rows", (placed, None)))
         return True
 
-    def get(self) -> Any:
-        """Take the next item, waiting for one; its bytes count until `done`."""
+    def get(self) -> list[Any]:
+        """Take some items, in order, waiting for them; their bytes count until `done`."""
         with self._changed:
             self._changed.wait_for(lambda: bool(self._items))
-            item, size = self._items.popleft()
-            self._held = size
-            return item
+            self._changed.wait_for(
+                lambda: self._urgent or self._queued_bytes >= self._enough, timeout=_PATIENCE
+            )
+            taken = []
+            while self._items and self._held < self._batch_bytes:
+                item, size = self._items.popleft()
+                taken.append(item)
+                self._held += size
+            self._queued_bytes -= self._held
+            self._urgent &= bool(self._items)
+            return taken
 
     def done(self) -> None:
-        """Say that the last item taken is finished with."""
+        """Say that the items taken are finished with."""
         with self._changed:
             self.waiting_bytes -= self._held
             self._held = 0
             self._changed.notify_all()
-
-    _held = 0
 
     def _fits(self, size: int) -> bool:
         return self.waiting_bytes == 0 or self.waiting_bytes + size <= self.limit

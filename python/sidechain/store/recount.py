@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from safetensors.torch import load
 
-from .layout import DTYPES, Columns, Manifest
+from .labels import Labels
+from .layout import DTYPES, Manifest
 from .shard import MappedShard, decode
 from .statistics import Statistics
 
@@ -54,23 +55,21 @@ def recount(folder: Path, manifest: Manifest, site: str) -> Statistics:
             keep = good[start:stop]
             stored = torch.from_numpy(np.array(mapped.rows[start:stop][keep]))
             if len(stored):
-                columns = {name: c[start:stop][keep] for name, c in mapped.columns.items()}
                 rows = decode(stored, DTYPES[manifest.dtype], entry.width)
-                count(statistics, rows, columns)
+                columns = {name: c[start:stop][keep] for name, c in mapped.columns.items()}
+                count(statistics, rows, Labels(len(rows), **columns))
     return statistics
 
 
-def count(statistics: Statistics, rows: torch.Tensor, columns: Columns) -> bool:
-    """Add rows [n, C] with their labels to the cells they belong to.
+def count(statistics: Statistics, rows: torch.Tensor, labels: Labels) -> bool:
+    """Add rows [n, C] to the cells they belong to.
 
     Returns:
         Whether all rows were finite.
     """
-    cells = columns["step"].astype(np.int64) * 256 + columns["branch"]
-    edges = (np.flatnonzero(np.diff(cells)) + 1).tolist()
     finite = True
-    for start, stop in zip([0, *edges], [*edges, len(cells)], strict=True):
-        moments = statistics.at(divmod(int(cells[start]), 256))
+    for start, stop, cell in labels.cells():
+        moments = statistics.at(cell)
         moments.add(rows[start:stop])
         finite &= moments.finite()
     return finite

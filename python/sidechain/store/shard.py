@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .._atomic import sync_folder
+from .labels import Labels, join_columns
 from .layout import (
     COLUMNS,
     Columns,
@@ -28,6 +29,7 @@ from .layout import (
 )
 
 Bytes = NDArray[np.uint8]
+_PARTS = 1024  # of one writev, IOV_MAX of Linux
 
 
 @dataclass
@@ -35,7 +37,7 @@ class _Mark:
     """A state of an open shard that it can go back to."""
 
     rows: int
-    columns: int
+    labels: int
     checksums: int
     checksum: int
     rows_in_block: int
@@ -50,7 +52,7 @@ class OpenShard:
         self.path = root / file
         self.partial = self.path.with_name(self.path.name + ".tmp")
         self.rows = 0
-        self._columns: list[Columns] = []
+        self._labels: list[Labels] = []
         self._checksums: list[int] = []
         self._checksum = 0
         self._rows_in_block = 0
@@ -68,9 +70,15 @@ class OpenShard:
         """Rows before the mark."""
         return self._mark.rows
 
-    def append(self, rows: Bytes, columns: Columns) -> None:
-        """Add rows [n, row_bytes] with their labels [n] each."""
-        _write(self._descriptor, rows.data.cast("B"))
+    def append(self, pieces: Sequence[tuple[Bytes, Labels]]) -> None:
+        """Add rows [n, row_bytes] with their labels, piece by piece, in one write."""
+        _write(self._descriptor, [rows.data.cast("B") for rows, _ in pieces])
+        for rows, labels in pieces:
+            self._sum(rows)
+            self._labels.append(labels)
+            self.rows += len(rows)
+
+    def _sum(self, rows: Bytes) -> None:
         start = 0
         while start < len(rows):
             stop = min(len(rows), start + self.block_rows - self._rows_in_block)
@@ -79,14 +87,12 @@ class OpenShard:
             if self._rows_in_block == self.block_rows:
                 self._close_block()
             start = stop
-        self._columns.append(columns)
-        self.rows += len(rows)
 
     def mark(self) -> None:
         """Remember this state for `rollback`."""
         self._mark = _Mark(
             self.rows,
-            len(self._columns),
+            len(self._labels),
             len(self._checksums),
             self._checksum,
             self._rows_in_block,
@@ -98,7 +104,7 @@ class OpenShard:
         os.ftruncate(self._descriptor, mark.rows * self.row_bytes)
         os.lseek(self._descriptor, 0, os.SEEK_END)
         self.rows = mark.rows
-        del self._columns[mark.columns :]
+        del self._labels[mark.labels :]
         del self._checksums[mark.checksums :]
         self._checksum, self._rows_in_block = mark.checksum, mark.rows_in_block
 
@@ -106,13 +112,9 @@ class OpenShard:
         """Write the tail, make the file durable and give it its name."""
         if self._rows_in_block:
             self._close_block()
-        columns = {
-            name: np.concatenate([c[name] for c in self._columns], dtype=dtype)
-            for name, dtype in COLUMNS.items()
-        }
-        tail = pack_tail(columns, np.array(self._checksums, dtype=np.uint32))
+        tail = pack_tail(join_columns(self._labels), np.array(self._checksums, dtype=np.uint32))
         padding = tail_offset(self.rows, self.row_bytes) - self.nbytes
-        _write(self._descriptor, memoryview(bytes(padding) + tail))
+        _write(self._descriptor, [memoryview(bytes(padding) + tail)])
         os.fsync(self._descriptor)
         self._close()
         os.replace(self.partial, self.path)
@@ -134,9 +136,13 @@ class OpenShard:
         self._checksum = self._rows_in_block = 0
 
 
-def _write(descriptor: int, content: memoryview) -> None:
-    while len(content):
-        content = content[os.write(descriptor, content) :]
+def _write(descriptor: int, parts: list[memoryview]) -> None:
+    while parts:
+        written = os.writev(descriptor, parts[:_PARTS])
+        while parts and written >= len(parts[0]):
+            written -= len(parts.pop(0))
+        if written:
+            parts[0] = parts[0][written:]
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from .._atomic import write_atomic
-from .layout import DTYPES, MANIFEST, Columns, Manifest
+from .labels import Labels
+from .layout import DTYPES, MANIFEST, Manifest
 from .recount import count, load_statistics
 from .shard import OpenShard, decode, encode
 from .statistics import Statistics
@@ -47,23 +48,27 @@ class Sink:
 
     # -- rows -----------------------------------------------------------------------------------
 
-    def append(self, site: str, rows: Tensor, columns: Columns) -> None:
-        """Add rows [n, C] of a unit with their labels.
+    def append(self, site: str, pieces: Sequence[tuple[Tensor, Labels]]) -> None:
+        """Add pieces of a unit: rows [n, C] with their labels.
 
         Raises:
             ValueError: a row that is not finite in the dtype of the store.
             OSError: from the file system.
         """
-        if not len(rows):
-            return
-        stored = encode(rows, self.dtype)
-        kept = decode(torch.from_numpy(stored), self.dtype, rows.shape[1])
-        if not count(self._unit[site], kept, columns):
-            raise ValueError(
-                f"store: expected finite rows in {self.manifest.dtype} at {site} [float16 ends at "
-                "65504; bfloat16 and float32 reach 3e38], got NaN or infinity"
-            )
-        self._shard(site).append(stored, columns)
+        encoded = []
+        for rows, labels in pieces:
+            if not len(rows):
+                continue
+            stored = encode(rows, self.dtype)
+            kept = decode(torch.from_numpy(stored), self.dtype, rows.shape[1])
+            if not count(self._unit[site], kept, labels):
+                raise ValueError(
+                    f"store: expected finite rows in {self.manifest.dtype} at {site} [float16 ends "
+                    "at 65504; bfloat16 and float32 reach 3e38], got NaN or infinity"
+                )
+            encoded.append((stored, labels))
+        if encoded:
+            self._shard(site).append(encoded)
 
     def _shard(self, site: str) -> OpenShard:
         if site not in self._open:

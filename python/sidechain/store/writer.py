@@ -12,16 +12,16 @@ from typing import Any, Self
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from .._atomic import write_atomic
-from .channel import POLICIES, Channel, Spill, Spilled
+from .batching import Batch
+from .channel import POLICIES, Channel, Spill
+from .labels import Labels, read_labels
 from .layout import (
-    COLUMNS,
     DTYPES,
     MANIFEST,
-    Columns,
     Manifest,
     SiteEntry,
     site_folder,
@@ -96,7 +96,7 @@ class ActivationWriter:
         self.dtype = dtype
         self.branches = tuple(branches)
         self.sites = dict(sites)
-        self._channel = Channel(queue_bytes, policy, self._spill)
+        self._channel = Channel(queue_bytes, policy, self._spill, batch_bytes=shard_bytes)
         self._in_unit = False
         self._grid: Any = None
         self._failure: BaseException | None = None
@@ -176,16 +176,17 @@ class ActivationWriter:
         self._check_open()
         self._check_rows(rows)
         branch = self._branch_number(branch)
-        packed: dict[str, tuple[Tensor, Columns]] = {}
+        packed: dict[str, tuple[Tensor, Labels]] = {}
+        target = torch.float32 if self.dtype == torch.int8 else self.dtype
         for site, tensor in rows.items():
-            columns = _columns(len(tensor), step, branch, prompt, token)
-            target = torch.float32 if self.dtype == torch.int8 else self.dtype
-            packed[site] = (tensor.detach().to("cpu", target, copy=copy).contiguous(), columns)
+            labels = read_labels(len(tensor), step, branch, prompt, token)
+            packed[site] = (tensor.detach().to("cpu", target, copy=copy).contiguous(), labels)
         kept = self._channel.put_rows(packed, ready)
         if not kept:
-            self._channel.put(("dropped", {site: len(tensor) for site, tensor in rows.items()}))
+            lost = {site: len(tensor) for site, tensor in rows.items()}
+            self._channel.put(("dropped", lost), urgent=False)
         if not self._in_unit:
-            self._channel.put(("end", None))
+            self._channel.put(("end", None), urgent=False)
         return kept
 
     @contextlib.contextmanager
@@ -205,7 +206,7 @@ class ActivationWriter:
             self._channel.put(("rollback", None))
             raise
         else:
-            self._channel.put(("end", progress))
+            self._channel.put(("end", progress), urgent=False)
         finally:
             self._in_unit = False
 
@@ -300,40 +301,27 @@ class ActivationWriter:
             raise answer.error
 
     def _run(self) -> None:
+        batch = Batch(self._sink, self._spill)
         try:
             while True:
-                kind, content = self._channel.get()
-                try:
-                    if kind == "close":
+                for kind, content in self._channel.get():
+                    if kind in ("rows", "end", "dropped"):
+                        batch.add(kind, content)
+                        continue
+                    batch.flush()
+                    if kind == "ask":
+                        content.run()
+                    else:
                         self._sink.rollback()
+                        batch.forget()
+                    if kind == "close":
                         self._sink.commit()
                         return
-                    self._handle(kind, content)
-                finally:
-                    self._channel.done()
+                batch.flush()
+                self._channel.done()
         except BaseException as error:
             self._failure = self._salvage(error)
             self._channel.fail(self._failure)
-
-    def _handle(self, kind: str, content: Any) -> None:
-        if kind == "rows":
-            rows_of_sites, ready = content
-            if ready is not None:
-                ready()
-            for site, (held, columns) in rows_of_sites.items():
-                rows = held
-                if isinstance(held, Spilled) and self._spill is not None:
-                    rows = self._spill.take(held)
-                self._sink.append(site, rows, columns)
-        elif kind == "dropped":
-            for site, count in content.items():
-                self._sink.drop(site, count)
-        elif kind == "end":
-            self._sink.end(content)
-        elif kind == "rollback":
-            self._sink.rollback()
-        else:
-            content.run()
 
     def _salvage(self, error: BaseException) -> BaseException:
         """Keep the complete units if that is still possible; say what is intact."""
@@ -424,33 +412,3 @@ def _open(folder: Path, wanted: Manifest, mode: str) -> Manifest:
     check_facts(found, wanted, folder)
     clean(folder, found)
     return found
-
-
-def _columns(
-    count: int, step: ArrayLike, branch: ArrayLike, prompt: ArrayLike, token: ArrayLike | None
-) -> Columns:
-    given = {
-        "step": step,
-        "branch": branch,
-        "prompt": prompt,
-        "token": np.arange(count) if token is None else token,
-    }
-    return {name: _column(name, value, count) for name, value in given.items()}
-
-
-def _column(name: str, value: ArrayLike, count: int) -> NDArray[Any]:
-    array = np.asarray(value)
-    if array.dtype.kind not in "iu":
-        raise TypeError(f"store: expected integers in {name}, got {array.dtype}")
-    if array.shape not in ((), (count,)):
-        raise ValueError(
-            f"store: expected {name} as a number or of shape [{count}] [rows], got "
-            f"{list(array.shape)}"
-        )
-    limits = np.iinfo(COLUMNS[name])
-    if array.size and (array.min() < limits.min or array.max() > limits.max):
-        raise ValueError(
-            f"store: expected {name} within [{limits.min}, {limits.max}], got "
-            f"{array.min()} to {array.max()}"
-        )
-    return np.broadcast_to(array.astype(COLUMNS[name]), (count,))
