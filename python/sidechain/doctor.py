@@ -80,9 +80,11 @@ def format_doctor(report: dict[str, Any]) -> str:
     lines += ["", "instruction sets", f"  available  {_text(isa['available'], '-')}"]
     lines += [f"  used       {_text(isa['used'], 'none: the reference runs')}"]
     lines += ["", "ops"]
+    width = max(map(len, report["ops"]))
     for op, reasons in report["ops"].items():
         for backend, reason in reasons.items():
-            lines.append(f"  {op:<16}{backend:<10}  {'yes' if reason is None else 'no: ' + reason}")
+            answer = "yes" if reason is None else "no: " + reason
+            lines.append(f"  {op:<{width}}  {backend:<9}  {answer}")
     return "\n".join(lines[1:])
 
 

@@ -38,16 +38,23 @@ def upcast(args: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _sentinel(dtype: torch.dtype) -> Tensor:
+    """What no test writes; of masks, the value that would change a result."""
+    return torch.full((1,), -12345.0).to(dtype)
+
+
 def guarded(t: Tensor, offset: int, pad: int = 64) -> tuple[Tensor, Tensor]:
     """A view of t's content at an odd offset inside a larger buffer full of sentinels."""
-    whole = torch.full((t.numel() + offset + pad,), -12345.0).to(t.dtype)
+    size = t.numel() + offset + pad
+    whole = _sentinel(t.dtype).to(t.device).repeat(size)
     view = whole[offset : offset + t.numel()].view(t.shape)
     view.copy_(t)
     return view, whole
 
 
 def guards_intact(whole: Tensor, view: Tensor, offset: int) -> bool:
-    sentinel = torch.full((1,), -12345.0).to(whole.dtype)
+    """Whether nothing was written around a guarded view."""
+    sentinel = _sentinel(whole.dtype).to(whole.device)
     return bool(
         (whole[:offset] == sentinel).all() and (whole[offset + view.numel() :] == sentinel).all()
     )

@@ -1,80 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
+"""`tap_`: numbers on every backend, any layout."""
+
 from __future__ import annotations
 
-import math
-import shutil
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ops.support import DEVICE, backend_params, clone, guarded, guards_intact, upcast
-from sidechain.ops import backends, tap_
-from sidechain.reference import tap as reference
+from ops.support import DEVICE, clone, guarded, guards_intact, upcast
+from ops.tap_calls import check, dtypes, every_backend, plain, run
+from sidechain.ops import tap_
 from sidechain.testing.cases import DTYPES, TAP_CASES, TapCase
-from sidechain.testing.tolerance import assert_close
-
-BACKENDS = backend_params("tap_")
-OUTPUTS = ("x", "sums", "squares", "counts", "ring")
-dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
-
-
-def run(args: dict[str, Any], **more: Any) -> dict[str, Any]:
-    """Call tap_ on copies and return the copies."""
-    args = clone(args)
-    assert tap_(**args, **more) is args["x"]
-    return args
-
-
-def check(args: dict[str, Any], got: dict[str, Any]) -> None:
-    """Compare with the reference in float64, by what the reference errs in the dtype of x."""
-    exact = upcast(args)
-    tap_(**exact, backend="reference")
-    eager = run(args, backend="reference")
-    for name in OUTPUTS:
-        if name in args:
-            assert_close(name, got[name], exact[name], eager[name])
-
-
-def plain(args: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Token by token in NumPy float64, written from the docstring and not from the reference."""
-    x = args["x"].double().numpy()
-    rows, tokens, _ = x.shape
-    y = x.copy()
-    out = {k: args[k].double().numpy().copy() for k in OUTPUTS[1:] if k in args}
-    slot = int(args["capture_slot"][0]) if "capture_slot" in args else 0
-
-    def on(mask: str, r: int, t: int) -> bool:
-        return mask not in args or bool(args[mask][r if args[mask].shape[0] > 1 else 0, t])
-
-    for r in range(rows):
-        for t in range(tokens):
-            if on("capture_mask", r, t):
-                if "sums" in out:
-                    out["sums"][slot, r] += x[r, t]
-                if "squares" in out:
-                    out["squares"][slot, r] += x[r, t] ** 2
-                if "counts" in out:
-                    out["counts"][slot, r] += 1
-                if "ring" in out and t % args.get("ring_stride", 1) == 0:
-                    out["ring"][slot, r, t // args.get("ring_stride", 1)] = x[r, t]
-            a = float(args["strength"][r]) if "strength" in args else 0.0
-            b = float(args["removal"][r]) if "removal" in args else 0.0
-            which = int(args["index"][r]) if "index" in args else 0
-            if "vectors" not in args or which < 0 or (a == 0 and b == 0):
-                continue
-            if on("steer_mask", r, t):
-                v = args["vectors"][which, int(args["steer_slot"][0])].double().numpy()
-                new = x[r, t] + (a - b * max(0.0, float(x[r, t] @ v))) * v
-                if args.get("renorm", False) and np.linalg.norm(new) > 0:
-                    new *= np.linalg.norm(x[r, t]) / np.linalg.norm(new)
-                y[r, t] = new
-    return torch.from_numpy(y), {k: torch.from_numpy(v) for k, v in out.items()}
 
 
 class TestNumerics:
@@ -145,19 +86,32 @@ class TestLayout:
     @dtypes
     @pytest.mark.parametrize("offset", range(18))
     def test_offset_views_and_guards(self, offset: int, dtype: torch.dtype, backend: str) -> None:
-        if DEVICE[backend] != "cpu":
-            pytest.skip("guard bands are laid in host memory")
+        """Every buffer, read or written, lies between sentinels."""
         args = TapCase(
-            2, 5, 23, removal=True, renorm=True, sums=True, squares=True, counts=True, ring=dtype,
-            ring_stride=2, capture_mask=2,
-        ).make(dtype)  # fmt: skip
+            2, 5, 23, removal=True, renorm=True, index=True, steer_mask=2, sums=True, squares=True,
+            counts=True, ring=dtype, ring_stride=2, capture_mask=2,
+        ).make(dtype, device=DEVICE[backend])  # fmt: skip
         moved, wholes = clone(args), {}
-        for name in (*OUTPUTS, "vectors", "strength", "removal"):
-            moved[name], wholes[name] = guarded(args[name], offset)
+        for name, value in args.items():
+            if isinstance(value, Tensor):
+                moved[name], wholes[name] = guarded(value, offset)
         tap_(**moved, backend=backend)
         check(args, moved)
         for name, whole in wholes.items():
             assert guards_intact(whole, moved[name], offset), name
+
+    @every_backend
+    @dtypes
+    @pytest.mark.parametrize("channels", [1, 7, 64, 1280, 2560, 3072])
+    @pytest.mark.parametrize("tokens", [0, 1, 18])
+    def test_channels(self, tokens: int, channels: int, dtype: torch.dtype, backend: str) -> None:
+        case = TapCase(
+            1, tokens, channels, removal=True, renorm=True, sums=True, squares=True, counts=True,
+            ring=torch.float16, ring_stride=3,
+        )  # fmt: skip
+        for rows in (1, 2):
+            args = replace(case, rows=rows).make(dtype, device=DEVICE[backend])
+            check(args, run(args, backend=backend))
 
     @every_backend
     @dtypes
@@ -197,283 +151,3 @@ class TestLayout:
         for other in seen[1:]:
             for name in ("x", "sums", "squares", "counts"):
                 assert torch.equal(seen[0][name], other[name]), name
-
-
-class TestEdges:
-    @every_backend
-    @dtypes
-    @pytest.mark.parametrize(
-        "change",
-        [
-            {"strength": torch.zeros(2)},
-            {"steer_slot": torch.tensor([-1])},
-            {"steer_slot": torch.tensor([4])},
-            {"index": torch.tensor([-1, -1], dtype=torch.int32)},
-            {"index": torch.tensor([3, 99], dtype=torch.int32)},
-            {"steer_mask": torch.zeros(1, 33, dtype=torch.bool)},
-            {"strength": torch.zeros(2), "removal": torch.zeros(2)},
-        ],
-        ids=["strength0", "slot-1", "slot4", "index-1", "index99", "masked", "removal0"],
-    )
-    def test_untouched_is_bit_identical(
-        self, change: dict[str, Tensor], dtype: torch.dtype, backend: str
-    ) -> None:
-        args = TapCase(2, 33, 40, renorm=True).make(dtype, device=DEVICE[backend])
-        x = args["x"]
-        x[0, 0, 0], x[0, 0, 1], x[1, 2, 3], x[1, 2, 4] = math.nan, -0.0, math.inf, -math.inf
-        args.update({k: v.to(x.device) for k, v in change.items()})
-        got = run(args, backend=backend)["x"]
-        bits = torch.int32 if dtype == torch.float32 else torch.int16
-        assert torch.equal(got.view(bits), x.view(bits))
-
-    @every_backend
-    def test_only_chosen_rows_and_tokens_change(self, backend: str) -> None:
-        args = TapCase(3, 20, 24, steer_mask=3).make(torch.float32, device=DEVICE[backend])
-        args["strength"][1] = 0.0
-        got = run(args, backend=backend)["x"]
-        changed = (got != args["x"]).any(-1)
-        expected = args["steer_mask"].clone()
-        expected[1] = False
-        assert torch.equal(changed, expected)
-
-    @every_backend
-    @pytest.mark.parametrize("slot", [-1, 4, 2**40])
-    def test_capture_slot_outside(self, slot: int, backend: str) -> None:
-        args = TapCase(
-            2, 9, 12, strength=False, sums=True, squares=True, counts=True, ring=torch.float16
-        ).make(torch.float32, device=DEVICE[backend])
-        args["capture_slot"].fill_(slot)
-        got = run(args, backend=backend)
-        for name in OUTPUTS:
-            assert torch.equal(got[name], args[name]), name
-
-    @every_backend
-    def test_capture_reads_before_steering(self, backend: str) -> None:
-        args = TapCase(2, 9, 12, sums=True, ring=torch.float32).make(
-            torch.float32, device=DEVICE[backend]
-        )
-        got = run(args, backend=backend)
-        assert torch.equal(got["ring"][1], args["x"])
-        assert not torch.equal(got["x"], args["x"])
-
-    @every_backend
-    @dtypes
-    def test_renorm_of_zero(self, dtype: torch.dtype, backend: str) -> None:
-        device = DEVICE[backend]
-        v = torch.zeros(1, 1, 8, device=device)
-        v[..., 0] = 2.0
-        x = torch.zeros(1, 3, 8, dtype=dtype, device=device)
-        x[0, 0, 0] = -4.0  # y = 0 exactly: stays 0
-        x[0, 1] = 0.0  # x = 0: norm 0 is kept
-        x[0, 2, 0] = 1.0
-        args = {"x": x, "vectors": v, "strength": torch.tensor([2.0], device=device)}
-        got = run(args, renorm=True, backend=backend)["x"]
-        assert torch.equal(got[0, :2], torch.zeros(2, 8, dtype=dtype, device=device))
-        assert got[0, 2].tolist() == [1.0] + [0.0] * 7
-
-    @every_backend
-    @dtypes
-    @pytest.mark.parametrize("renorm", [False, True], ids=["plain", "renorm"])
-    @pytest.mark.parametrize("removal", [False, True], ids=["add", "remove"])
-    def test_not_finite_values(
-        self, removal: bool, renorm: bool, dtype: torch.dtype, backend: str
-    ) -> None:
-        args = TapCase(
-            1, 40, 33, removal=removal, renorm=renorm, sums=True, squares=True, capture_mask=1
-        ).make(dtype, device=DEVICE[backend])
-        args["x"][0, 3, 1], args["x"][0, 7, 32] = math.nan, math.inf
-        args["capture_mask"][0, 3] = False  # a masked NaN must not reach the sums
-        args["capture_mask"][0, 7] = True
-        got = run(args, backend=backend)
-        assert not got["sums"].isnan().any()
-        check(args, got)
-
-    def test_huge_removal_of_infinite_projection(self) -> None:
-        x = torch.full((2, 1, 4), math.inf)
-        v = torch.ones(1, 1, 4)
-        removal = torch.tensor([0.0, 1.0])
-        got = run({"x": x, "vectors": v, "strength": torch.ones(2), "removal": removal})["x"]
-        assert got[0].isinf().all()
-        assert got[1].isnan().all()
-
-    @dtypes
-    def test_float64_is_served_by_the_reference(self, dtype: torch.dtype) -> None:
-        args = upcast(TapCase(2, 6, 5, renorm=True, sums=True).make(dtype))
-        got, expected = run(args), run(args, backend="reference")
-        assert torch.equal(got["x"], expected["x"])
-        assert torch.equal(got["sums"], expected["sums"])
-
-    def test_buffers_of_different_length(self) -> None:
-        args = TapCase(1, 3, 4, strength=False, sums=True, squares=True).make(torch.float32)
-        args["squares"] = args["squares"][:1].clone()  # slot 1 lies outside this one only
-        got = run(args)
-        assert torch.equal(got["squares"], args["squares"])
-        assert not torch.equal(got["sums"], args["sums"])
-
-
-class TestGradients:
-    def test_functional_form(self) -> None:
-        args = upcast(
-            TapCase(2, 3, 5, removal=True, renorm=True, index=True, steer_mask=2).make(
-                torch.float64
-            )
-        )
-        args["index"] = torch.tensor([1, -1], dtype=torch.int32)
-        wanted = ("x", "vectors", "strength", "removal")
-        leaves = [args.pop(k).requires_grad_() for k in wanted]
-
-        def call(*values: Tensor) -> Tensor:
-            x, vectors, strength, removal = values
-            return reference.tap(
-                x, vectors=vectors, strength=strength, removal=removal, **args
-            )[0]  # fmt: skip
-
-        assert torch.autograd.gradcheck(call, leaves)
-
-    def test_functional_form_writes_nothing(self) -> None:
-        args = TAP_CASES[10].make(torch.float32)
-        before = clone(args)
-        y, captures = reference.tap(**args)
-        for name in OUTPUTS:
-            assert torch.equal(args[name], before[name])
-        inplace = run(args, backend="reference")
-        assert torch.equal(y, inplace["x"])
-        for name, value in captures._asdict().items():
-            assert torch.equal(value, inplace[name])
-
-    def test_gradient_at_zero_norm_is_finite(self) -> None:
-        x = torch.zeros(1, 1, 4, requires_grad=True)
-        y, _ = reference.tap(x, vectors=torch.ones(1, 1, 4), strength=torch.ones(1), renorm=True)
-        y.sum().backward()
-        assert x.grad is not None
-        assert x.grad.isfinite().all()
-
-    @pytest.mark.parametrize("name", ["x", "vectors", "strength"])
-    def test_refused_in_place(self, name: str) -> None:
-        args = TapCase(1, 2, 3).make(torch.float32)
-        args[name].requires_grad_()
-        with pytest.raises(NotImplementedError, match=r"reference\.tap\.tap is differentiable"):
-            tap_(**args)
-        with torch.no_grad():
-            tap_(**args)
-
-    def test_autograd_notices_the_write(self) -> None:
-        w = torch.ones(3, requires_grad=True)
-        args = TapCase(1, 2, 3).make(torch.float32)
-        loss = (args["x"] * w).sum()
-        tap_(**args)
-        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-            loss.backward()
-
-    def test_inference_mode(self) -> None:
-        with torch.inference_mode():
-            args = TapCase(1, 2, 3, sums=True).make(torch.float32)
-            tap_(**args)
-        tap_(**{k: v for k, v in args.items() if k not in ("x", "sums")},
-             x=torch.randn(1, 2, 3), sums=torch.zeros(2, 1, 3))  # fmt: skip
-
-
-needs_compiler = pytest.mark.skipif(
-    shutil.which("g++") is None, reason="Inductor needs a C++ compiler on the CPU"
-)
-OPCHECK = [c for c in TAP_CASES if c.what in ("steer", "masked-moments", "everything", "no-rows")]
-
-
-class TestTorch:
-    @dtypes
-    @pytest.mark.parametrize("case", OPCHECK, ids=lambda c: c.name)
-    def test_opcheck(self, case: TapCase, dtype: torch.dtype) -> None:
-        args = case.make(dtype)
-        order = (
-            "x", "vectors", "steer_slot", "index", "strength", "removal", "steer_mask", "renorm",
-            "sums", "squares", "counts", "ring", "capture_slot", "capture_mask", "ring_stride",
-        )  # fmt: skip
-        values = {"renorm": False, "ring_stride": 1} | args
-        torch.library.opcheck(
-            torch.ops.sidechain.tap_.default, tuple(values.get(k) for k in order)
-        )  # fmt: skip
-
-    @needs_compiler
-    @pytest.mark.parametrize("backend", ["auto", "cpu"])
-    def test_compile_fullgraph(self, backend: str) -> None:
-        if backend == "cpu" and backends()["tap_"]["cpu"]:
-            pytest.skip("tap_/cpu is not available")
-        compiled = torch.compile(
-            lambda **kw: tap_(**kw, backend=backend) * 2, fullgraph=True, dynamic=False
-        )
-        args = TAP_CASES[10].make(torch.float32)
-        got = clone(args)
-        doubled = compiled(**got)
-        check(args, got)
-        assert torch.equal(doubled, got["x"] * 2)
-
-    @needs_compiler
-    def test_changed_values_recompile_nothing(self) -> None:
-        compiled = torch.compile(lambda **kw: tap_(**kw), fullgraph=True, dynamic=False)
-        args = TapCase(2, 5, 8, sums=True).make(torch.float32)
-        compiled(**clone(args))
-        with torch.compiler.set_stance("fail_on_recompile"):
-            for slot in range(-1, 4):
-                args["strength"].mul_(2.0)
-                args["steer_slot"].fill_(slot)
-                args["capture_slot"].fill_(slot)
-                got = clone(args)
-                compiled(**got)
-                check(args, got)
-
-
-BAD = [
-    ({"x": [1.0]}, TypeError, "expected x to be a tensor, got list"),
-    ({"x": torch.zeros(2, 3)}, ValueError, r"expected x of shape \[R, T, C\], got \[2, 3\]"),
-    ({"x": torch.zeros(2, 5, 8, dtype=torch.int32)}, TypeError, "expected x of .*, got int32"),
-    ({"x": torch.zeros(2, 8, 5).mT}, ValueError, "expected x with a contiguous last dim"),
-    ({"vectors": torch.zeros(3, 4, 9)}, ValueError, r"vectors of shape \[V, S, 8\] .*\[3, 4, 9\]"),
-    ({"vectors": torch.zeros(4, 8)}, ValueError, "expected vectors of shape"),
-    ({"vectors": torch.zeros(0, 4, 8)}, ValueError, "expected vectors with V >= 1 and S >= 1"),
-    ({"vectors": torch.zeros(3, 4, 8).half()}, TypeError, "vectors of float32, got float16"),
-    ({"vectors": torch.zeros(3, 8, 4).mT}, ValueError, "vectors with a contiguous last dim"),
-    ({"vectors": None}, ValueError, "expected vectors beside strength, got None"),
-    ({"strength": None}, ValueError, "expected strength or removal beside vectors, got neither"),
-    ({"strength": 2.0}, TypeError, "expected strength to be a tensor, got float"),
-    ({"strength": torch.ones(3)}, ValueError, r"strength of shape \[2\] \(R=x.size\(0\)\)"),
-    ({"removal": torch.ones(2, 1)}, ValueError, r"removal of shape \[2\]"),
-    ({"index": torch.zeros(2, dtype=torch.int64)}, TypeError, "index of int32, got int64"),
-    ({"steer_slot": torch.tensor(1)}, ValueError, r"steer_slot of shape \[1\]"),
-    ({"steer_slot": torch.zeros(1, dtype=torch.int32)}, TypeError, "steer_slot of int64"),
-    ({"steer_mask": torch.ones(2, 4).bool()}, ValueError, r"steer_mask of shape \[2, 5\]"),
-    ({"steer_mask": torch.ones(2, 5)}, TypeError, "steer_mask of bool, got float32"),
-    ({"sums": torch.zeros(4, 3, 8)}, ValueError, r"sums of shape \[S, 2, 8\]"),
-    ({"squares": torch.zeros(4, 2, 8).double()}, TypeError, "squares of float32, got float64"),
-    ({"counts": torch.zeros(4, 2, 1)}, ValueError, r"counts of shape \[S, 2\]"),
-    ({"ring": torch.zeros(4, 2, 4, 8)}, ValueError, r"ring of shape \[S, 2, 3, 8\]"),
-    ({"ring": torch.zeros(4, 2, 3, 8).int()}, TypeError, "expected ring of .*, got int32"),
-    ({"ring_stride": 0}, ValueError, "expected ring_stride >= 1, got 0"),
-    ({"capture_slot": torch.zeros(2).long()}, ValueError, r"capture_slot of shape \[1\]"),
-    ({"capture_mask": torch.ones(3, 5).bool()}, ValueError, r"capture_mask of shape \[2, 5\]"),
-    ({"steer_slot": torch.zeros(1, device="meta").long()}, RuntimeError, "steer_slot on cpu"),
-]
-
-
-class TestContract:
-    @pytest.mark.parametrize("backend", ["auto", "reference"])
-    @pytest.mark.parametrize(("change", "error", "match"), BAD, ids=[b[2][:40] for b in BAD])
-    def test_bad_calls(
-        self, change: dict[str, Any], error: type[Exception], match: str, backend: str
-    ) -> None:
-        args = TapCase(
-            2, 5, 8, sums=True, squares=True, counts=True, ring=torch.float32, ring_stride=2
-        ).make(torch.float32)
-        before = clone(args)
-        with pytest.raises(error, match="^tap_: .*" + match):
-            tap_(**(args | change), backend=backend)
-        for name in OUTPUTS:
-            assert torch.equal(args[name], before[name]), f"{name} was written"
-
-    @pytest.mark.parametrize("backend", ["fast", "", None])
-    def test_unknown_backend(self, backend: Any) -> None:
-        with pytest.raises(ValueError, match="expected backend to be one of auto, reference"):
-            tap_(torch.zeros(1, 1, 1), backend=backend)
-
-    def test_absent_backend(self) -> None:
-        with pytest.raises(RuntimeError, match="expected backend 'triton' to be available, got:"):
-            tap_(torch.zeros(1, 1, 1), backend="triton")

@@ -14,9 +14,9 @@ import torch
 from .machine import Machine
 from .timing import Sampler, sampler, side_by_side
 
-# plain: what one writes with torch alone; compiled: the same through torch.compile; peer: another
-# package; ours: a backend of the op.
-Kind = Literal["plain", "compiled", "peer", "ours"]
+# plain: what one writes with torch alone; compiled: the same through torch.compile; bf16: plain,
+# but less exact than asked for, so no baseline; peer: another package; ours: a backend of the op.
+Kind = Literal["plain", "compiled", "bf16", "peer", "ours"]
 
 COPY = "plain copy"  # sampled beside every case: the limit of what moves bytes
 ROTATED = 64  # most sets of buffers a GPU case is rotated through

@@ -51,7 +51,17 @@ def unavailable(op: str, backend: str) -> str | None:
     reason = _native.absent({"cpu": "_C", "cuda": "_C_cuda"}[backend])
     if reason is None and backend == "cuda" and not torch.cuda.is_available():
         return "no CUDA device"
+    if reason is None and not _registered(op, backend):
+        return "the library that is loaded has no kernel of this op: build it again"
     return reason
+
+
+@torch.compiler.assume_constant_result
+def _registered(op: str, backend: str) -> bool:
+    """Whether a native library brought a kernel; the reference serves every device otherwise."""
+    key = {"cpu": "CPU", "cuda": "CUDA"}[backend]
+    found: bool = torch._C._dispatch_has_kernel_for_dispatch_key(f"sidechain::{op}", key)
+    return found
 
 
 def planned(op: str) -> tuple[str, ...]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One module for each op. It defines
+"""One module for each op, most of them through `_build`. It defines
 
 `OP`: the op's name;
 `cases(device)`: the `Case`s that are timed, eager torch first as a person would write it;
@@ -12,7 +12,15 @@ import importlib
 from types import ModuleType
 
 # The only list: a new op adds the stem of its module.
-STEMS = ("tap",)
+STEMS = (
+    "tap",
+    "attention_tap",
+    "topk_encode",
+    "sparse_decode",
+    "sae_update",
+    "encode_reduce",
+    "sae_edit",
+)
 
 
 def modules(only: str = "") -> list[ModuleType]:

@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sidechain.ops import backends, tap_
+from sidechain.ops import tap_
 from sidechain.testing.cases import DTYPES, TAP_BENCH, TAP_CASES, TapCase
-from sidechain.testing.tolerance import assert_close
 
-from ..cases import Candidate, Case
+from ..cases import Case
+from ._build import Args, Work
 
 OP = "tap_"
 OUTPUTS = ("x", "sums", "squares", "counts", "ring")
 
 
-def eager(args: dict[str, Any]) -> None:
+def eager(args: Args) -> None:
     """What one writes by hand for a known step: no device tensors, no masks, no spare work."""
     x, slot = args["x"], 1
     xf = x.float()
@@ -55,72 +55,26 @@ def moved(case: TapCase, dtype: torch.dtype) -> int:
     return values * (read * dtype.itemsize + written)
 
 
-def ours(device: str) -> list[Candidate]:
-    """The backends of the op that run on a device."""
-    reasons = backends()[OP]
-    names = [device] if reasons[device] is None else []
-
-    def call(args: dict[str, Any], backend: str) -> Tensor:
-        return tap_(**args, backend=backend)
-
-    return [Candidate(b, partial(call, backend=b), "ours") for b in (*names, "reference")]
+def _outputs(args: Args, result: Any) -> dict[str, Tensor]:
+    return {name: args[name] for name in OUTPUTS if name in args}
 
 
-def _check(
-    candidate: Candidate, *, case: TapCase, dtype: torch.dtype, device: str
-) -> dict[str, Any] | None:
-    """Ours errs at most twice as much as the reference; the others compute the same thing.
-
-    Inductor adds the tokens of a sum one after the other, which costs a digit.
-    """
-    args = case.make(dtype, device=device)
-    exact = {k: v.double() if _floating(v) else v for k, v in args.items()}
-    tap_(**exact, backend="reference")
-    plain, got = _clone(args), _clone(args)
-    tap_(**plain, backend="reference")
-    candidate.call(got)
-    times = 2.0 if candidate.kind == "ours" else 50.0
-    for name in OUTPUTS:
-        if name in args:
-            assert_close(
-                f"{candidate.name} {name}", got[name], exact[name], plain[name], times=times
-            )
-    return None
-
-
-def _case(case: TapCase, name: str, device: str, candidates: list[Candidate]) -> Case:
-    dtype = DTYPES[name]
-    return Case(
-        case.name,
-        name,
-        lambda seed: case.make(dtype, seed, device),
-        tuple(candidates),
-        partial(_check, case=case, dtype=dtype, device=device),
-        moved(case, dtype),
-    )
+WORK = Work(OP, lambda args, backend: tap_(**args, backend=backend), eager, _outputs)
 
 
 def cases(device: str) -> Iterator[Case]:
     """Sites that are timed, in every dtype."""
     for case in TAP_BENCH:
-        for name in DTYPES:
-            torch.compiler.reset()
-            compiled = Candidate("compile", torch.compile(eager, dynamic=False), "compiled")
-            yield _case(
-                case, name, device, [Candidate("eager", eager, "plain"), compiled, *ours(device)]
+        for name, dtype in DTYPES.items():
+            make = partial(case.make, dtype, device=device)
+            yield WORK.case(
+                case.name, name, make, WORK.candidates(device), moved=moved(case, dtype)
             )
 
 
 def small(device: str) -> Iterator[Case]:
     """The op's case table."""
     for case in TAP_CASES:
-        for name in DTYPES:
-            yield _case(case, name, device, ours(device))
-
-
-def _floating(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
-
-
-def _clone(args: dict[str, Any]) -> dict[str, Any]:
-    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in args.items()}
+        for name, dtype in DTYPES.items():
+            make = partial(case.make, dtype, device=device)
+            yield WORK.case(case.name, name, make, WORK.ours(device), moved=moved(case, dtype))

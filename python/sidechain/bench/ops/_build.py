@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the call of an op and what one writes instead to a `Case`, checked the same way for all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sidechain.ops import backends
+from sidechain.testing.tolerance import assert_close
+
+from ..cases import Candidate, Case
+
+Args = dict[str, Any]
+# How much more than the reference a plain expression may err: Inductor adds one after the other.
+OTHERS = 50.0
+
+
+@dataclass(frozen=True)
+class Work:
+    """One op on the arguments that its case table makes.
+
+    Attributes:
+        op: name in `sidechain.ops.backends()`.
+        run: (arguments, backend) -> result.
+        eager: the same in plain torch, as a person would write it.
+        outputs: (arguments, result) -> what has been computed, by name.
+        plain: further plain expressions, by name.
+        narrow: arguments whose dtype is their purpose: they stay as they are in the exact run.
+    """
+
+    op: str
+    run: Callable[[Args, str], Any]
+    eager: Callable[[Args], Any]
+    outputs: Callable[[Args, Any], Mapping[str, Tensor]]
+    plain: Mapping[str, Callable[[Args], Any]] = field(default_factory=dict)
+    narrow: tuple[str, ...] = ()
+
+    def backends(self, device: str) -> list[str]:
+        """The backends that run on a device, the reference last."""
+        reasons = backends()[self.op]
+        names = ("cpu",) if device == "cpu" else ("cuda", "triton")
+        return [*(name for name in names if reasons[name] is None), "reference"]
+
+    def ours(self, device: str) -> list[Candidate]:
+        """A candidate for each backend."""
+
+        def call(args: Args, backend: str) -> Any:
+            return self.run(args, backend)
+
+        return [Candidate(b, partial(call, backend=b), "ours") for b in self.backends(device)]
+
+    def candidates(self, device: str) -> list[Candidate]:
+        """Plain expressions, the compiled one, then ours."""
+        torch.compiler.reset()
+        compiled = torch.compile(self.eager, dynamic=False)
+        return [
+            Candidate("eager", self.eager, "plain"),
+            *(Candidate(name, call, "plain") for name, call in self.plain.items()),
+            Candidate("compile", compiled, "compiled"),
+            *self.ours(device),
+        ]
+
+    def case(
+        self,
+        name: str,
+        dtype: str,
+        make: Callable[[int], Args],
+        candidates: list[Candidate],
+        *,
+        moved: int,
+        flops: int = 0,
+    ) -> Case:
+        """Put a case together."""
+        return Case(
+            name, dtype, make, tuple(candidates), partial(self._check, make=make), moved, flops
+        )
+
+    def _check(self, candidate: Candidate, *, make: Callable[[int], Args]) -> dict[str, Any] | None:
+        """Against the reference in float64, by what the reference errs in the dtype itself."""
+        args = make(0)
+        own, got = copy(args), copy(args)
+        wide = upcast(args) | {name: copy(args[name]) for name in self.narrow}
+        exact = self.outputs(wide, self.run(wide, "reference"))
+        plain = self.outputs(own, self.run(own, "reference"))
+        found = self.outputs(got, candidate.call(got))
+        times = 2.0 if candidate.kind == "ours" else OTHERS
+        for name, value in found.items():
+            what = f"{candidate.name} {name}"
+            if value.is_floating_point():
+                assert_close(what, value, exact[name], plain[name], times=times)
+            elif not torch.equal(value, exact[name]):
+                raise AssertionError(f"{what}: differs from the reference")
+        return None
+
+
+def copy(value: Any) -> Any:
+    """Copies of all tensors, in lists too."""
+    if isinstance(value, dict):
+        return {name: copy(v) for name, v in value.items()}
+    if isinstance(value, list):
+        return [copy(v) for v in value]
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def upcast(value: Any) -> Any:
+    """Copies with everything that floats in float64."""
+    if isinstance(value, dict):
+        return {name: upcast(v) for name, v in value.items()}
+    if isinstance(value, list):
+        return [upcast(v) for v in value]
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value.clone()
+    return value

@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`topk_encode` in every precision against a linear layer and `topk`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from sidechain.ops import topk_encode, topk_encode_fallbacks
+from sidechain.testing.cases import DTYPES, TOPK_ENCODE_BENCH, TOPK_ENCODE_CASES, TopkEncodeCase
+
+from ..cases import Candidate, Case
+from ._build import Args, Work
+
+OP = "topk_encode"
+PRECISIONS = ("fp32", "bf16", "int8")
+
+
+def eager(args: Args) -> Any:
+    """All pre-activations, then the k largest of a row or of the batch."""
+    z = linear(args["x"] - args["b_pre"].to(args["x"].dtype), args["w_enc"], None)
+    z = (z + args["b_enc"].to(z.dtype)).relu()
+    if args["mode"] == "batch_topk":
+        return z.flatten().topk(args["k"] * z.shape[0], sorted=False)
+    return z.topk(args["k"], dim=-1)
+
+
+def narrow(args: Args) -> Any:
+    """The product in bfloat16, with the cast of the weights left out as a trainer would."""
+    z = linear((args["x"] - args["b_pre"]).bfloat16(), args["w_bf16"], None)
+    z = (z.float() + args["b_enc"]).relu()
+    return z.topk(args["k"], dim=-1)
+
+
+def _run(args: Args, backend: str, precision: str = "fp32") -> Any:
+    given = {name: value for name, value in args.items() if name != "w_bf16"}
+    return topk_encode(**given, precision=precision, backend=backend)
+
+
+def _outputs(args: Args, codes: Any) -> dict[str, Tensor]:
+    found = {"values": codes.values, "indices": codes.indices}
+    return found if codes.offsets is None else found | {"offsets": codes.offsets}
+
+
+WORK = Work(OP, _run, eager, _outputs)
+
+
+def _exact_sets(args: Args) -> Tensor:
+    """[N, F] bool: the features that are kept, by the pre-activations in float64."""
+    wide = {k: v.double() if isinstance(v, Tensor) else v for k, v in args.items()}
+    codes = _run(wide, "reference")
+    return _as_mask(codes, args["x"].shape[0], args["w_enc"].shape[0])
+
+
+def _as_mask(codes: Any, rows: int, features: int) -> Tensor:
+    mask = torch.zeros(rows, features + 1, dtype=torch.bool)
+    indices = codes.indices.long().cpu()
+    if codes.offsets is not None:
+        row = torch.repeat_interleave(torch.arange(rows), codes.offsets.cpu().diff())
+        mask[row, indices[: len(row)]] = True
+    else:
+        # -1, an empty slot, goes to a column that is cut off
+        mask.scatter_(1, torch.where(indices < 0, features, indices), True)
+    return mask[:, :features]
+
+
+def _mask_of_plain(args: Args, found: Any) -> Tensor:
+    rows, features = args["x"].shape[0], args["w_enc"].shape[0]
+    mask = torch.zeros(rows, features, dtype=torch.bool)
+    indices, used = found.indices.cpu(), found.values.cpu() > 0
+    if args["mode"] == "batch_topk":
+        mask.view(-1)[indices[used]] = True
+        return mask
+    return mask.scatter_(1, indices, used)
+
+
+def _check(candidate: Candidate, *, make: Any, precision: str) -> dict[str, Any]:
+    """Sets in float32 must be those of float64; of others the share found is reported."""
+    args = make(0)
+    wanted = _exact_sets(args)
+    before = topk_encode_fallbacks()
+    found = candidate.call(args)
+    if candidate.kind == "ours":
+        got = _as_mask(found, *wanted.shape)
+    else:
+        got = _mask_of_plain(args, found)
+    recall = float((got & wanted).sum() / wanted.sum().clamp(min=1))
+    if candidate.kind == "ours" and precision == "fp32" and not torch.equal(got, wanted):
+        raise AssertionError(f"{candidate.name}: expected the sets of float64, recall {recall}")
+    if recall < 0.9:
+        raise AssertionError(f"{candidate.name}: expected the k largest, recall {recall}")
+    return {"recall": round(recall, 5), "in full": topk_encode_fallbacks() - before}
+
+
+def _case(case: TopkEncodeCase, device: str) -> Case:
+    make = partial(_make, case, device)
+    torch.compiler.reset()
+    others = [
+        Candidate("eager", eager, "plain"),
+        Candidate("compile", torch.compile(eager, dynamic=False), "compiled"),
+    ]
+    if case.mode == "topk":
+        others.append(Candidate("eager bf16", narrow, "bf16"))
+    backend = WORK.backends(device)[0]
+    ours = [
+        Candidate(f"{backend} {p}", partial(_run, backend=backend, precision=p), "ours")
+        for p in (PRECISIONS if backend != "reference" else ("fp32",))
+    ]
+    return Case(
+        case.name,
+        "f32",
+        make,
+        (*others, *ours),
+        lambda c: _check(c, make=make, precision=c.name.split()[-1]),
+        moved=4 * (case.features * case.width + case.rows * (case.width + 2 * case.k)),
+        flops=2 * case.rows * case.width * case.features,
+    )
+
+
+def _make(case: TopkEncodeCase, device: str, seed: int) -> Args:
+    args = case.make(torch.float32, seed, device)
+    return args | {"w_bf16": args["w_enc"].bfloat16()}
+
+
+def cases(device: str) -> Iterator[Case]:
+    """Dictionaries that trainers are timed on."""
+    for case in TOPK_ENCODE_BENCH:
+        yield _case(case, device)
+
+
+def small(device: str) -> Iterator[Case]:
+    """The op's case table in float32 precision."""
+    for case in TOPK_ENCODE_CASES:
+        for name, dtype in DTYPES.items():
+            make = partial(case.make, dtype, device=device)
+            yield WORK.case(case.name, name, make, WORK.ours(device), moved=1)
