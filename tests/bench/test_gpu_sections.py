@@ -30,11 +30,13 @@ MISSING = (
 )  # fmt: skip
 HIDE = f"""
 import sys
-class Hidden:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in {MISSING!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
-sys.meta_path.insert(0, Hidden())
+from importlib.machinery import PathFinder
+class Hiding:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        hidden = name.split(".")[0] in {MISSING!r}
+        return None if hidden else PathFinder.find_spec(name, path, target)
+sys.meta_path = [Hiding if finder is PathFinder else finder for finder in sys.meta_path]
 """
 
 

@@ -154,8 +154,9 @@ class TestOps:
     def test_timed_cases_are_complete(self, module: Any) -> None:
         for case in module.cases("cpu"):
             kinds = [c.kind for c in case.candidates]
-            assert kinds[0] == "plain"
-            assert {"compiled", "ours"} <= set(kinds)
+            assert "ours" in kinds
+            # What plain torch does not have (narrow moments) stands alone.
+            assert set(kinds) == {"ours"} or (kinds[0] == "plain" and "compiled" in kinds)
             assert case.moved > 0
 
     def test_one_case_end_to_end(self) -> None:

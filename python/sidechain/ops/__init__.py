@@ -2,7 +2,7 @@
 """Ops of sidechain: one public function each, one reference, and native kernels where built."""
 
 from .. import _native
-from ._library import backends, register_triton
+from ._library import backends, note_kernels, register_triton
 from .attention_tap import attention_tap
 from .encode_reduce import CodeSums, code_sums_
 from .sae_edit import sae_edit_
@@ -12,6 +12,7 @@ from .tap import tap_
 from .topk_encode import Codes, topk_encode, topk_encode_fallbacks
 
 _native.load()
+note_kernels()
 register_triton()
 
 __all__ = [

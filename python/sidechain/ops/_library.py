@@ -16,6 +16,8 @@ BACKENDS = ("reference", "cpu", "cuda", "triton")
 # Kept alive for the life of the process: its destructor deregisters every op.
 library = torch.library.Library("sidechain", "FRAGMENT")
 _ops: dict[str, dict[str, str]] = {}
+# What the loaded libraries brought. Asked for once, since torch.compile cannot trace the question.
+_kernels: set[tuple[str, str]] = set()
 
 
 def define(
@@ -51,17 +53,17 @@ def unavailable(op: str, backend: str) -> str | None:
     reason = _native.absent({"cpu": "_C", "cuda": "_C_cuda"}[backend])
     if reason is None and backend == "cuda" and not torch.cuda.is_available():
         return "no CUDA device"
-    if reason is None and not _registered(op, backend):
+    if reason is None and (op, backend) not in _kernels:
         return "the library that is loaded has no kernel of this op: build it again"
     return reason
 
 
-@torch.compiler.assume_constant_result
-def _registered(op: str, backend: str) -> bool:
-    """Whether a native library brought a kernel; the reference serves every device otherwise."""
-    key = {"cpu": "CPU", "cuda": "CUDA"}[backend]
-    found: bool = torch._C._dispatch_has_kernel_for_dispatch_key(f"sidechain::{op}", key)
-    return found
+def note_kernels() -> None:
+    """Remember which kernels the native libraries registered; the reference serves the others."""
+    for op in _ops:
+        for backend, key in (("cpu", "CPU"), ("cuda", "CUDA")):
+            if torch._C._dispatch_has_kernel_for_dispatch_key(f"sidechain::{op}", key):
+                _kernels.add((op, backend))
 
 
 def planned(op: str) -> tuple[str, ...]:
