@@ -27,12 +27,11 @@ inline U32 mix_lanes(U32 x) {
   return x ^ (x >> 16);
 }
 
-// Adds the 16 random bits below the last bit kept, then cuts; infinities and NaN stay.
+// Adds the 16 random bits below the last bit kept, then cuts. Infinities stay as they are, because
+// their low bits are 0; a NaN is kept from overflowing.
 inline void store_rounded(BFloat* p, F32 v, U32 noise, int64_t n) {
-  const U32 u = bits_as<U32>(v);
-  const I32 special = (u & 0x7f800000u) == 0x7f800000u;
-  const U32 kept = select(I32(v != v), U32{} + 0x7fc00000u, u);
-  const U16 h = narrow_u32(select(special, kept, u + noise) >> 16);
+  const I32 nan = v != v;
+  const U16 h = narrow_u32(select(nan, U32{} + 0x7fc00000u, bits_as<U32>(v) + noise) >> 16);
   if (n >= kLanes) {
     __builtin_memcpy(p, &h, sizeof(h));
   } else {
@@ -64,13 +63,15 @@ struct RowNorms {
 };
 
 template <class M, bool kShift>
-RowNorms adam_row(const AdamRow<M>& r, const AdamStep& a) {
+RowNorms adam_row(const AdamRow<M>& row, const AdamStep& step) {
+  // Copies, which the stores below cannot change: their numbers stay in registers.
+  const AdamRow<M> r = row;
+  const AdamStep a = step;
   RowNorms norms = {};
   // Rows of neighbours lie one behind the other: while this one is worked on, the same place of the
   // next is on its way, past the gathers that come between them.
   const int64_t ahead = r.width;
-  for (int64_t c = 0; c < r.width; c += kLanes) {
-    const int64_t n = r.width - c;
+  for_vectors(0, r.width, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
     __builtin_prefetch(r.weight + c + ahead, 1, 2);
     __builtin_prefetch(r.mean + c + ahead, 1, 2);
     __builtin_prefetch(r.square + c + ahead, 1, 2);
@@ -94,22 +95,22 @@ RowNorms adam_row(const AdamRow<M>& r, const AdamStep& a) {
     }
     store_rounded(r.mean + c, mean, noise & 0xffffu, n);
     store_rounded(r.square + c, square, noise >> 16, n);
-  }
+  });
   return norms;
 }
 
 // weight /= norm
 inline void divide_row(float* weight, int64_t width, float norm) {
-  for (int64_t c = 0; c < width; c += kLanes) {
-    store_upto(weight + c, load_upto(weight + c, width - c) / norm, width - c);
-  }
+  for_vectors(0, width, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
+    store_upto(weight + c, load_upto(weight + c, n) / norm, n);
+  });
 }
 
 template <class T>
 void copy_row_to(T* to, const float* from, int64_t width) {
-  for (int64_t c = 0; c < width; c += kLanes) {
-    store_upto(to + c, load_upto(from + c, width - c), width - c);
-  }
+  for_vectors(0, width, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
+    store_upto(to + c, load_upto(from + c, n), n);
+  });
 }
 
 inline double power(double base, int64_t exponent) {

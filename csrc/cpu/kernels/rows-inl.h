@@ -44,6 +44,15 @@ inline void store_upto(T* p, F32 v, int64_t n) {
   store_tail(p, v, n);
 }
 
+// body(c, n) for the vectors of columns [begin, end): n is the constant kLanes but in the tail, so
+// that load_upto and store_upto cost nothing in between.
+template <class Body>
+inline __attribute__((always_inline)) void for_vectors(int64_t begin, int64_t end, Body body) {
+  int64_t c = begin;
+  for (; c + kLanes <= end; c += kLanes) body(c, static_cast<int64_t>(kLanes));
+  if (c < end) body(c, end - c);
+}
+
 // dvalues[place] += weight * <row, table[offset]> for every entry, over columns [begin, end).
 // Four entries share each load of the row.
 template <class T>
@@ -54,15 +63,10 @@ void dot_entries(const float* row, const T* table, int64_t begin, int64_t end,
     const T* w[4];
     for (int i = 0; i < 4; ++i) w[i] = table + entries[j + i < last ? j + i : last].offset;
     F32 dot[4] = {};
-    int64_t c = begin;
-    for (; c + kLanes <= end; c += kLanes) {
-      const F32 e = load(row + c);
-      for (int i = 0; i < 4; ++i) dot[i] += e * load(w[i] + c);
-    }
-    if (c < end) {
-      const F32 e = load_tail(row + c, end - c);
-      for (int i = 0; i < 4; ++i) dot[i] += e * load_tail(w[i] + c, end - c);
-    }
+    for_vectors(begin, end, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
+      const F32 e = load_upto(row + c, n);
+      for (int i = 0; i < 4; ++i) dot[i] += e * load_upto(w[i] + c, n);
+    });
     const F4 sums = sum_lanes4(dot[0], dot[1], dot[2], dot[3]);
     for (int i = 0; i < 4 && j + i < count; ++i) dvalues[entries[j + i].place] += weight * sums[i];
   }
@@ -75,7 +79,7 @@ inline float scale_of(const CscEntry& entry) {
 }
 
 // sum <- (sum, or 0 where kFresh) + scale * (row - centre) of kCount entries, in their order.
-template <class T, bool kDvalue, bool kFresh, int kCount>
+template <class T, bool kDvalue, bool kFresh, bool kCentre, int kCount>
 void add_block(float* sum, int64_t width, const CscEntry* entries, const T* rows, int64_t stride,
                const float* centre) {
   const T* row[kCount];
@@ -84,32 +88,44 @@ void add_block(float* sum, int64_t width, const CscEntry* entries, const T* rows
     row[i] = rows + entries[i].row * stride;
     scale[i] = splat(scale_of<kDvalue>(entries[i]));
   }
-  for (int64_t c = 0; c < width; c += kLanes) {
-    const int64_t n = width - c;
+  for_vectors(0, width, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
     F32 total = {};
     if constexpr (!kFresh) total = load_upto(sum + c, n);
-    if (centre != nullptr) {
+    if constexpr (kCentre) {
       const F32 middle = load_upto(centre + c, n);
       for (int i = 0; i < kCount; ++i) total += scale[i] * (load_upto(row[i] + c, n) - middle);
     } else {
       for (int i = 0; i < kCount; ++i) total += scale[i] * load_upto(row[i] + c, n);
     }
     store_upto(sum + c, total, n);
-  }
+  });
 }
 
-template <class T, bool kDvalue, bool kFresh>
+template <class T, bool kDvalue, bool kFresh, bool kCentre>
 void add_upto4(float* sum, int64_t width, const CscEntry* entries, int64_t count, const T* rows,
                int64_t stride, const float* centre) {
   switch (count) {
     case 1:
-      return add_block<T, kDvalue, kFresh, 1>(sum, width, entries, rows, stride, centre);
+      return add_block<T, kDvalue, kFresh, kCentre, 1>(sum, width, entries, rows, stride, centre);
     case 2:
-      return add_block<T, kDvalue, kFresh, 2>(sum, width, entries, rows, stride, centre);
+      return add_block<T, kDvalue, kFresh, kCentre, 2>(sum, width, entries, rows, stride, centre);
     case 3:
-      return add_block<T, kDvalue, kFresh, 3>(sum, width, entries, rows, stride, centre);
+      return add_block<T, kDvalue, kFresh, kCentre, 3>(sum, width, entries, rows, stride, centre);
     default:
-      return add_block<T, kDvalue, kFresh, 4>(sum, width, entries, rows, stride, centre);
+      return add_block<T, kDvalue, kFresh, kCentre, 4>(sum, width, entries, rows, stride, centre);
+  }
+}
+
+template <class T, bool kDvalue, bool kCentre>
+void add_all(float* sum, int64_t width, const CscEntry* entries, int64_t count, const T* rows,
+             int64_t stride, const float* centre, bool fresh) {
+  for (int64_t j = 0; j < count; j += 4) {
+    const int64_t n = count - j < 4 ? count - j : 4;
+    if (fresh && j == 0) {
+      add_upto4<T, kDvalue, true, kCentre>(sum, width, entries, n, rows, stride, centre);
+    } else {
+      add_upto4<T, kDvalue, false, kCentre>(sum, width, entries + j, n, rows, stride, centre);
+    }
   }
 }
 
@@ -121,12 +137,8 @@ void add_entries(float* sum, int64_t width, const CscEntry* entries, int64_t cou
   if (fresh && count == 0) {
     for (int64_t c = 0; c < width; ++c) sum[c] = 0.0f;
   }
-  for (int64_t j = 0; j < count; j += 4) {
-    const int64_t n = count - j < 4 ? count - j : 4;
-    if (fresh && j == 0) {
-      add_upto4<T, kDvalue, true>(sum, width, entries, n, rows, stride, centre);
-    } else {
-      add_upto4<T, kDvalue, false>(sum, width, entries + j, n, rows, stride, centre);
-    }
+  if (centre != nullptr) {
+    return add_all<T, kDvalue, true>(sum, width, entries, count, rows, stride, centre, fresh);
   }
+  add_all<T, kDvalue, false>(sum, width, entries, count, rows, stride, nullptr, fresh);
 }

@@ -55,11 +55,11 @@ Gradient gather(const SaeGradientParams& p, const FeatureLists& lists, int64_t f
 // <gradient, w> / <w, w>, 0 for w = 0.
 float projection(const float* gradient, const float* w, int64_t width) {
   F32 along = {}, square = {};
-  for (int64_t c = 0; c < width; c += kLanes) {
-    const F32 weight = load_upto(w + c, width - c);
-    along += load_upto(gradient + c, width - c) * weight;
+  for_vectors(0, width, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
+    const F32 weight = load_upto(w + c, n);
+    along += load_upto(gradient + c, n) * weight;
     square += weight * weight;
-  }
+  });
   const float norm = sum_lanes(square);
   return norm == 0.0f ? 0.0f : sum_lanes(along) / norm;
 }
@@ -169,10 +169,10 @@ void update_typed(const SaeUpdateParams& p, const FeatureLists& lists, const Ada
 
 float row_square(const float* gradient, const float* w, float along, int64_t width) {
   F32 total = {};
-  for (int64_t c = 0; c < width; c += kLanes) {
-    const F32 g = load_upto(gradient + c, width - c) - along * load_upto(w + c, width - c);
+  for_vectors(0, width, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
+    const F32 g = load_upto(gradient + c, n) - along * load_upto(w + c, n);
     total += g * g;
-  }
+  });
   return sum_lanes(total);
 }
 

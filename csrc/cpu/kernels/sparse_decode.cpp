@@ -90,10 +90,9 @@ void row_gradient_typed(const DecodeBackwardParams& p, int64_t feature, const Cs
   T* out = static_cast<T*>(p.dw_dec) + feature * p.width;
   add_entries<float, false>(sum, p.width, entries, count, at<float>(p.grad, 0, 0), p.grad.row,
                             nullptr, true);
-  for (int64_t c = 0; c < p.width; c += kLanes) {
-    const int64_t n = p.width - c;
+  for_vectors(0, p.width, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
     store_upto(out + c, load_upto(sum + c, n), n);
-  }
+  });
 }
 
 }  // namespace
