@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ops.support import DEVICE, backend_params, clone, upcast
-from sidechain.ops import CodeSums, code_sums_
+from sidechain.ops import CodeSums, code_sums_, encode_reduce
 from sidechain.testing.cases import SUMS_CASES, SumsCase
 from sidechain.testing.tolerance import assert_close
 
@@ -121,6 +121,56 @@ class TestNumerics:
         for other in seen[1:]:
             for name in OUTPUTS:
                 assert torch.equal(seen[0][name], other[name]), name
+
+
+class TestEncode:
+    """`encode_reduce` against the dense encoder."""
+
+    def problem(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        g = torch.Generator().manual_seed(0)
+        shapes = {"x": (60, 24), "w_enc": (50, 24), "b_enc": (50,), "b_pre": (24,)}
+        return {k: torch.randn(s, generator=g).to(dtype) for k, s in shapes.items()}
+
+    @pytest.mark.parametrize("form", [{"k": 5}, {"threshold": 0.0}, {"threshold": 3.0}],
+                             ids=["topk", "relu", "threshold"])  # fmt: skip
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
+    def test_against_dense(self, form: dict[str, Any], dtype: torch.dtype) -> None:
+        p = self.problem(dtype)
+        label = torch.arange(60) % 4 - 1
+        z = torch.relu((p["x"] - p["b_pre"]) @ p["w_enc"].mT + p["b_enc"])
+        if "k" in form:
+            z = torch.where(z >= z.sort(1).values[:, -5:-4], z, 0.0)
+        else:
+            z = torch.where(z > form["threshold"], z, 0.0)
+        got = encode_reduce(**p, **form, label=label, labels=3)
+        assert got.rows.tolist() == [15, 15, 15]
+        for g in range(3):
+            rows = z[label == g]
+            torch.testing.assert_close(got.sums[g], rows.sum(0))
+            torch.testing.assert_close(got.squares[g], rows.square().sum(0))
+            assert torch.equal(got.counts[g], (rows > 0).sum(0))
+
+    def test_calls_add_up(self) -> None:
+        p = self.problem(torch.float32)
+        whole = encode_reduce(**p, k=5)
+        out = None
+        for rows in (slice(0, 20), slice(20, 60)):
+            part = {**p, "x": p["x"][rows]}
+            more = encode_reduce(**part, k=5, out=out)
+            assert out is None or more is out
+            out = more
+        assert out is not None
+        for a, b in zip(out, whole, strict=True):
+            torch.testing.assert_close(a, b)
+
+    @pytest.mark.parametrize(("form", "match"), [
+        ({}, "expected either k or threshold, got neither"),
+        ({"k": 3, "threshold": 0.0}, "expected either k or threshold, got both"),
+        ({"k": 3, "labels": 0}, "expected labels >= 1, got 0"),
+    ])  # fmt: skip
+    def test_bad_calls(self, form: dict[str, Any], match: str) -> None:
+        with pytest.raises(ValueError, match=f"^encode_reduce: {match}"):
+            encode_reduce(**self.problem(torch.float32), **form)
 
 
 class TestTorch:

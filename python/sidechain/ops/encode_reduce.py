@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``code_sums_``: moments and firing counts of sparse codes, for each label, accumulated."""
+"""``encode_reduce``: moments and firing counts of encoded features for each label."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from ..reference import encode_reduce as _reference
 from . import _checks, _library
 from ._code_checks import INT64, SINGLE, first_tensor
+from .topk_encode import topk_encode
 
 
 class CodeSums(NamedTuple):
@@ -22,14 +23,81 @@ class CodeSums(NamedTuple):
     rows: Tensor  # [G] int64, rows seen
 
     @classmethod
-    def zeros(cls, labels: int, features: int, device: Any = None) -> CodeSums:
+    def zeros(
+        cls,
+        labels: int,
+        features: int,
+        device: Any = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> CodeSums:
         """Empty sums."""
         shape = (labels, features)
         return cls(
-            torch.zeros(shape, device=device),
-            torch.zeros(shape, device=device),
+            torch.zeros(shape, device=device, dtype=dtype),
+            torch.zeros(shape, device=device, dtype=dtype),
             torch.zeros(shape, dtype=torch.int64, device=device),
             torch.zeros(labels, dtype=torch.int64, device=device),
+        )
+
+
+def encode_reduce(
+    x: Tensor,
+    w_enc: Tensor,
+    b_enc: Tensor | None = None,
+    b_pre: Tensor | None = None,
+    *,
+    k: int | None = None,
+    threshold: float | Tensor | None = None,
+    label: Tensor | None = None,
+    labels: int = 1,
+    out: CodeSums | None = None,
+    precision: str = "fp32",
+    backend: str = "auto",
+) -> CodeSums:
+    """Encode activations and keep only sums over the rows of each label.
+
+    The codes are those of `topk_encode`, with k or with a threshold (0: every positive feature);
+    they are added up by `code_sums_` and forgotten, so no [N, F] array ever exists. Calls add to
+    `out`, which makes one pass over a generation enough to score features by step or by concept.
+
+    Args:
+        x: activations [N, d], float32 | float16 | bfloat16.
+        w_enc: [F, d], as in `topk_encode`.
+        b_enc: [F]. None = 0.
+        b_pre: [d], subtracted from x. None = 0.
+        k: features kept of every row; or
+        threshold: a number or [F], features above it are kept.
+        label: [N] int64; rows of labels outside [0, G) are left out. None = 0.
+        labels: G, where `out` is not given.
+        out: sums to add to. None = new ones.
+        precision: "fp32" | "bf16" | "int8", as in `topk_encode`.
+        backend: as in `topk_encode`.
+
+    Returns:
+        out, or new `CodeSums` of G labels and F features.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as in `topk_encode` and `code_sums_`.
+        ValueError: both or neither of k and threshold are given.
+
+    Differentiable in: nothing. Deterministic: yes, for any number of threads.
+    Backends: those of `topk_encode`. Source: the moments that TADA's feature scores are made of
+    (arXiv:2602.11910).
+    """
+    if (k is None) == (threshold is None):
+        got = "neither" if k is None else "both"
+        raise ValueError(f"encode_reduce: expected either k or threshold, got {got}")
+    with torch.no_grad():
+        codes = topk_encode(
+            x, w_enc, b_enc, b_pre, k=k, mode="threshold" if k is None else "topk",
+            threshold=threshold, precision=precision, backend=backend,
+        )  # fmt: skip
+        if out is None:
+            if labels < 1:
+                raise ValueError(f"encode_reduce: expected labels >= 1, got {labels}")
+            out = CodeSums.zeros(labels, w_enc.shape[0], x.device, codes.values.dtype)
+        return code_sums_(
+            out, codes.values, codes.indices, offsets=codes.offsets, label=label, backend=backend
         )
 
 
