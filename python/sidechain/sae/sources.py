@@ -96,24 +96,21 @@ class StoreSource:
                 f"{len(self.store)}"
             )
         order = self.store.batches(
-            batch, seed=self.seed, shuffle=self.shuffle, epochs=None, labels=True, device=device
+            batch,
+            seed=self.seed,
+            shuffle=self.shuffle,
+            epochs=None,
+            labels=True,
+            device=device,
+            target=self.target,
+            part=mesh.rows(batch) if mesh.data > 1 else None,
         )
         epoch, place = divmod(start, len(order))
-        if mesh.data == 1:
-            order.load_state_dict({**order.state_dict(), "epoch": epoch, "position": place * batch})
-            for got in order:
-                yield self._rows(got.x, got.labels, got.rows, device)
-            return
-        first, last = mesh.rows(batch)
-        for number in itertools.count(start):
-            epoch, place = divmod(number, len(order))
-            chosen = order.order(epoch, place * batch + first, place * batch + last)
-            rows = torch.from_numpy(chosen)
-            yield self._rows(self.store.read(chosen), self.store.labels(chosen), rows, device)
-
-    def _rows(self, x: Tensor, labels: Any, rows: Tensor, device: torch.device) -> Rows:
-        target = None if self.target is None else self.target.read(rows).to(device)
-        return Rows(x.to(device), labels.step.to(device), target)
+        order.load_state_dict({**order.state_dict(), "epoch": epoch, "position": place * batch})
+        for got in order:
+            if got.labels is None:
+                raise RuntimeError("StoreSource: expected labels with every batch, got none")
+            yield Rows(got.x, got.labels.step.to(device), got.target)
 
     def identity(self) -> dict[str, Any]:
         """Return checksums of the rows, and their order."""
@@ -123,12 +120,13 @@ class StoreSource:
     def provenance(self) -> Provenance:
         """Return what the store says about itself."""
         known = self.store.provenance
+        branches = sorted({branch for _, branch in self.store.statistics.cells})
         return Provenance(
             site=self.store.site,
             target_site="" if self.target is None else self.target.site,
             model=str(known.get("model", "")),
             config_hash=str(known.get("config_hash", "")),
-            passes=tuple(self.store.branches[i] for i in sorted(_present(self.store)[1])),
+            passes=tuple(self.store.branches[number] for number in branches),
             source=Path(self.store.folder).name,
         )
 
@@ -284,25 +282,9 @@ def _table(moments: Moments, centre: bool) -> tuple[Tensor, Tensor]:
     return torch.zeros(len(moments.mean)), torch.tensor(second**0.5 or 1.0)
 
 
-def _present(store: ActivationStore) -> tuple[set[int], set[int]]:
-    """Steps and branches among evenly spread rows.
-
-    A store may be open for some of them only, while its statistics cover all rows ever written.
-    """
-    spread = torch.linspace(0, len(store) - 1, min(len(store), 1 << 16)).long()
-    labels = store.labels(spread)
-    return set(labels.step.tolist()), set(labels.branch.tolist())
-
-
 def _from_store(store: ActivationStore, kind: str, centre: bool) -> Normaliser:
-    steps, branches = _present(store)
-    cells = {c: m for c, m in store.statistics.cells.items() if c[0] in steps and c[1] in branches}
     return fit(
-        Statistics(store.width, cells),
-        kind,
-        centre=centre,
-        timesteps=store.timesteps,
-        sigmas=store.sigmas,
+        store.statistics, kind, centre=centre, timesteps=store.timesteps, sigmas=store.sigmas
     )
 
 
