@@ -18,6 +18,8 @@ FEWER = (
     ('pipe("a happy violin tune")', 'pipe("a happy violin tune", num_inference_steps=2)'),
     ('pipe("a violin melody")', 'pipe("a violin melody", num_inference_steps=2)'),
     ("batches(4096", "batches(64"),
+    ("buffer=1 << 18", "buffer=1 << 10"),
+    ("tokens=2_000_000", "tokens=1024, batch=256, progress=False"),
 )
 
 
@@ -33,6 +35,7 @@ def test_python_examples(tmp_path, monkeypatch):
     assert space["audio"].shape == (3, 1, 81920)
     assert space["cap"]["cross:3"].shape == (2, 1, 1, 160)
     assert space["batch"].x.shape == (64, 160)
+    assert space["x_hat"].shape == (3, 160)
 
 
 @pytest.mark.skipif(not (ROOT / "bench").is_dir(), reason="benches are not in this checkout")
