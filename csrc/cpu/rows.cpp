@@ -13,9 +13,10 @@ namespace {
 
 constexpr int64_t kLine = 64;
 constexpr uintptr_t kPage = 4096;
-// Rows ahead whose page is touched, so that the walk of the page tables is over when they are
-// fetched; 4 to 16 measure alike.
-constexpr int64_t kPagesAhead = 8;
+// What is fetched ahead: about so many bytes, one row at least, ...
+constexpr int64_t kBytesAhead = 2560;
+// ... and so many rows before that their pages are looked up; 4 to 16 measure alike.
+constexpr int64_t kPagesAhead = 7;
 
 inline uint64_t mix(uint64_t value) {
   value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9u;
@@ -69,14 +70,16 @@ void permute(const Order& order, const int64_t* positions, int64_t count, int64_
 }
 
 // One core copies rows from random places as fast as its outstanding misses allow: while a row is
-// copied line by line, the next one is fetched line by line, and the pages of a later one are
+// copied line by line, one of the next is fetched line by line, and the pages of a later one are
 // looked up. A plain loop of memcpy waits for the first lines of every row instead.
 void gather_rows(const uint8_t* const* sources, int64_t count, int64_t row_bytes, uint8_t* out) {
   const int64_t lines = row_bytes / kLine * kLine;
+  const int64_t ahead = std::max<int64_t>(1, kBytesAhead / std::max<int64_t>(1, row_bytes));
+  const int64_t pages_ahead = ahead + kPagesAhead;
   for (int64_t i = 0; i < count; ++i) {
     const uint8_t* source = sources[i];
-    const uint8_t* next = sources[i + 1 < count ? i + 1 : i];
-    if (i + kPagesAhead < count) touch_pages(sources[i + kPagesAhead], row_bytes);
+    const uint8_t* next = sources[i + ahead < count ? i + ahead : i];
+    if (i + pages_ahead < count) touch_pages(sources[i + pages_ahead], row_bytes);
     uint8_t* target = out + i * row_bytes;
     for (int64_t offset = 0; offset < lines; offset += kLine) {
       __builtin_prefetch(next + offset);

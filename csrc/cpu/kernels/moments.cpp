@@ -14,32 +14,37 @@ namespace {
 
 #include "cpu/kernels/vec-inl.h"
 
-typedef double F64 __attribute__((vector_size(8 * kLanes)));
+// Half as many lanes as F32, which fill one register as doubles: GCC 12 takes vectors of two
+// registers through memory.
+constexpr int kHalf = kLanes / 2;
+typedef float F32Half __attribute__((vector_size(4 * kHalf)));
+typedef double F64 __attribute__((vector_size(8 * kHalf)));
 
-inline F64 wide(F32 v) { return __builtin_convertvector(v, F64); }
+inline F64 load64(const float* p) {
+  F32Half v;
+  __builtin_memcpy(&v, p, sizeof(v));
+  return __builtin_convertvector(v, F64);
+}
 
 inline double sum64(F64 v) {
   double total = 0.0;
-  for (int i = 0; i < kLanes; ++i) total += v[i];
+  for (int i = 0; i < kHalf; ++i) total += v[i];
   return total;
 }
 
 // One row into `target`, zeros behind it; returns its sum of squares.
 template <class T>
 double widen_row(const T* row, int64_t width, float* target) {
-  F64 squares = {};
   int64_t c = 0;
-  for (; c + kLanes <= width; c += kLanes) {
-    const F32 v = load(row + c);
-    store(target + c, v);
-    squares += wide(v) * wide(v);
+  for (; c + kLanes <= width; c += kLanes) store(target + c, load(row + c));
+  if (c < width) store(target + c, load_tail(row + c, width - c));
+  F64 low = {}, high = {};
+  for (c = 0; c < width; c += kLanes) {
+    const F64 a = load64(target + c), b = load64(target + c + kHalf);
+    low += a * a;
+    high += b * b;
   }
-  if (c < width) {
-    const F32 v = load_tail(row + c, width - c);
-    store(target + c, v);
-    squares += wide(v) * wide(v);
-  }
-  return sum64(squares);
+  return sum64(low + high);
 }
 
 template <class T>
@@ -82,17 +87,25 @@ void moments_chunk(MomentsParams& p, int64_t begin, int64_t end, int64_t padded,
   const double count = static_cast<double>(rows);
   const double seen = static_cast<double>(p.seen);
   for (int64_t c = 0; c < p.width; c += kLanes) {
-    F64 sum = {};
-    for (int64_t r = 0; r < rows; ++r) sum += wide(load(scratch + r * padded + c));
-    const F64 mean = sum / count;
-    F64 squares = {};
+    const float* column = scratch + c;
+    F64 low = {}, high = {};
     for (int64_t r = 0; r < rows; ++r) {
-      const F64 off = wide(load(scratch + r * padded + c)) - mean;
-      squares += off * off;
+      low += load64(column + r * padded);
+      high += load64(column + r * padded + kHalf);
     }
+    const F64 means[2] = {low / count, high / count};
+    low = high = F64{};
+    for (int64_t r = 0; r < rows; ++r) {
+      const F64 a = load64(column + r * padded) - means[0];
+      const F64 b = load64(column + r * padded + kHalf) - means[1];
+      low += a * a;
+      high += b * b;
+    }
+    const F64 squares[2] = {low, high};
     const int64_t left = p.width - c < kLanes ? p.width - c : kLanes;
     for (int64_t i = 0; i < left; ++i) {
-      merge(p.mean + c + i, p.m2 + c + i, seen, count, mean[i], squares[i]);
+      merge(p.mean + c + i, p.m2 + c + i, seen, count, means[i / kHalf][i % kHalf],
+            squares[i / kHalf][i % kHalf]);
     }
   }
   p.seen += rows;
