@@ -344,6 +344,43 @@ class TestGroups:
         got = run(a, backend="reference")
         torch.testing.assert_close(got["dec_mean"], 0.1 * want[0], rtol=1e-9, atol=1e-12)
 
+    def test_aux_and_multi_topk(self) -> None:
+        """TopK, 4 x TopK and AuxK on the residual against dense autograd of the weighted sum."""
+        g = torch.Generator().manual_seed(0)
+        shapes = ((30, 16), (40, 16), (40, 12), (40,), (30, 12))
+        x, w_enc, w_dec, b_enc, target = (torch.randn(s, generator=g).double() for s in shapes)
+        leaves = [t.clone().requires_grad_() for t in (w_enc, w_dec, b_enc)]
+        dead = torch.arange(40) % 3 == 0
+        z = torch.relu(x @ leaves[0].mT + leaves[2])
+
+        def kept(z: Tensor, k: int) -> Tensor:
+            top = z.topk(k, dim=1)
+            return torch.zeros_like(z).scatter(1, top.indices, top.values)
+
+        pre = (kept(z, 4), kept(z, 16), kept(torch.where(dead, z, 0.0), 3))
+        decoded = [codes @ leaves[1] for codes in pre]
+        residual = (target - decoded[0]).detach()
+        scales = (1.0, 0.125, 1 / 32)
+        total = torch.zeros((), dtype=torch.float64)
+        for scale, x_hat, want in zip(scales, decoded, (target, target, residual), strict=True):
+            total = total + scale * (x_hat - want).square().sum() / 2
+        want_grads = torch.autograd.grad(total, leaves)
+
+        groups = []
+        for scale, codes, goal in zip(scales, pre, (target, target, residual), strict=True):
+            values, indices = codes.detach().topk(16, dim=1)
+            weight = torch.full((30,), scale, dtype=torch.float64)
+            indices = torch.where(values > 0, indices, -1).int()
+            loss = sparse_decode_loss(values, indices, w_dec, None, goal, row_weight=weight)
+            groups.append(SaeCodes(values, indices, loss.dvalues, loss.error, row_weight=weight))
+        moments = SaeMoments(*(torch.zeros_like(t) for t in (w_enc, w_enc, w_dec, w_dec,
+                                                             b_enc, b_enc)))  # fmt: skip
+        one = torch.ones(1, dtype=torch.float64)
+        sae_update_(w_enc, w_dec, b_enc, moments, x, groups, lr=one, step=one.long(), project=False)
+        means = (moments.enc_mean, moments.dec_mean, moments.bias_mean)
+        for got, want in zip(means, want_grads, strict=True):
+            torch.testing.assert_close(got, 0.1 * want, rtol=1e-9, atol=1e-12)
+
     @every_backend
     def test_order_of_groups_does_not_matter_but_for_rounding(self, backend: str) -> None:
         args = UpdateCase(30, 16, 12, 40, 6, groups=2).make(torch.float32, device=DEVICE[backend])
@@ -551,6 +588,7 @@ BAD = [
     ({"prefixes": [10, 70]}, ValueError, r"codes\[0\].error of shape \[2, 24, 48\]"),
     ({"prefixes": [10, 10, 70]}, ValueError, "expected ascending prefixes that end at 70"),
     ({"prefixes": [10, 69]}, ValueError, "expected ascending prefixes that end at 70"),
+    ({"prefixes": list(range(60, 77))}, ValueError, "expected at most 16 prefixes, got 17"),
     ({"first_feature": -1}, ValueError, "expected first_feature >= 0, got -1"),
     ({"lr": torch.tensor(0.1)}, ValueError, r"lr of shape \[1\] .*got \[\]"),
     ({"lr": F64}, TypeError, "lr of float32, got float64"),
@@ -586,6 +624,8 @@ class TestContract:
         (*weights, moments, x, codes), keyword = public(UPDATE_CASES[0].make(torch.float32))
         with pytest.raises(ValueError, match="sae_update_: expected at least one SaeCodes"):
             sae_update_(*weights, moments, x, [], **keyword)
+        with pytest.raises(ValueError, match="expected at most 4 groups of codes, got 5"):
+            sae_update_(*weights, moments, x, codes * 5, **keyword)
         with pytest.raises(TypeError, match="expected codes of SaeCodes, got Tensor"):
             sae_update_(*weights, moments, x, [x], **keyword)
         with pytest.raises(TypeError, match="expected moments to be SaeMoments, got tuple"):

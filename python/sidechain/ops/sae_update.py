@@ -14,6 +14,9 @@ from . import _checks, _library
 from ._code_checks import DOUBLE, FLOATS, INT64, SINGLE, Checks, first_tensor
 
 _COPIES = (torch.bfloat16, torch.float16)
+# kMaxCodeGroups and kMaxPrefixes of csrc/include/sidechain/sae_update.h
+_GROUPS_MOST = 4
+_PREFIXES_MOST = 16
 
 
 class SaeMoments(NamedTuple):
@@ -98,7 +101,7 @@ def sae_update_(
         b_enc: [F] float32, or None. Written.
         moments: `SaeMoments`. Written.
         x: input of the encoder [N, d_in], float32 | float16 | bfloat16, last dim contiguous.
-        codes: one `SaeCodes`, or several, all of N rows.
+        codes: one `SaeCodes`, or up to 4, all of N rows.
         lr: [1] float32.
         step: [1] int64, the number of this step, 1 for the first.
         b_pre: [d_in] float32, subtracted from x. None = 0.
@@ -109,7 +112,7 @@ def sae_update_(
         project: remove the gradient along the decoder rows.
         clip_scale: [1] float32, factor of all gradients. Clip exactly by `sae_gradient_square`
             before the call, or with a step's delay by `grad_square`. None = 1.
-        prefixes: ascending feature counts of Matryoshka groups, the last >= all features.
+        prefixes: up to 16 ascending feature counts of Matryoshka groups, the last >= all features.
         first_feature: id of the first row held here, for feature shards. Other ids are ignored.
         last_fired: [F] int64, set to step where the first group has an entry.
         fire_count: [F] int64, incremented by the entries of the first group.
@@ -284,6 +287,12 @@ def _check_inputs(
     rows = x.shape[0]
     if b_pre is not None:
         c.tensor("b_pre", b_pre, SINGLE, (w_enc.shape[1],), "d_in of w_enc")
+    for what, count, most in (
+        ("groups of codes", len(values), _GROUPS_MOST),
+        ("prefixes", len(prefixes), _PREFIXES_MOST),
+    ):
+        if count > most:
+            raise ValueError(f"{op}: expected at most {most} {what}, got {count}")
     if first_feature < 0:
         raise ValueError(f"{op}: expected first_feature >= 0, got {first_feature}")
     if prefixes and (sorted(set(prefixes)) != prefixes or prefixes[-1] < first_feature + features):
