@@ -15,10 +15,13 @@ from pathlib import Path
 
 import pandas as pd
 
+from sidechain.metrics import curves
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results"
 START, END = "<!-- results -->", "<!-- /results -->"
 AIM = 3.0
+BY_FEATURES = "sae-"  # folders of steering runs with `--method sae`
 FLOOR = 0.8  # share of clips that must keep what steering should leave alone
 
 
@@ -186,12 +189,14 @@ def steering_table() -> list[str]:
         "|---|---|---|---|---|---|---|---|",
     ]
     for folder in sorted((RESULTS / "music" / "steering").iterdir()):
-        curves = pd.read_csv(folder / "curves.csv")
+        if folder.name.startswith(BY_FEATURES):
+            continue
+        table = pd.read_csv(folder / "curves.csv")
         summary = json.loads((folder / "summary.json").read_text())
         sites = ", ".join(site.removeprefix("cross:") for site in summary["localized"])
         count = summary["prompts"]
         for arm in ("localized", "all", "ablated", "random"):
-            part = curves[curves.arm == arm]
+            part = table[table.arm == arm]
             if part.empty:
                 continue
             wide = part.pivot(index="strength", columns="judge")
@@ -214,6 +219,58 @@ def steering_table() -> list[str]:
     return [*lines, ""]
 
 
+def methods_table() -> list[str]:
+    """Mean differences beside dictionary features, at the same sites, prompts and noise."""
+    lines = []
+    for folder in sorted((RESULTS / "music" / "steering").glob(f"{BY_FEATURES}*")):
+        concept = folder.name.removeprefix(BY_FEATURES)
+        tables = {
+            "CAA": pd.read_csv(folder.parent / concept / "curves.csv"),
+            "features": pd.read_csv(folder / "curves.csv"),
+        }
+        wide = {
+            name: table[table.arm == "localized"].pivot(index="strength", columns="judge")
+            for name, table in tables.items()
+        }
+        summary = json.loads((folder / "summary.json").read_text())
+        sites = ", ".join(site.removeprefix("cross:") for site in summary["localized"])
+        for name, part in wide.items():
+            areas = {judge: _common_area(wide, name, judge) for judge in ("latent", "mel")}
+            allowed = part[(part.kept.min(axis=1) >= FLOOR) & (part.index != 0)]
+            best = allowed.score.mean(axis=1).idxmax() if len(allowed) else None
+
+            def pair(column: str, part: pd.DataFrame = part, best: float | None = best) -> str:
+                if best is None:
+                    return "none keeps enough"
+                return " / ".join(f"{part.loc[best, (column, j)]:.2f}" for j in ("latent", "mel"))
+
+            lines.append(
+                f"| {concept} | {sites} | {name} | {'' if best is None else f'{best:g}'} | "
+                f"{pair('score')} | {pair('kept')} | {areas['latent']:.2f} / {areas['mel']:.2f} |"
+            )
+    if not lines:
+        return []
+    return [
+        "Steering by dictionary features (`--method sae`: the 20 best of a step by TADA's score, "
+        "weighted by their natural difference) beside CAA, 10 prompts, 50 pairs, the same sites "
+        "and noise. Best strength at which both judges see enough kept, P there, and the area "
+        "under P over distance up to the smaller of both methods' largest distances; latent judge "
+        "/ mel judge. The strength is picked on the prompts reported:",
+        "",
+        "| concept | sites | method | strength | P | kept | AUC |",
+        "|---|---|---|---|---|---|---|",
+        *lines,
+        "",
+    ]
+
+
+def _common_area(wide: dict[str, pd.DataFrame], name: str, judge: str) -> float:
+    sweeps = {n: (p.distance[judge].to_numpy(), p.index.to_numpy()) for n, p in wide.items()}
+    limit = curves.cutoff(sweeps.values(), 1)
+    distance, strength = sweeps[name]
+    return curves.score(distance, wide[name].score[judge].to_numpy(), strength, {1: limit}).auc
+
+
 def main() -> int:
     """Rewrite or compare; returns 1 when --check finds a difference."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -227,6 +284,7 @@ def main() -> int:
         *sharing_table(),
         *localization_table(),
         *steering_table(),
+        *methods_table(),
         END,
     ]
     path = ROOT / "README.md"

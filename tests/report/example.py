@@ -13,6 +13,9 @@ from sidechain.report.data import (
     Arm,
     Clip,
     CumulativeCurve,
+    DictionaryHealth,
+    FeatureCard,
+    FeatureClip,
     ImpactMap,
     ReportData,
     Sweep,
@@ -87,6 +90,38 @@ def sweep(concept="drums", prompt="a calm violin melody", count=5, seconds=5.12)
     return Sweep(concept, prompt, clips, seed=11, seconds=seconds)
 
 
+def dictionaries(count=4, features=1280):
+    rng = np.random.default_rng(3)
+    steps = range(20)
+    return [
+        DictionaryHealth(
+            f"cross:{index}",
+            list(steps),
+            [0.05 + 0.01 * index + 0.03 * abs(step - 9) / 9 for step in steps],
+            [float(d) if d > 1e-5 else 0.0 for d in 10 ** rng.normal(-2.5, 0.9, features)],
+        )
+        for index in range(count)
+    ]
+
+
+def feature_card(concept="drums", count=3):
+    shown = sweep(concept, count=count)
+    texts = ("a slow gloomy fiddle solo with percussion and a choir", "techno, fast", "a tune")
+    clips = [
+        FeatureClip(
+            prompt=texts[index % 3],
+            step=7 * index,
+            value=3.2 - index,
+            place=None if index == 2 else 0.2 + 0.3 * index,
+            trace=[max(0.0, np.sin(0.4 * token + index)) * (3.2 - index) for token in range(64)],
+            audio=clip.audio,
+            mel=clip.mel,
+        )
+        for index, clip in enumerate(shown.clips)
+    ]
+    return FeatureCard(concept, "cross:6, feature 148", "active in 41% of the tokens", clips)
+
+
 def example():
     steps = np.arange(len(SITES) + 1)
     curves = []
@@ -134,6 +169,11 @@ def example():
                 "48 prompts each",
             ),
         ),
+        dictionaries=dictionaries(),
+        dictionary_tables=(
+            Table("Held-out figures", ("site", "FVU", "dead"), (("cross:6", 0.03, "4.3%"),)),
+        ),
+        features=(feature_card(), feature_card("vocals")),
         model={
             "Model": "zoo:music, StableAudioDiTModel, 8 layers, width 160",
             "Weights": "4.1 M parameters, sha256 3f2a…91c0",

@@ -9,13 +9,13 @@ from pathlib import Path
 import matplotlib
 import pytest
 
-from sidechain.report import figures
+from sidechain.report import dictionary_figures, figures
 from sidechain.report.data import Clip, Sweep
 from sidechain.report.media import save_figure, svg
 from sidechain.report.theme import THEMES, darkened
 
 sys.path.insert(0, str(Path(__file__).parent))
-from example import example, impact_map, sweep, tradeoff
+from example import dictionaries, example, impact_map, sweep, tradeoff
 
 DRAWN = {
     "heatmap": lambda **k: figures.impact_heatmap(impact_map(), **k),
@@ -24,6 +24,7 @@ DRAWN = {
     ),
     "tradeoff": lambda **k: figures.tradeoff([tradeoff(), tradeoff(judge="mel")], **k),
     "cumulative": lambda **k: figures.cumulative(example().cumulative, **k),
+    "dictionaries": lambda **k: dictionary_figures.dictionary_health(dictionaries(), **k),
     "strip": lambda **k: figures.spectrogram_strip(sweep(), **k),
 }
 
@@ -45,7 +46,7 @@ def test_draws_in_every_variant(name, theme, width):
     assert dict(matplotlib.rcParams) == before
 
 
-@pytest.mark.parametrize("name", ["tradeoff", "cumulative"])
+@pytest.mark.parametrize("name", ["tradeoff", "cumulative", "dictionaries"])
 def test_recoloured_light_figure_is_the_dark_one(name):
     def plain(text):  # names of markers and clips are hashes that differ
         return re.sub(r'(id="|url\(#|href="#)[^"\)]*', "", text)

@@ -78,7 +78,8 @@ class TestPage:
 
     def test_every_section_and_anchor(self, page):
         headings = ("What was done", "Listen", "Where the concepts enter", "What stays",
-                    "Effect and preservation", "Model and run", "Limits", "Reproduce")  # fmt: skip
+                    "Effect and preservation", "Dictionaries", "Features to hear",
+                    "Model and run", "Limits", "Reproduce")  # fmt: skip
         assert all(heading in page.text for heading in headings)
         ids = {attrs["id"] for _, attrs in page.tags if "id" in attrs}
         assert {attrs["href"][1:] for attrs in page.all("a")} <= ids
@@ -93,14 +94,14 @@ class TestPage:
 
     def test_figures_come_light_dark_wide_and_narrow(self, page):
         assert len(page.all("source")) == 3 * len(page.all("picture"))
-        assert len(page.all("picture")) == 4
+        assert len(page.all("picture")) == 5
 
     def test_tables_scroll_in_their_own_box(self, text):
         assert text.count("<table>") == len(re.findall(r'class="scroll"[^>]*>\s*<table>', text))
 
     def test_audio_decodes(self, page):
         sounds = page.all("audio")
-        assert len(sounds) == 12
+        assert len(sounds) == 18
         raw = base64.b64decode(sounds[0]["src"].split(",")[1])
         samples, rate = soundfile.read(io.BytesIO(raw))
         assert rate == 16000

@@ -37,6 +37,7 @@ class SaeRecipe:
     """Activations and dictionary of one site; what is held out is measured, never trained on.
 
     Steps are normalised one by one: within a run the variance of the outputs falls up to 24-fold.
+    Sites in `longer`, functional however impact is read, train on twice as many tokens.
     """
 
     prompts: int = 448
@@ -47,7 +48,8 @@ class SaeRecipe:
     features: int = 1280
     architecture: str = "batch_topk"
     k: int = 16
-    tokens: int = 1_228_800
+    tokens: int = 614_400
+    longer: tuple[str, ...] = ("cross:3", "cross:6")
     batch: int = 2048
     lr: float = 2e-3
     resample: float = 0.05
@@ -81,7 +83,7 @@ def train(source: store.ActivationStore, out: Path, recipe: SaeRecipe) -> Sae:
         source,
         out,
         features=recipe.features,
-        tokens=recipe.tokens,
+        tokens=recipe.tokens * (2 if source.site in recipe.longer else 1),
         architecture=recipe.architecture,
         k=recipe.k,
         batch=recipe.batch,
