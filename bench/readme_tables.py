@@ -74,6 +74,99 @@ def gpu_table() -> list[str]:
     return lines or ["GPU: not measured yet.", ""]
 
 
+def ratios_table() -> list[str]:
+    """Every op's fastest native candidate against plain and compiled torch, on each CPU."""
+    lines = []
+    for run in runs("ops", None, "cpu"):
+        if run["op"] == "tap_":
+            continue  # it has a table of its own
+        lines += [
+            f"`{run['op']}`, {run['isa']}, {run['threads']} thread(s), {run['date']}, commit "
+            f"{run['commit']} (`make bench-ops`):",
+            "",
+            "| case | dtype | way | ms | against plain torch | against compiled |",
+            "|---|---|---|---|---|---|",
+            *(
+                f"| {row['case']} | {row['dtype']} | {row['provider']} | "
+                f"{row['median_us'] / 1000:.2f} | {_times(row['times_plain'])} | "
+                f"{_times(row['times_compiled'])} |"
+                for row in run["rows"]
+                if row["kind"] == "ours" and row["provider"] != "reference"
+            ),
+            "",
+        ]
+    return lines
+
+
+def sae_table() -> list[str]:
+    """Training steps of all trainers, and the memory of a step."""
+    found = runs("sae", "steps", "cpu") + runs("sae", "steps", "cuda")
+    if not found:
+        return ["Training steps of sparse autoencoders: not measured yet (`make bench-sae`).", ""]
+    lines = []
+    for run in found:
+        threads = f", {run['threads']} thread(s)" if run["threads"] else ""
+        lines += [
+            f"Training steps of a TopK dictionary, {run['name']}{threads}, {run['date']}, torch "
+            f"{run['versions']['torch']}, commit {run['commit']} (`make bench-sae`): every trainer "
+            "on the same batches from the same weights, fused Adam; who explains less of the "
+            "variance than dense float32 torch after the same tokens does not count:",
+            "",
+            "| N, d, F, k | trainer | ms | FVU | counts | against best package | against dense "
+            "bf16 |",
+            "|---|---|---|---|---|---|---|",
+            *(_sae_row(row) for row in run["rows"]),
+            "",
+        ]
+    for run in runs("sae", "memory", "cpu") + runs("sae", "memory", "cuda"):
+        shares = ", ".join(
+            f"{row['provider']} {row['facts']['extra_mib']:g} MiB"
+            for row in run["rows"]
+            if not row["failed"]
+        )
+        lines += [
+            f"Memory of a step beyond weights and moments, {run['rows'][0]['case']}: {shares}."
+        ]
+        lines += [""]
+    return lines
+
+
+def _sae_row(row: dict) -> str:
+    if row["failed"]:
+        return f"| {row['case']} | {row['provider']} | not run: {row['failed']} | | | | |"
+    facts = row["facts"]
+    loss = "" if facts["fvu"] is None else f"{facts['fvu']:.3f}"
+    return (
+        f"| {row['case']} | {row['provider']} | {row['median_us'] / 1000:.1f} | {loss} | "
+        f"{facts['counts']} | {_times(facts.get('x peer'))} | {_times(facts.get('x dense bf16'))} |"
+    )
+
+
+def hooks_table() -> list[str]:
+    """What hooks and taps add to a call."""
+    lines = []
+    for run in runs("hooks", None, "cpu"):
+        rows = pd.DataFrame(run["rows"])
+        rows["added"] = [facts["added_us"] for facts in rows.facts]
+        wide = rows[rows.kind != "bare"].pivot(index="provider", columns="case", values="added")
+        order = [p for p in rows.provider.unique() if p in wide.index]
+        names = list(dict.fromkeys(rows.case))
+        lines += [
+            f"Microseconds that hooks and taps add to one call of a site, {run['threads']} "
+            f"thread(s), {run['date']}, commit {run['commit']} (`make bench-hooks`):",
+            "",
+            f"| | {' | '.join(names)} |",
+            "|---" * (len(names) + 1) + "|",
+            *(f"| {p} | {' | '.join(f'{wide.loc[p, n]:.0f}' for n in names)} |" for p in order),
+            "",
+        ]
+    return lines
+
+
+def _times(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}x"
+
+
 def _gpu_row(op: str, row: dict) -> str:
     """One line of the GPU table; what could not be compared stays blank."""
 
@@ -83,8 +176,8 @@ def _gpu_row(op: str, row: dict) -> str:
     return (
         f"| `{op}` {row['case']} | {row['dtype']} | {row['provider']} | "
         f"{figure(row['median_us'], '.1f')} | {figure(row['share'], '.0%')} | "
-        f"{figure(row['times_plain'], '.2f')}x | {figure(row['times_compiled'], '.2f')}x |"
-    ).replace(" x |", " |")
+        f"{_times(row['times_plain'])} | {_times(row['times_compiled'])} |"
+    )
 
 
 def runs(section: str, op: str | None, device: str) -> list[dict]:
@@ -280,7 +373,10 @@ def main() -> int:
         START,
         "## Measured",
         *ops_table(),
+        *ratios_table(),
         *gpu_table(),
+        *hooks_table(),
+        *sae_table(),
         *sharing_table(),
         *localization_table(),
         *steering_table(),

@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -164,3 +166,9 @@ class TestOps:
         rows = run_case(case, Machine("cpu", seconds=0.0), seconds=0.0)
         assert {r.kind for r in rows} == {"ours"}
         assert all(r.median_us for r in rows)
+
+
+def test_the_readme_carries_the_stored_results() -> None:
+    script = ROOT / "bench" / "readme_tables.py"
+    done = subprocess.run([sys.executable, str(script), "--check"], check=False)
+    assert done.returncode == 0, "run python bench/readme_tables.py"

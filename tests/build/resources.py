@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 # Per multiprocessor, from the CUDA programming guide's table of compute capabilities.
@@ -64,34 +64,32 @@ def read(path: Path) -> list[Kernel]:
     Raises:
         RuntimeError: cuobjdump is missing.
     """
-    tool = cuobjdump()
-    if tool is None:
-        raise RuntimeError(
-            "kernels: expected cuobjdump (CUDA toolkit or the triton wheel), got none"
-        )
-
-    def dump(option: str) -> str:
-        command = [tool, option, str(path)]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-    threads = _threads(dump("--dump-elf"))
-    return sorted(_usage(dump("--dump-resource-usage"), threads), key=lambda k: (k.name, k.arch))
+    threads = _threads(_dump("--dump-elf", path))
+    found = _usage(_dump("--dump-resource-usage", path), threads)
+    return sorted(found, key=lambda k: (k.name, k.arch))
 
 
-def read_cubin(cubin: bytes, *, threads: int, shared: int) -> Kernel:
-    """The one kernel of a cubin whose launch adds what the file does not know.
+def read_cubin(cubin: bytes, arch: str, *, threads: int, shared: int) -> Kernel:
+    """The one kernel of a cubin, with what the file does not say.
 
     Args:
         cubin: as Triton compiles it.
+        arch: what for.
         threads: of a block.
         shared: dynamic shared memory in bytes.
     """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        (found,) = read(Path(file.name))
-    used = (found.registers, found.stack, found.local, found.shared + shared)
-    return Kernel(found.name, found.arch, *used, threads)
+        Path(file.name).write_bytes(cubin)
+        (found,) = _usage(_dump("--dump-resource-usage", Path(file.name)), {})
+    return replace(found, arch=arch, threads=threads, shared=found.shared + shared)
+
+
+def _dump(option: str, path: Path) -> str:
+    tool = cuobjdump()
+    if tool is None:
+        raise RuntimeError("kernels: expected cuobjdump [CUDA toolkit or Triton's wheel], got none")
+    command = [tool, option, str(path)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def table(kernels: Iterable[Kernel]) -> str:
