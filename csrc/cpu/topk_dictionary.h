@@ -79,9 +79,6 @@ inline uint8_t* allocate_codes(int64_t bytes) {
   return static_cast<uint8_t*>(::operator new(bytes, std::align_val_t(FreeCodes::kCodeAlignment)));
 }
 
-// Share of a bias or a cut that rounding to float32 may change on the way to a comparison.
-constexpr float kRounding = 1e-6f;
-
 class Dictionary {
  public:
   // The cut of the screen is what a value must exceed beyond `limit` (thresholds), if given.
@@ -121,7 +118,9 @@ class Dictionary {
     return to;
   }
 
-  void pack() {
+  // Packs all features, the elements `apart` of each as float32 beside the codes.
+  void pack(std::vector<int32_t> apart) {
+    apart_ = std::move(apart);
     const int64_t slots = panels_ * panel_;
     codes_.reset(allocate_codes(slots * padded_));
     step_.assign(slots, 0.0f);
@@ -130,6 +129,8 @@ class Dictionary {
     shifted_ = bias_;
     for (size_t f = 0; f < limit_.size(); ++f) shifted_[f] -= limit_[f];
     bounds_.resize(panels_);
+    apart_weights_.assign(slots * aparts(), 0.0f);
+    apart_length_.assign(slots, 0.0f);
     parallel(parallel_for_, panels_, 4, [&](int64_t begin, int64_t end) {
       std::vector<float> copy(padded_);
       for (int64_t panel = begin; panel < end; ++panel) pack_panel(panel, copy.data());
@@ -146,18 +147,35 @@ class Dictionary {
             static_cast<int32_t>(std::min(panel_, p_.features - first)),
             bounds_[i].norm2,
             bounds_[i].step2,
-            bounds_[i].slack};
+            bounds_[i].slack,
+            apart_weights_.data() + first * aparts(),
+            bounds_[i].apart_length};
   }
 
-  // How far z may lie from its screened value; `reach` is |x'|^2 / step^2 of the row.
-  float error(int32_t f, float row_step, float reach) const {
+  int64_t aparts() const { return static_cast<int64_t>(apart_.size()); }
+
+  // Moves the elements kept apart from a row to `out`, leaves zeros, and returns their length.
+  float set_apart(float* row, float* out) const {
+    float norm2 = 0.0f;
+    for (int32_t c : apart_) {
+      *out++ = row[c];
+      norm2 += row[c] * row[c];
+      row[c] = 0.0f;
+    }
+    return std::sqrt(norm2);
+  }
+
+  // How far z may lie from its screened value; `reach` is |x'|^2 / step^2 of the row,
+  // `apart_length` that of its elements kept apart.
+  float error(int32_t f, float row_step, float reach, float apart_length) const {
     const float spread = norm2_[f] + step_[f] * step_[f] * reach;
-    return confidence_ * row_step * std::sqrt(spread) + kRounding * std::abs(shifted_[f]);
+    const float rounded = std::abs(shifted_[f]) + 2.0f * apart_length * apart_length_[f];
+    return confidence_ * row_step * std::sqrt(spread) + kRounding * rounded;
   }
 
  private:
   struct Bounds {
-    float norm2, step2, slack;
+    float norm2, step2, slack, apart_length;
   };
 
   void pack_panel(int64_t panel, float* copy) {
@@ -167,6 +185,15 @@ class Dictionary {
       const int64_t f = panel * panel_ + j;
       if (f >= p_.features) std::fill(copy, copy + padded_, 0.0f);
       const float* values = f < p_.features ? row(f, copy) : copy;
+      if (aparts() > 0 && f < p_.features) {
+        std::copy(values, values + padded_, copy);
+        values = copy;
+        float weights[kMostApart];
+        apart_length_[f] = set_apart(copy, weights);
+        float* to = apart_weights_.data() + panel * panel_ * aparts() + j;
+        for (int64_t a = 0; a < aparts(); ++a) to[a * panel_] = weights[a];
+        most.apart_length = std::max(most.apart_length, apart_length_[f]);
+      }
       // Odd salts: the rows of x have the even ones.
       const int64_t salt = certified() ? 2 * f + 1 : -1;
       const Quantised q = kernels_.quantise_feature(values, padded_, salt, codes + 4 * j);
@@ -185,7 +212,8 @@ class Dictionary {
   ParallelFor parallel_for_;
   int64_t padded_, panel_, panels_;
   float confidence_;
-  std::vector<float> bias_, limit_, shifted_, step_, norm2_;
+  std::vector<int32_t> apart_;
+  std::vector<float> bias_, limit_, shifted_, step_, norm2_, apart_weights_, apart_length_;
   std::vector<int32_t> start_;
   std::vector<Bounds> bounds_;
   Codes codes_;

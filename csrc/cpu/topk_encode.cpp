@@ -24,6 +24,8 @@ constexpr int64_t kDirectRows = 6;
 constexpr int64_t kPilotFrom = 256;
 constexpr int64_t kPilotRows = 8;
 constexpr float kPilotShare = 0.9f;
+// Rows that tell which elements are large.
+constexpr int64_t kSampledRows = 128;
 // Rows valued in full at a time: the only dense values held.
 constexpr int64_t kFullRows = 16;
 constexpr int64_t kFeatureGrain = 32;
@@ -42,9 +44,7 @@ class Encoder {
         kernels_(topk_kernels(isa)),
         parallel_for_(parallel_for),
         dictionary_(p_, kernels_, parallel_for),
-        minus_(floats(params.b_pre, params.width, kernels_)) {
-    if (p_.rows > kDirectRows) dictionary_.pack();
-  }
+        minus_(floats(params.b_pre, params.width, kernels_)) {}
 
   // Leaves in `lists` what each row [begin, begin + count) keeps: best first, or, for the ragged
   // modes, by ascending feature.
@@ -53,6 +53,7 @@ class Encoder {
     rows_ = count;
     lists.assign(count, {});
     load_rows();
+    if (p_.rows > kDirectRows && begin == 0) dictionary_.pack(large_elements());
     std::vector<int32_t> todo(count);
     std::iota(todo.begin(), todo.end(), 0);
     if (p_.rows > kDirectRows) {
@@ -87,6 +88,35 @@ class Encoder {
         std::fill(to + p_.width, to + padded, 0.0f);
       }
     });
+  }
+
+  // The elements with most of the energy of the rows, as long as one has more than 16 times the
+  // mean of the others: transformers write a few such, and one scale for all of a row would leave
+  // the others without bits.
+  std::vector<int32_t> large_elements() const {
+    const int64_t padded = dictionary_.padded(), width = p_.width;
+    const int64_t every = round_up(rows_, kSampledRows) / kSampledRows;
+    std::vector<float> energy(width, 0.0f);
+    for (int64_t i = 0; i < rows_; i += every) {
+      const float* row = x_.get() + i * padded;
+      const float norm2 = std::inner_product(row, row + width, row, 0.0f);
+      if (!(norm2 < std::numeric_limits<float>::infinity())) continue;
+      for (int64_t c = 0; c < width; ++c) energy[c] += row[c] * row[c] / (norm2 + 1e-30f);
+    }
+    double rest = std::accumulate(energy.begin(), energy.end(), 0.0);
+    std::vector<int32_t> order(width);
+    std::iota(order.begin(), order.end(), 0);
+    const int64_t most = std::min(kMostApart, width / 2);
+    std::partial_sort(order.begin(), order.begin() + most, order.end(), [&](int32_t a, int32_t b) {
+      return energy[a] != energy[b] ? energy[a] > energy[b] : a < b;
+    });
+    std::vector<int32_t> large;
+    for (int64_t j = 0; j < most; ++j) {
+      rest -= energy[order[j]];
+      if (!(energy[order[j]] > 16.0 * rest / static_cast<double>(width - j - 1))) break;
+      large.push_back(order[j]);
+    }
+    return large;
   }
 
   // The k-th value as a share of |x|, a little less than the least of a few rows. Starting there

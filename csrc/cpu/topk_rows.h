@@ -57,6 +57,8 @@ class RowSet {
     inverse_.assign(slots_, 1.0f / kTiny);
     reach_.assign(slots_, 0.0f);
     length_.assign(slots_, 0.0f);
+    apart_.assign(slots_ * d_.aparts(), 0.0f);
+    apart_length_.assign(slots_, 0.0f);
     cut.assign(slots_, std::numeric_limits<float>::infinity());
     dropped.assign(slots_, 1);
     lists.resize(slots_);
@@ -68,7 +70,9 @@ class RowSet {
 
   float length(int64_t i) const { return length_[i]; }  // |x|
 
-  float error(int64_t i, int32_t feature) const { return d_.error(feature, step_[i], reach_[i]); }
+  float error(int64_t i, int32_t feature) const {
+    return d_.error(feature, step_[i], reach_[i], apart_length_[i]);
+  }
 
   // Screens panels [begin, end). With k > 0 the cut of a row rises to the k-th largest lower bound
   // seen so far; a row whose list outgrows `most` is dropped.
@@ -117,17 +121,27 @@ class RowSet {
   }
 
   void quantise(int64_t begin, int64_t end) {
-    const std::vector<float> zero(d_.padded(), 0.0f);
+    std::vector<float> copy(d_.padded(), 0.0f);
     for (int64_t i = begin; i < end; ++i) {
-      const float* row = i < size() ? x_ + ids_[i] * d_.padded() : zero.data();
+      const float* row = i < size() ? x_ + ids_[i] * d_.padded() : copy.data();
+      if (i >= size()) {
+        std::fill(copy.begin(), copy.end(), 0.0f);
+      } else if (d_.aparts() > 0) {
+        std::copy(row, row + d_.padded(), copy.begin());
+        apart_length_[i] = d_.set_apart(copy.data(), apart_.data() + i * d_.aparts());
+        row = copy.data();
+      }
       const int64_t salt = d_.certified() ? 2 * (first_row_ + (i < size() ? ids_[i] : 0)) : -1;
       const Quantised q = kernels_.quantise_row(row, d_.padded(), salt, codes(i));
-      if (i >= size() || !(q.norm2 < std::numeric_limits<float>::infinity())) continue;
+      if (i >= size() || !(q.norm2 + apart_length_[i] < std::numeric_limits<float>::infinity())) {
+        continue;
+      }
       step_[i] = q.step;
       inverse_[i] = 1.0f / q.step;
       // |x'| <= |x| + |error of rounding|.
-      length_[i] = std::sqrt(q.norm2);
-      const float most = length_[i] * inverse_[i] + std::sqrt(static_cast<float>(d_.padded()));
+      const float rest = std::sqrt(q.norm2);
+      length_[i] = std::hypot(rest, apart_length_[i]);
+      const float most = rest * inverse_[i] + std::sqrt(static_cast<float>(d_.padded()));
       reach_[i] = most * most;
       cut[i] = 0.0f;
       dropped[i] = 0;
@@ -146,7 +160,10 @@ class RowSet {
                              inverse_.data() + first,
                              reach_.data() + first,
                              cut.data() + first,
-                             d_.confidence()};
+                             d_.confidence(),
+                             apart_.data() + first * d_.aparts(),
+                             apart_length_.data() + first,
+                             d_.aparts()};
     for (int64_t panel = begin; panel < end; ++panel) {
       const int64_t count = kernels_.screen(rows, d_.panel(panel), found.data());
       for (int64_t e = 0; e < count; ++e) {
@@ -181,7 +198,7 @@ class RowSet {
   std::vector<int32_t> ids_;
   int64_t slots_;
   Codes codes_;
-  std::vector<float> step_, inverse_, reach_, length_;
+  std::vector<float> step_, inverse_, reach_, length_, apart_, apart_length_;
 };
 
 }  // namespace sidechain::cpu

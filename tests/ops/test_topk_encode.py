@@ -177,7 +177,7 @@ class TestNumerics:
         assert_same_codes(topk_encode(**args, precision=precision), want)
 
     @every_kernel
-    @pytest.mark.parametrize("data", ["random", "planted"])
+    @pytest.mark.parametrize("data", ["random", "planted", "outliers"])
     def test_screen_decides_and_int8_recalls(self, data: str, backend: str) -> None:
         """The certificate holds without falling back; 8 bits alone miss next to nothing."""
         args = TopkEncodeCase(256, 256, 4096, 16, data=data).make(torch.float32)

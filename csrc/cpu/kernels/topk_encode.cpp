@@ -290,7 +290,8 @@ int64_t screen(const ScreenRows& rows, const FeaturePanel& panel, Found* found) 
   for (int64_t i = 0; i < rows.panels * kRowPanel; ++i) {
     const float error =
         rows.confidence * __builtin_sqrtf(panel.norm2 + panel.step2 * rows.reach[i]);
-    limit[i] = (rows.cut[i] - panel.slack) * rows.inverse[i] - error;
+    const float slack = panel.slack + 2.0f * kRounding * rows.apart_length[i] * panel.apart_length;
+    limit[i] = (rows.cut[i] - slack) * rows.inverse[i] - error;
   }
   I32 sums[kMostRows * kVectors];
   for (int64_t i = 0; i < rows.panels * kRowPanel * kVectors; ++i) {
@@ -319,8 +320,12 @@ int64_t screen(const ScreenRows& rows, const FeaturePanel& panel, Found* found) 
     float z[kVectors * kLanes];
     uint64_t reached = 0;
     for (int v = 0; v < kVectors; ++v) {
+      F32 rest = bias[v];
+      for (int64_t j = 0; j < rows.aparts; ++j) {
+        rest += rows.apart[row * rows.aparts + j] * load(panel.apart + j * kPanel + v * kLanes);
+      }
       const F32 value = __builtin_convertvector(sums[row * kVectors + v], F32) * step[v] +
-                        bias[v] * rows.inverse[row];
+                        rest * rows.inverse[row];
       store(z + v * kLanes, value);
       reached |= static_cast<uint64_t>(not_below(value, limit[row])) << (v * kLanes);
     }

@@ -21,6 +21,10 @@ constexpr int64_t kMostRows = 48;  // rows of one call of `screen`
 // minimises the sum of both errors for normal data.
 constexpr int kZero = 76;
 
+// Share of a float32 sum of at most kMostApart products, a bias or a cut that rounding may change.
+constexpr float kRounding = 1e-6f;
+constexpr int64_t kMostApart = 16;
+
 struct Candidate {
   float z;
   int32_t feature;
@@ -48,6 +52,8 @@ struct FeaturePanel {
   int32_t count;       // features that exist, at most the panel
   float norm2, step2;  // largest |w|^2 and q^2
   float slack;         // what rounding of the biases may cost
+  const float* apart;  // weights of the elements kept apart [ScreenRows::aparts][panel]
+  float apart_length;  // largest |those of a feature|
 };
 
 // Rows in panels of kRowPanel, packed [width / 4][kRowPanel][4]; the arrays are indexed by row.
@@ -60,6 +66,11 @@ struct ScreenRows {
   const float* reach;    // (|x'| / p)^2
   const float* cut;      // what z + error must reach
   float confidence;      // c
+  // Elements kept apart: few, so large in most rows that they would cost the codes their bits.
+  // Their products are float32.
+  const float* apart;  // [rows, aparts]
+  const float* apart_length;
+  int64_t aparts;
 };
 
 #define SIDECHAIN_DECLARE(ID, NAME)                                                              \
