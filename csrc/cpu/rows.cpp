@@ -18,10 +18,25 @@ constexpr int64_t kBytesAhead = 2560;
 // ... and so many rows before that their pages are looked up; 4 to 16 measure alike.
 constexpr int64_t kPagesAhead = 7;
 
+constexpr int64_t kBlock = 256;  // positions walked together
+
 inline uint64_t mix(uint64_t value) {
   value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9u;
   value = (value ^ (value >> 27)) * 0x94D049BB133111EBu;
   return value ^ (value >> 31);
+}
+
+// One pass through the Feistel network.
+inline uint64_t network(const Order& order, uint64_t index) {
+  const uint64_t low_mask = (uint64_t{1} << order.low_bits) - 1;
+  const uint64_t high_mask = (uint64_t{1} << order.high_bits) - 1;
+  uint64_t low = index & low_mask;
+  uint64_t high = index >> order.low_bits;
+  for (int round = 0; round < kOrderRounds; round += 2) {
+    low ^= mix(high + order.keys[round]) & low_mask;
+    high ^= mix(low + order.keys[round + 1]) & high_mask;
+  }
+  return high << order.low_bits | low;
 }
 
 inline void touch_pages(const uint8_t* row, int64_t row_bytes) {
@@ -51,21 +66,31 @@ auto moments_entry(Isa isa) {
 
 }  // namespace
 
+// Indices that left [0, size) are collected without a branch and walked on together: whether one
+// leaves is a coin toss that no predictor learns.
 void permute(const Order& order, const int64_t* positions, int64_t count, int64_t* rows) {
-  const uint64_t low_mask = (uint64_t{1} << order.low_bits) - 1;
-  const uint64_t high_mask = (uint64_t{1} << order.high_bits) - 1;
-  for (int64_t i = 0; i < count; ++i) {
-    uint64_t index = static_cast<uint64_t>(positions[i]);
-    do {
-      uint64_t low = index & low_mask;
-      uint64_t high = index >> order.low_bits;
-      for (int round = 0; round < kOrderRounds; round += 2) {
-        low ^= mix(high + order.keys[round]) & low_mask;
-        high ^= mix(low + order.keys[round + 1]) & high_mask;
+  int32_t outside[kBlock];
+  for (int64_t begin = 0; begin < count; begin += kBlock) {
+    const int64_t here = std::min(kBlock, count - begin);
+    int64_t* row = rows + begin;
+    int64_t left = 0;
+    for (int64_t i = 0; i < here; ++i) {
+      const uint64_t index = network(order, static_cast<uint64_t>(positions[begin + i]));
+      row[i] = static_cast<int64_t>(index);
+      outside[left] = static_cast<int32_t>(i);
+      left += index >= order.size;
+    }
+    while (left > 0) {
+      int64_t still = 0;
+      for (int64_t k = 0; k < left; ++k) {
+        const int32_t i = outside[k];
+        const uint64_t index = network(order, static_cast<uint64_t>(row[i]));
+        row[i] = static_cast<int64_t>(index);
+        outside[still] = i;
+        still += index >= order.size;
       }
-      index = high << order.low_bits | low;
-    } while (index >= order.size);
-    rows[i] = static_cast<int64_t>(index);
+      left = still;
+    }
   }
 }
 
