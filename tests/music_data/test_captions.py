@@ -17,6 +17,7 @@ from sidechain.data.music.captions import (
     TAILS,
     caption,
     describe,
+    fresh_captions,
     mentioned,
     vocabulary,
 )
@@ -203,3 +204,11 @@ class TestDescribe:
             second = words_of(describe(other, np.random.default_rng(seed)))
             changed = [(a, b) for a, b in zip(first, second, strict=True) if a != b]
             assert len(changed) == 2
+
+
+def test_fresh_captions_do_not_depend_on_how_many_are_asked_for():
+    many = fresh_captions(6, 40)
+    assert fresh_captions(2, 40) == many[:2] and fresh_captions(1, 45) == many[5:]
+    assert len(set(fresh_captions(50))) > 40
+    words = {word.strip(",") for text in many for word in text.split()}
+    assert words <= set(vocabulary())

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from sidechain.report.data import DictionaryHealth
 from sidechain.report.theme import Mode, Theme, Width, drawing
@@ -42,6 +43,7 @@ def _unexplained(axes: Axes, rows: Sequence[DictionaryHealth], colours: Theme) -
     axes.set_xlabel("scheduler step")
     axes.set_ylabel("FVU")
     axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _densities(axes: Axes, rows: Sequence[DictionaryHealth], colours: Theme) -> None:
