@@ -146,7 +146,7 @@ def test_killed_at_any_moment(tmp_path):
     def command(out, **more):
         line = [
             sys.executable, "-m", "sidechain", "sae", "train", str(folder), "--features", "1024",
-            "--k", "8", "--tokens", str(256 * 300), "--batch", "256", "--lr", "1e-3",
+            "--k", "8", "--tokens", str(256 * 200), "--batch", "256", "--lr", "1e-3",
             "--set", "checkpoint_minutes=0", "--set", "log_every=5", "--out", str(out),
         ]  # fmt: skip
         return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more)
@@ -155,7 +155,7 @@ def test_killed_at_any_moment(tmp_path):
     assert whole.wait() == 0, whole.stderr.read()
     assert whole.stdout.read().decode().strip() == str(tmp_path / "whole" / "sae.safetensors")
     out, chance, killed = tmp_path / "parts", random.Random(0), 0
-    for _ in range(4):
+    for _ in range(3):
         run = command(out)
         begun = time.monotonic()
         before = len(metrics(out))
