@@ -30,6 +30,7 @@ void* writable(const std::string& op, py::array& a, Dtype dtype, std::vector<py:
                const char* name);
 
 // One per op: adds its NumPy entry point.
+void bind_attention_tap(py::module_& m);
 void bind_encode_reduce(py::module_& m);
 void bind_sae_edit(py::module_& m);
 void bind_sae_update(py::module_& m);

@@ -31,6 +31,7 @@ PYBIND11_MODULE(_host, m) {
   m.def(
       "best_isa", [] { return std::string(isa_name(sidechain::best_isa())); },
       "The instruction set the ops use.");
+  sidechain::host::bind_attention_tap(m);
   sidechain::host::bind_encode_reduce(m);
   sidechain::host::bind_sae_edit(m);
   sidechain::host::bind_sae_update(m);

@@ -7,6 +7,21 @@ from numpy.typing import NDArray
 def build_info() -> dict[str, str]: ...
 def isas() -> list[str]: ...
 def best_isa() -> str: ...
+def attention_tap(
+    q: NDArray[Any],
+    k_bank: NDArray[Any],
+    v_bank: NDArray[Any],
+    *,
+    dtype: str = "float32",
+    isa: str,
+    context_index: NDArray[np.int32] | None = None,
+    context_mask: NDArray[np.bool_] | None = None,
+    scale: float,
+    sums: NDArray[np.float32] | None = None,
+    squares: NDArray[np.float32] | None = None,
+    counts: NDArray[np.float32] | None = None,
+    capture_mask: NDArray[np.bool_] | None = None,
+) -> NDArray[Any]: ...
 def permute(
     positions: NDArray[np.int64], size: int, keys: NDArray[np.uint64]
 ) -> NDArray[np.int64]: ...
