@@ -128,6 +128,11 @@ class TestRace:
         assert slow.steps == race.WARM + race.LEAST == row.facts["steps"]
         assert row.facts["counts"] == "unknown"
 
+    def test_the_reference_does_all_its_steps(self) -> None:
+        entries = [race.Entry(race.REFERENCE, "plain", DenseTrainer)]
+        (row,) = race.race(SHAPE, Machine("cpu"), entries, steps=9, limit=0.0)
+        assert (row.facts["steps"], row.facts["counts"]) == (9, "yes")
+
     def test_a_breaking_trainer_keeps_its_row(self) -> None:
         class Broken:
             def step(self, x: torch.Tensor) -> None:
