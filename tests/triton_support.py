@@ -7,13 +7,10 @@ where there is a GPU, run on it.
 
 from __future__ import annotations
 
-import subprocess
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -116,18 +113,3 @@ def compiling_for(capability: int) -> Iterator[Built]:
         patch.setattr(_triton, "absent", lambda: None)
         patch.setattr(_triton, "interpreting", lambda: True)
         yield built
-
-
-def resources(cubin: bytes) -> dict[str, int]:
-    """Registers (REG), bytes of stack (STACK) and local memory (LOCAL) of a kernel."""
-    from triton import knobs
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(cubin)
-        text = subprocess.run(
-            [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name],
-            check=True, capture_output=True, text=True,
-        ).stdout  # fmt: skip
-    (line,) = [row for row in text.splitlines() if "REG:" in row]
-    pairs = (item.split(":") for item in line.split() if "[" not in item)
-    return {name: int(value) for name, value in pairs}
