@@ -117,6 +117,24 @@ class TestCommand:
         assert "here, 1 thread(s), torch 2: copy_gbytes_per_s 1.0" in out
         assert "times faster" in out
 
+    def test_a_run_that_was_cut_off_keeps_its_rows(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def cases(device: str) -> Any:
+            yield doubling()
+            raise KeyboardInterrupt
+
+        module = SimpleNamespace(OP="double", cases=cases)
+        monkeypatch.setattr(ops, "modules", lambda only="": [module])
+        path = tmp_path / "r.json"
+        with pytest.raises(KeyboardInterrupt):
+            command.run("ops", seconds=0.0, json=path)
+        (run,) = results.read(path)
+        assert (run["status"], len(run["rows"])) == ("cut off", 2)
+        monkeypatch.setattr(module, "cases", lambda device: [doubling()])
+        command.run("ops", seconds=0.0, json=path)
+        assert [r["status"] for r in results.read(path)] == ["passed"]
+
     def test_a_folder_gets_a_file_of_this_machine(self, tmp_path: Path) -> None:
         command.run("ops", seconds=0.0, json=tmp_path)
         (path,) = tmp_path.iterdir()

@@ -35,8 +35,8 @@ def run(
         threads: of torch on the CPU. None = as they are.
         only: ops: those whose name holds this text; hooks and sae: cases likewise.
         seconds: time for each candidate; sae has its own number of steps.
-        json: result file to merge the runs into, or a folder for `<machine>.json`. Only complete
-            runs are stored.
+        json: result file to merge the runs into, or a folder for `<machine>.json`. A run that was
+            cut off is stored as far as it went, with the status "cut off".
         compare: result file to compare with.
 
     Returns:
@@ -61,8 +61,15 @@ def run(
     facts = machine.facts()
     print(_headline(facts), flush=True)
     runs = []
-    for op, rows in _measured(section, machine, only, seconds):
-        runs.append(results.new_run(section, op, facts, rows))
+    for op, tables in _measured(section, machine, only, seconds):
+        every: list[Row] = []
+        for rows in tables:
+            print(results.table(rows), flush=True)
+            every += rows
+            if path:  # what is there survives a cut, marked as a part
+                part = facts | {"status": "cut off"}
+                results.merge(path, results.new_run(section, op, part, every))
+        runs.append(results.new_run(section, op, facts | {"status": "passed"}, every))
         if path:
             results.merge(path, runs[-1])
     if path:
@@ -74,35 +81,26 @@ def run(
 
 def _measured(
     section: str, machine: Machine, only: str, seconds: float
-) -> Iterator[tuple[str | None, list[Row]]]:
-    """Rows of one run after the other."""
+) -> Iterator[tuple[str | None, Iterable[list[Row]]]]:
+    """The tables of one run after the other, measured as they are taken."""
     if section == "ops":
         from . import ops
 
         for module in ops.modules(only):
-            cases = (run_case(c, machine, seconds=seconds) for c in module.cases(machine.device))
-            yield module.OP, _printed(cases)
+            cases = module.cases(machine.device)
+            yield module.OP, (run_case(case, machine, seconds=seconds) for case in cases)
     elif section == "hooks":
         from . import hooks
 
-        yield None, _printed(hooks.rows(machine, only=only, seconds=seconds))
+        yield None, hooks.rows(machine, only=only, seconds=seconds)
     else:
         from .sae import memory, race
 
         if only in "steps" or any(only in shape.name for shape in race.SHAPES[machine.device]):
             shapes = "" if only in "steps" else only
-            yield "steps", _printed(race.rows(machine, only=shapes))
+            yield "steps", race.rows(machine, only=shapes)
         if only in "memory":
-            yield "memory", _printed(iter([memory.rows(machine.device)]))
-
-
-def _printed(tables: Iterable[list[Row]]) -> list[Row]:
-    """All rows, each table printed as soon as it is there."""
-    every: list[Row] = []
-    for rows in tables:
-        print(results.table(rows), flush=True)
-        every += rows
-    return every
+            yield "memory", [memory.rows(machine.device)]
 
 
 def _headline(facts: dict[str, Any]) -> str:
