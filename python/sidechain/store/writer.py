@@ -16,7 +16,6 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from .._atomic import write_atomic
-from .batching import Batch
 from .channel import POLICIES, Channel, Spill
 from .labels import Labels, read_labels
 from .layout import (
@@ -27,6 +26,7 @@ from .layout import (
     site_folder,
 )
 from .sink import Lock, Sink, check_facts, clean
+from .units import Units
 
 MODES = ("create", "append", "resume")
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -301,23 +301,23 @@ class ActivationWriter:
             raise answer.error
 
     def _run(self) -> None:
-        batch = Batch(self._sink, self._spill)
+        units = Units(self._sink, self._spill)
         try:
             while True:
                 for kind, content in self._channel.get():
                     if kind in ("rows", "end", "dropped"):
-                        batch.add(kind, content)
+                        units.add(kind, content)
                         continue
-                    batch.flush()
+                    units.flush()
                     if kind == "ask":
                         content.run()
                     else:
                         self._sink.rollback()
-                        batch.forget()
+                        units.forget()
                     if kind == "close":
                         self._sink.commit()
                         return
-                batch.flush()
+                units.flush()
                 self._channel.done()
         except BaseException as error:
             self._failure = self._salvage(error)

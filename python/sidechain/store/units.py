@@ -15,7 +15,7 @@ from .sink import Sink
 Item = tuple[str, Any]
 
 
-class Batch:
+class Units:
     """Collects rows and ends of units, and gives them to the sink together.
 
     Rows of complete units go as one piece for each site. If that fails, it is undone and repeated
