@@ -61,7 +61,8 @@ def test_figures_hold_on_clips_that_nobody_has_seen(tmp_path, card, pipe):
     found = {site: measure(zoo.dictionary(site), stores[site]) for site in sites}
     for site, health in found.items():
         assert health.fvu < 4 * card["sites"][site]["fvu"]
-        assert health.l0 == pytest.approx(card["sites"][site]["l0"], rel=0.25)
+        # One threshold for all clips: how many features pass it depends on the clip.
+        assert 0.5 < health.l0 / card["sites"][site]["l0"] < 2
     assert measure(zoo.dictionary("cross:3"), stores["cross:6"]).fvu > 5 * found["cross:6"].fvu
 
 
