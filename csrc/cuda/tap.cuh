@@ -13,6 +13,7 @@
 #include <cstdint>
 
 #include "cuda/launch.cuh"
+#include "cuda/reduce.cuh"
 #include "cuda/shared.cuh"
 #include "cuda/vec.cuh"
 #include "sidechain/tap.h"
@@ -40,33 +41,6 @@ struct TapLayout {
   bool vectors_aligned, ring_aligned;
   float* workspace;  // [R, chunks, 2, C], nullptr = no sums wanted
 };
-
-// Sums kCount <= 2 kTapGroup values over the block, the same in every thread. `scratch` holds
-// [2][kScratch] floats; alternating `turn` keeps one call's reads apart from the next call's writes
-// with a single barrier.
-template <int kCount>
-__device__ inline void block_sum(float (&value)[kCount], float* scratch, int turn) {
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) {
-    for (int step = 16; step > 0; step /= 2) {
-      value[i] += __shfl_xor_sync(0xffffffffu, value[i], step);
-    }
-  }
-  const int warp = threadIdx.x / 32;
-  const int warps = blockDim.x / 32;
-  float* mine = scratch + turn * kScratch;
-  if (threadIdx.x % 32 == 0) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) mine[warp * kCount + i] = value[i];
-  }
-  __syncthreads();
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) value[i] = 0.0f;
-  for (int w = 0; w < warps; ++w) {
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) value[i] += mine[w * kCount + i];
-  }
-}
 
 // One row as one thread block sees it.
 template <class T>
@@ -215,6 +189,7 @@ __device__ inline void tap_move(const TapParams& p, const TapLayout& layout,
 template <class T, int kWidth>
 __global__ void __launch_bounds__(kMaxThreads, 1)
     tap_kernel(const TapParams p, const TapLayout layout) {
+  // Two places in turn keep one sum's reads apart from the next one's writes.
   __shared__ float scratch[2 * kScratch];
   const int64_t chunk = blockIdx.x % layout.chunks;
   TapBlock<T> block = tap_block<T>(p, blockIdx.x / layout.chunks);
@@ -245,7 +220,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     if (group.any_capture || dots) tap_measure<kWidth>(p, layout, block, group, dots, dot);
     if (!group.any_steer) continue;
     if (dots) {
-      block_sum(dot, scratch, turn);
+      block_sum(dot, scratch + turn * kScratch);
       turn ^= 1;
     }
     float along[kTapGroup], scale[kTapGroup];
@@ -259,7 +234,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     if (p.renorm) {
       float yy[kTapGroup] = {};
       tap_norms<kWidth>(p, layout, block, group, along, yy);
-      block_sum(yy, scratch, turn);
+      block_sum(yy, scratch + turn * kScratch);
       turn ^= 1;
 #pragma unroll
       for (int i = 0; i < kTapGroup; ++i) {

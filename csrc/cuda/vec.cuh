@@ -53,11 +53,24 @@ __device__ inline void store(T* p, const float (&in)[kWidth]) {
 }
 
 // The same for arrays whose alignment is known only at run time.
-template <int kWidth>
-__device__ inline void load(const float* p, bool aligned, float (&out)[kWidth]) {
+template <class T, int kWidth>
+__device__ inline void load(const T* p, bool aligned, float (&out)[kWidth]) {
   if (aligned) return load(p, out);
 #pragma unroll
-  for (int i = 0; i < kWidth; ++i) out[i] = p[i];
+  for (int i = 0; i < kWidth; ++i) out[i] = to_float(p[i]);
+}
+
+template <int kWidth>
+__device__ inline void load_as(const void* p, Dtype dtype, int64_t offset, bool aligned,
+                               float (&out)[kWidth]) {
+  switch (dtype) {
+    case Dtype::kFloat32:
+      return load(static_cast<const float*>(p) + offset, aligned, out);
+    case Dtype::kFloat16:
+      return load(static_cast<const __half*>(p) + offset, aligned, out);
+    case Dtype::kBFloat16:
+      return load(static_cast<const __nv_bfloat16*>(p) + offset, aligned, out);
+  }
 }
 
 template <class T, int kWidth>
@@ -79,5 +92,13 @@ __device__ inline void store_as(void* p, Dtype dtype, int64_t offset, bool align
       return store(static_cast<__nv_bfloat16*>(p) + offset, aligned, in);
   }
 }
+
+// Whether rows of a matrix can be read as packs of kWidth elements of `size` bytes.
+inline bool packs(const void* data, int64_t row, int64_t size, int64_t width) {
+  const int64_t bytes = width * size < 16 ? width * size : 16;
+  return reinterpret_cast<uintptr_t>(data) % bytes == 0 && row * size % bytes == 0;
+}
+
+inline int64_t size_of(Dtype dtype) { return dtype == Dtype::kFloat32 ? 4 : 2; }
 
 }  // namespace sidechain::cuda

@@ -35,4 +35,10 @@ class OnDevice {
   cudaStream_t stream_;
 };
 
+// Scratch memory of a launch on the device of `like`; at least one element, so that it has an
+// address. The allocator orders its reuse behind the stream.
+inline Tensor new_workspace(const Tensor& like, int64_t bytes) {
+  return torch::stable::new_empty(like, {bytes / 8 + 1}, ScalarType::Double);
+}
+
 }  // namespace sidechain::torch_ops

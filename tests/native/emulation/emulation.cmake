@@ -38,7 +38,7 @@ function(emulation_target name build)
   string(TOUPPER ${build} macro)
   target_include_directories(${name} BEFORE PRIVATE ${emulation}/include csrc csrc/include)
   target_compile_definitions(${name} PRIVATE EMULATION_${macro})
-  target_compile_options(${name} PRIVATE ${warnings} -Wno-unknown-pragmas -O1 -g1 ${ARGN})
+  target_compile_options(${name} PRIVATE ${warnings} -Wno-unknown-pragmas -Wno-attributes -O1 -g1 ${ARGN})
   # Kernels are found by address for the names in messages.
   set_target_properties(${name} PROPERTIES CXX_VISIBILITY_PRESET default ENABLE_EXPORTS ON
                                            EXCLUDE_FROM_ALL ON)

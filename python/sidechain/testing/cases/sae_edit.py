@@ -26,6 +26,7 @@ class EditCase:
     strength: int | None = None  # 1 or N
     mask: bool = False
     shared: bool = False  # one row of codes expanded over all rows
+    w_dtype: torch.dtype | None = None  # of w_dec, None = that of x
 
     @property
     def name(self) -> str:
@@ -34,7 +35,7 @@ class EditCase:
         return f"{form}-N{self.rows}-d{self.width}-F{self.features}-k{self.k}"
 
     def make(self, dtype: torch.dtype, seed: int = 0, device: str = "cpu") -> dict[str, Any]:
-        """Random arguments in the names of the schema; x and w_dec have the dtype."""
+        """Random arguments in the names of the schema; x has the dtype."""
         g = torch.Generator().manual_seed(seed + 4)
         rows = 1 if self.shared else self.rows
         codes = random_codes(rows, self.features, self.k, csr=self.csr, seed=seed)
@@ -47,7 +48,7 @@ class EditCase:
             "values_old": values if self.old else None,
             "values_new": changed if self.new else None,
             "indices": codes["indices"],
-            "w_dec": torch.randn(self.features, self.width, generator=g).to(dtype),
+            "w_dec": torch.randn(self.features, self.width, generator=g).to(self.w_dtype or dtype),
             "offsets": codes.get("offsets"),
             "strength": None,
             "mask": None,
@@ -66,6 +67,7 @@ EDIT_CASES = (
     replace(_case, old=False, strength=1, width=111),
     replace(_case, new=False, rows=70, width=1536, k=3),
     replace(_case, shared=True, strength=21, width=33),
+    replace(_case, w_dtype=torch.float32),
     replace(_case, width=1, features=1, k=1),
     EditCase(0, 16, 8, 2),
     EditCase(4, 16, 8, 0, mask=True),

@@ -147,6 +147,7 @@ UPDATE_CASES = (
     replace(_case, unit_norm=False, rows=130, features=9, k=4, what="dense-lists"),
     replace(_case, d_in=1, d_out=1, features=3, k=2, unit_norm=False, project=False, what="narrow"),
     replace(_case, d_in=1030, d_out=513, rows=40, features=130, extras=True, what="wide"),
+    UpdateCase(1300, 8, 12, 3, 2, groups=2, extras=True, what="hot"),
     replace(_case, rows=0, extras=True, what="no-rows"),
     replace(_case, k=0, extras=True, what="no-codes"),
 )

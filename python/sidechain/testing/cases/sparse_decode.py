@@ -86,6 +86,7 @@ DECODE_CASES = (
     replace(_case, rows=60, width=19, features=1, k=1, bias=False),
     replace(_case, rows=70, width=1536, features=500, k=32, csr=True),
     replace(_case, rows=4, width=513, features=64, k=64),
+    replace(_case, rows=1300, width=12, features=3, k=2),  # lists longer than a kernel's piece
     DecodeCase(0, 16, 8, 2),
     DecodeCase(3, 16, 8, 0, row_weight=True),
     DecodeCase(0, 16, 8, 2, csr=True),

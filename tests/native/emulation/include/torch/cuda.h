@@ -5,6 +5,7 @@
 
 #include <cuda_runtime.h>
 
+#include <cstring>
 #include <stdexcept>
 #include <string>
 
@@ -28,5 +29,12 @@ class OnDevice {
  private:
   const char* op_;
 };
+
+// Filled with NaNs: kernels must not count on what it holds.
+inline Tensor new_workspace(const Tensor& like, int64_t bytes) {
+  Tensor memory = torch::stable::new_empty(like, {bytes / 8 + 1}, ScalarType::Double);
+  std::memset(memory.mutable_data_ptr(), 0xff, (bytes / 8 + 1) * 8);
+  return memory;
+}
 
 }  // namespace sidechain::torch_ops

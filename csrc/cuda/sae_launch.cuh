@@ -1,0 +1,196 @@
+// SPDX-License-Identifier: Apache-2.0
+// Launches of sae_update_ and sae_gradient_square: workspace, widths of accesses, order of kernels.
+#pragma once
+
+#include "cuda/sae_update.cuh"
+
+namespace sidechain::cuda {
+
+struct SaeWorkspace {
+  char* csc;
+  float *partial, *rows, *b_pre_parts;
+  double* square_parts;
+  AdamStep* step;
+  int64_t blocks, row_stride, shared_bytes;
+  int64_t bytes;
+};
+
+inline CscSource sae_source(const SaeGradientParams& p) {
+  CscSource s = {};
+  for (int32_t g = 0; g < p.group_count; ++g) s.groups[g] = p.groups[g];
+  s.group_count = p.group_count;
+  s.features = p.features;
+  s.first_feature = p.first_feature;
+  return s;
+}
+
+// Parts of `memory`, each a multiple of 16 bytes; memory = nullptr only measures.
+inline SaeWorkspace sae_workspace(const SaeGradientParams& p, bool b_pre_grad, bool square,
+                                  void* memory) {
+  SaeWorkspace w = {};
+  const auto take = [&](int64_t bytes) -> char* {
+    char* const at = static_cast<char*>(memory) + w.bytes;
+    w.bytes += (bytes + 15) / 16 * 16;
+    return memory != nullptr ? at : nullptr;
+  };
+  const CscSource s = sae_source(p);
+  w.row_stride = padded(p.d_in) + padded(p.d_out);
+  const bool shared = w.row_stride * 4 <= kFeatureShared;
+  w.shared_bytes = shared ? w.row_stride * 4 : 0;
+  w.blocks = shared ? kFeatureBlocks : kFeatureBlocks / 4;
+  if (w.blocks > p.features) w.blocks = p.features;
+  w.csc = take(csc_workspace(s, nullptr).bytes);
+  w.partial = reinterpret_cast<float*>(take(list_tile_count(s) * partial_stride(p) * 4));
+  if (!shared) w.rows = reinterpret_cast<float*>(take(w.blocks * w.row_stride * 4));
+  if (b_pre_grad) w.b_pre_parts = reinterpret_cast<float*>(take(w.blocks * padded(p.d_in) * 4));
+  w.step = reinterpret_cast<AdamStep*>(take(sizeof(AdamStep)));
+  if (square) w.square_parts = reinterpret_cast<double*>(take(w.blocks * 8));
+  return w;
+}
+
+// Whether every row the kernels touch can be moved in packs of four elements.
+inline bool wide_gradient(const SaeGradientParams& p, const float* w_dec) {
+  bool wide = p.d_in % 4 == 0 && p.d_out % 4 == 0 && packs(w_dec, p.d_out, 4, 4) &&
+              packs(p.x, p.x_row, size_of(p.x_dtype), 4);
+  for (int32_t i = 0; i < p.group_count; ++i) {
+    const CodeGroup& g = p.groups[i];
+    wide = wide && packs(g.error, g.error_row, 4, 4) && g.error_level % 4 == 0;
+  }
+  return wide;
+}
+inline bool wide_update(const SaeUpdateParams& p) {
+  const SaeState& s = p.state;
+  const int64_t d_in = p.gradient.d_in, d_out = p.gradient.d_out, m = size_of(s.moments);
+  return wide_gradient(p.gradient, s.w_dec) && packs(s.w_enc, d_in, 4, 4) &&
+         packs(s.enc_mean, d_in, m, 4) && packs(s.enc_square, d_in, m, 4) &&
+         packs(s.dec_mean, d_out, m, 4) && packs(s.dec_square, d_out, m, 4) &&
+         packs(p.enc_copy, d_in, 2, 4) && packs(p.dec_copy, d_out, 2, 4);
+}
+
+// What the launches of both ops share.
+struct SaePlan {
+  SaeWorkspace workspace;
+  FeatureLayout layout;
+  int64_t tiles;
+};
+
+inline cudaError_t sae_plan(const SaeGradientParams& p, bool b_pre_grad, bool square, void* memory,
+                            cudaStream_t stream, SaePlan* plan) {
+  const CscSource s = sae_source(p);
+  const SaeWorkspace w = sae_workspace(p, b_pre_grad, square, memory);
+  Csc csc = {};
+  const cudaError_t status = build_csc(s, w.csc, stream, &csc);
+  *plan = {w,
+           {csc, w.partial, w.rows, w.row_stride, w.b_pre_parts, w.square_parts, w.step},
+           list_tile_count(s)};
+  return status;
+}
+
+inline cudaError_t launch_fold(const SaePlan& plan, int64_t d_in, float* b_pre_grad,
+                               float* grad_square, cudaStream_t stream) {
+  if (b_pre_grad == nullptr && grad_square == nullptr) return cudaSuccess;
+  const int64_t columns = b_pre_grad != nullptr && d_in > 0 ? d_in : 1;
+  return launch(sae_fold_kernel, (columns + kFeatureThreads - 1) / kFeatureThreads, kFeatureThreads,
+                0, stream, plan.layout, plan.workspace.blocks, d_in, b_pre_grad, grad_square);
+}
+
+inline int64_t feature_threads(const SaeGradientParams& p, int64_t width) {
+  const int64_t widest = p.d_in > p.d_out ? p.d_in : p.d_out;
+  return threads_for(widest / width, 64, kFeatureThreads);
+}
+
+template <class X, int kWidth>
+cudaError_t launch_tiles(const SaeGradientParams& p, const SaePlan& plan, cudaStream_t stream) {
+  if (plan.tiles == 0 || p.features == 0) return cudaSuccess;
+  return launch(sae_tiles_kernel<X, kWidth>, plan.tiles, feature_threads(p, kWidth), 0, stream, p,
+                plan.layout.csc, plan.workspace.partial);
+}
+
+template <class... Params, class... Args>
+cudaError_t launch_features(void (*kernel)(Params...), const SaeGradientParams& p,
+                            const SaePlan& plan, int64_t width, cudaStream_t stream,
+                            const Args&... args) {
+  if (p.features == 0) return cudaSuccess;
+  const int64_t bytes = plan.workspace.shared_bytes;
+  if (bytes > 40 * 1024) {  // the kernels have static shared memory beside it
+    const cudaError_t status = cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+    if (status != cudaSuccess) return status;
+  }
+  return launch(kernel, plan.workspace.blocks, feature_threads(p, width), bytes, stream, args...);
+}
+
+struct LaunchUpdate {
+  const SaeUpdateParams& p;
+  const SaePlan& plan;
+  cudaStream_t stream;
+  template <class X, int kWidth>
+  cudaError_t run() const {
+    cudaError_t status = launch(adam_step_kernel, 1, 1, 0, stream, p, plan.workspace.step);
+    if (status == cudaSuccess) status = launch_tiles<X, kWidth>(p.gradient, plan, stream);
+    if (status != cudaSuccess) return status;
+    return launch_features(sae_update_kernel<X, kWidth>, p.gradient, plan, kWidth, stream, p,
+                           plan.layout);
+  }
+};
+
+struct LaunchSquare {
+  const SaeGradientParams& p;
+  const float* w_dec;
+  const SaePlan& plan;
+  cudaStream_t stream;
+  template <class X, int kWidth>
+  cudaError_t run() const {
+    const cudaError_t status = launch_tiles<X, kWidth>(p, plan, stream);
+    if (status != cudaSuccess) return status;
+    return launch_features(sae_square_kernel<X, kWidth>, p, plan, kWidth, stream, p, w_dec,
+                           plan.layout);
+  }
+};
+
+template <class Launch>
+cudaError_t launch_for(Dtype x, bool wide, const Launch& with) {
+  switch (x) {
+    case Dtype::kFloat32:
+      return wide ? with.template run<float, 4>() : with.template run<float, 1>();
+    case Dtype::kFloat16:
+      return wide ? with.template run<__half, 4>() : with.template run<__half, 1>();
+    case Dtype::kBFloat16:
+      return wide ? with.template run<__nv_bfloat16, 4>() : with.template run<__nv_bfloat16, 1>();
+  }
+  return cudaErrorInvalidValue;
+}
+
+// Bytes of workspace for launch_sae_update; their contents do not matter.
+inline int64_t sae_update_workspace(const SaeUpdateParams& p) {
+  return sae_workspace(p.gradient, p.b_pre_grad != nullptr, p.grad_square != nullptr, nullptr)
+      .bytes;
+}
+
+inline cudaError_t launch_sae_update(const SaeUpdateParams& p, void* workspace,
+                                     cudaStream_t stream) {
+  SaePlan plan = {};
+  cudaError_t status = sae_plan(p.gradient, p.b_pre_grad != nullptr, p.grad_square != nullptr,
+                                workspace, stream, &plan);
+  if (status != cudaSuccess) return status;
+  status = launch_for(p.gradient.x_dtype, wide_update(p), LaunchUpdate{p, plan, stream});
+  if (status != cudaSuccess) return status;
+  return launch_fold(plan, p.gradient.d_in, p.b_pre_grad, p.grad_square, stream);
+}
+
+inline int64_t sae_square_workspace(const SaeGradientParams& p) {
+  return sae_workspace(p, false, true, nullptr).bytes;
+}
+
+inline cudaError_t launch_sae_square(const SaeGradientParams& p, const float* w_dec, float* out,
+                                     void* workspace, cudaStream_t stream) {
+  SaePlan plan = {};
+  cudaError_t status = sae_plan(p, false, true, workspace, stream, &plan);
+  if (status != cudaSuccess) return status;
+  const bool wide = wide_gradient(p, w_dec);
+  status = launch_for(p.x_dtype, wide, LaunchSquare{p, w_dec, plan, stream});
+  if (status != cudaSuccess) return status;
+  return launch_fold(plan, p.d_in, nullptr, out, stream);
+}
+
+}  // namespace sidechain::cuda
