@@ -77,6 +77,23 @@ class TestCommit:
         (tmp_path / "COMMIT").write_text("abc1234\n")
         assert results.commit() == "abc1234"
 
+    def test_results_do_not_make_a_tree_dirty(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        package, result = tmp_path / "package" / "__init__.py", tmp_path / "bench/results/a.json"
+        for file in (package, result):
+            file.parent.mkdir(parents=True)
+            file.write_text("1")
+        who = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+        for call in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "first"]):
+            subprocess.run(["git", "-C", str(tmp_path), *call], check=True)
+        monkeypatch.setattr(sidechain, "__file__", str(package))
+        clean = results.commit()
+        result.write_text("2")
+        assert results.commit() == clean and not clean.endswith("-dirty")
+        package.write_text("2")
+        assert results.commit() == f"{clean}-dirty"
+
 
 class TestText:
     def test_table_leaves_empty_columns_out(self) -> None:

@@ -24,15 +24,24 @@ IDENTITY = ("section", "op", "device", "threads")
 def commit() -> str:
     """The commit measured, with -dirty where the tree differs from it; "installed" outside one.
 
-    A copied tree without its history names its commit in a file beside the package.
+    Results themselves do not count as a difference: a bench writes them while it runs. A copied
+    tree without its history names its commit in a file beside the package.
     """
     folder = Path(sidechain.__file__).resolve().parent
     told = folder / "COMMIT"
     if told.is_file():
         return told.read_text().strip()
-    git = ["git", "-C", str(folder), "describe", "--always", "--dirty"]
-    done = subprocess.run(git, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "installed"
+    name = _git(folder, "describe", "--always")
+    if not name:
+        return "installed"
+    results = [":(top,exclude)bench/results", ":(top,exclude)README.md"]
+    changed = _git(folder, "status", "--porcelain", "--untracked-files=no", "--", ":/", *results)
+    return f"{name}-dirty" if changed else name
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def new_run(
