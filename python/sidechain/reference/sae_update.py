@@ -252,5 +252,6 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def _square(g: Gradients, bias: bool) -> Tensor:
-    total = g.enc.square().sum() + g.dec.square().sum()
+    # Row by row first: torch cuts one large sum differently for another number of threads.
+    total = g.enc.square().sum(1).sum() + g.dec.square().sum(1).sum()
     return (total + g.bias.square().sum() if bias else total).reshape(1)
