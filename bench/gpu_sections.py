@@ -45,11 +45,12 @@ class Session:
         device: "cuda" or "cpu".
         out: folder of the result file.
         budget: seconds after which nothing is started any more.
+        again: measure also what is there for this commit.
     """
 
-    def __init__(self, device: str, out: Path, budget: float) -> None:
+    def __init__(self, device: str, out: Path, budget: float, *, again: bool = False) -> None:
         self.machine = Machine(device)
-        self.device = device
+        self.device, self.again = device, again
         self.path = out / f"{self.machine.slug}.json"
         self.until = time.monotonic() + budget
         self.commit = results.commit()
@@ -151,6 +152,8 @@ def bench(session: Session, unit: Unit, limit: float) -> dict[str, Any] | None:
     options = ["--device", session.device, "--json", str(session.path), "--seconds", "0.25"]
     if session.device == "cpu":
         options += ["--threads", "1"]
+    if session.again:
+        options.append("--fresh")
     command = [sys.executable, "-m", "sidechain", "bench", unit.section, *options]
     status, text = session.process([*command, "--only", unit.op or ""], limit)
     print(text, flush=True)
@@ -169,6 +172,7 @@ def units() -> list[Unit]:
         Unit("correctness", None, 90, correctness),
         *(Unit("ops", op, 180, bench) for op in names),
         Unit("sae", "steps", 120, bench),
+        Unit("sae", "encode", 60, bench),
         Unit("sae", "memory", 60, bench),
         Unit("tests", None, 120, tests),
         *(Unit("sanitizer", op, 90, sanitizer) for op in names),
@@ -176,12 +180,12 @@ def units() -> list[Unit]:
     ]
 
 
-def run(session: Session, chosen: Sequence[Unit], *, again: bool) -> int:
+def run(session: Session, chosen: Sequence[Unit]) -> int:
     """Run the units that are not done; returns how many failed."""
     failures = 0
     for unit in chosen:
         title = f"== {unit.section} {unit.op or ''}".rstrip()
-        if not again and session.done(unit):
+        if not session.again and session.done(unit):
             print(f"{title}: already there for {session.commit}", flush=True)
             continue
         if session.left() < 5:
@@ -231,9 +235,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     unknown = sorted({*options.section} - {*names})
     if unknown:
         parser.error(f"expected sections of {', '.join(names)}, got {unknown[0]}")
-    session = Session(options.device, options.out, options.budget)
+    session = Session(options.device, options.out, options.budget, again=options.again)
     chosen = [u for u in every if not options.section or u.section in options.section]
-    failures = run(session, chosen, again=options.again)
+    failures = run(session, chosen)
     print(f"{session.path}: {failures} of {len(chosen)} to be looked at")
     return int(failures > 0)
 

@@ -99,47 +99,93 @@ def ratios_table() -> list[str]:
 
 
 def sae_table() -> list[str]:
-    """Training steps of all trainers, and the memory of a step."""
-    found = runs("sae", "steps", "cpu") + runs("sae", "steps", "cuda")
-    if not found:
-        return ["Training steps of sparse autoencoders: not measured yet (`make bench-sae`).", ""]
+    """Training steps of dictionaries, their encoders, and the memory of a step."""
+    parts = {
+        "steps": ("Training steps of sparse autoencoders", _steps_of),
+        "encode": ("Encoders of sparse autoencoders", _encoders_of),
+        "memory": ("Memory of a training step", _memory_of),
+    }
     lines = []
-    for run in found:
-        threads = f", {run['threads']} thread(s)" if run["threads"] else ""
-        lines += [
-            f"Training steps of a TopK dictionary, {run['name']}{threads}, {run['date']}, torch "
-            f"{run['versions']['torch']}, commit {run['commit']} (`make bench-sae`): every trainer "
-            "on the same batches from the same weights, fused Adam; who explains less of the "
-            "variance than dense float32 torch after the same tokens does not count:",
-            "",
-            "| N, d, F, k | trainer | ms | FVU | counts | against best package | against dense "
-            "bf16 |",
-            "|---|---|---|---|---|---|---|",
-            *(_sae_row(row) for row in run["rows"]),
-            "",
-        ]
-    for run in runs("sae", "memory", "cpu") + runs("sae", "memory", "cuda"):
-        shares = ", ".join(
-            f"{row['provider']} {row['facts']['extra_mib']:g} MiB"
-            for row in run["rows"]
-            if not row["failed"]
-        )
-        lines += [
-            f"Memory of a step beyond weights and moments, {run['rows'][0]['case']}: {shares}."
-        ]
-        lines += [""]
+    for part, (title, written) in parts.items():
+        found = runs("sae", part, "cpu") + runs("sae", part, "cuda")
+        for run in found:
+            lines += [*written(run), ""]
+        if not found:
+            lines += [f"{title}: not measured yet (`make bench-sae`).", ""]
     return lines
 
 
-def _sae_row(row: dict) -> str:
-    if row["failed"]:
-        return f"| {row['case']} | {row['provider']} | not run: {row['failed']} | | | | |"
-    facts = row["facts"]
-    loss = "" if facts["fvu"] is None else f"{facts['fvu']:.3f}"
+def _stamp(run: dict) -> str:
+    """Where and when: what every table of the section carries."""
+    threads = f", {run['threads']} thread(s)" if run["threads"] else ""
+    status = "" if run.get("status", "passed") == "passed" else f", {run['status']}"
     return (
-        f"| {row['case']} | {row['provider']} | {row['median_us'] / 1000:.1f} | {loss} | "
-        f"{facts['counts']} | {_times(facts.get('x peer'))} | {_times(facts.get('x dense bf16'))} |"
+        f"{run['name']} {run['isa'] or ''}{threads}, {run['date']}, torch "
+        f"{run['versions']['torch']}, commit {run['commit']}{status} (`make bench-sae`)"
     )
+
+
+def _steps_of(run: dict) -> list[str]:
+    return [
+        f"Training steps of a TopK dictionary, {_stamp(run)}. Every trainer starts from the same "
+        "weights and takes the same batches with fused Adam; each of its steps is timed next to "
+        "one of ours, and all ratios are of these pairs. Who has explained less of the variance "
+        "than dense float32 torch after the same tokens, by more than a tenth of the way, does not "
+        "count; `~`: extrapolated from a few tokens, since bfloat16 is emulated there:",
+        "",
+        "| N, d, F, k | trainer | ms | FVU | counts | times ours | against best package | against "
+        "dense bf16 |",
+        "|---|---|---|---|---|---|---|---|",
+        *(_step_row(row) for row in run["rows"]),
+    ]
+
+
+def _step_row(row: dict) -> str:
+    facts = row["facts"]
+    name = " ".join(filter(None, (row["provider"], facts.get("version"))))
+    if row["failed"]:
+        return f"| {row['case']} | {name} | not run: {row['failed']} | | | | | |"
+    loss = f"{facts['fvu']:.4f}" if "fvu" in facts else ""
+    about = "~" if row["method"].startswith("extrapolated") else ""
+    return (
+        f"| {row['case']} | {name} | {about}{row['median_us'] / 1000:.1f} | {loss} | "
+        f"{facts['counts']} | {about}{_times(facts['x ours'])} | {_times(facts.get('x peer'))} | "
+        f"{_times(facts.get('x dense bf16'))} |"
+    )
+
+
+def _encoders_of(run: dict) -> list[str]:
+    return [
+        f"`topk_encode` against a linear layer and `topk` in float32, {_stamp(run)}. Recall and "
+        "equal sets (share of the rows) are of the exact sets in float64:",
+        "",
+        "| N, d, F, k | way | ms | recall | equal sets | against plain torch | against ours bf16 |",
+        "|---|---|---|---|---|---|---|",
+        *(
+            f"| {row['case']} | {row['provider']} | {row['median_us'] / 1000:.1f} | "
+            f"{row['facts']['recall']:.5f} | {row['facts']['equal sets']:.4f} | "
+            f"{_times(row['times_plain'])} | {_times(row['facts'].get('x bf16'))} |"
+            for row in run["rows"]
+            if row["provider"] != "reference fp32"
+        ),
+    ]
+
+
+def _memory_of(run: dict) -> list[str]:
+    return [
+        "Memory at the peak of a step, beyond what is held between steps (weights and moments), "
+        f"{_stamp(run)}:",
+        "",
+        "| N, d, F, k | trainer | MiB | share of dense torch | measured as |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {row['case']} | {row['provider']} | not run: {row['failed']} | | |"
+            if row["failed"]
+            else f"| {row['case']} | {row['provider']} | {row['facts']['extra_mib']:g} | "
+            f"{row['facts'].get('of dense', float('nan')):.1%} | {row['method']} |"
+            for row in run["rows"]
+        ),
+    ]
 
 
 def hooks_table() -> list[str]:

@@ -453,7 +453,8 @@ def _add_bench(commands: Any, run: Command) -> None:
         long="Measure what this machine can do at best (copy bandwidth, matrix rates), then run "
         "every op (ops), taps at a site (hooks) or SAE training steps (sae) beside what one would "
         "write in plain torch, eager and compiled. Prints times, rates, shares of the limit and "
-        "ratios; everything is checked for equal results before it is timed.",
+        "ratios; everything is checked for equal results. A run of sae that was cut off goes on "
+        "where it was when the same command is called again at the same commit.",
     )
     parser.add_argument(
         "section",
@@ -465,12 +466,15 @@ def _add_bench(commands: Any, run: Command) -> None:
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
     parser.add_argument("--threads", metavar="N", help="of torch on the CPU (default: its own)")
-    parser.add_argument("--only", default="", metavar="TEXT", help="ops or cases with this text")
     parser.add_argument(
-        "--seconds", default="0.6", metavar="X", help="for each candidate (default %(default)s)"
+        "--only", default="", metavar="TEXT", help="ops or cases with this text; sae: or its part"
     )
+    parser.add_argument("--seconds", metavar="X", help="for each candidate (default 0.6; sae: 8)")
     parser.add_argument(
         "--json", metavar="FILE", help="merge the result into this file, or one in this folder"
+    )
+    parser.add_argument(
+        "--fresh", action="store_true", help="sae: measure again what FILE holds for this commit"
     )
     parser.add_argument("--compare", metavar="FILE", help="compare with this result file")
 

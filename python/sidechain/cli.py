@@ -289,13 +289,14 @@ def _impact(arguments: argparse.Namespace) -> int:
 def _bench(arguments: argparse.Namespace) -> int:
     from sidechain.bench import command
 
-    threads = arguments.threads
+    threads, seconds = arguments.threads, arguments.seconds
     command.run(
         arguments.section,
         device=arguments.device,
         threads=None if threads is None else options.whole("--threads", threads, 1),
         only=arguments.only,
-        seconds=options.finite("--seconds", arguments.seconds, least=0.0),
+        seconds=None if seconds is None else options.finite("--seconds", seconds, least=0.0),
+        fresh=arguments.fresh,
         json=Path(arguments.json) if arguments.json else None,
         compare=options.readable("--compare", arguments.compare) if arguments.compare else None,
     )

@@ -66,40 +66,41 @@ class TestResume:
     def test_failed_units_run_again_and_good_ones_do_not(self, session: Any) -> None:
         work = Work()
         units = [work.unit(op) for op in "abc"]
-        assert gpu.run(session, units, again=False) == 1
+        assert gpu.run(session, units) == 1
         work.status = {}
-        assert gpu.run(session, units, again=False) == 0
+        assert gpu.run(session, units) == 0
         assert work.ran == ["a", "b", "c", "b"]
-        assert gpu.run(session, units[:1], again=True) == 0
+        session.again = True
+        assert gpu.run(session, units[:1]) == 0
         assert work.ran[-1] == "a"
 
     def test_another_commit_runs_everything(
         self, session: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         work = Work()
-        gpu.run(session, [work.unit("a")], again=False)
+        gpu.run(session, [work.unit("a")])
         monkeypatch.setattr(results, "commit", lambda: "def")
         session.commit = "def"
-        gpu.run(session, [work.unit("a")], again=False)
+        gpu.run(session, [work.unit("a")])
         assert work.ran == ["a", "a"]
         assert [r["commit"] for r in results.read(session.path)] == ["def"]
 
     def test_nothing_starts_when_the_time_is_spent(self, session: Any) -> None:
         work = Work()
         session.until = gpu.time.monotonic() + 4
-        assert gpu.run(session, [work.unit("a"), work.unit("c")], again=False) == 2
+        assert gpu.run(session, [work.unit("a"), work.unit("c")]) == 2
         assert work.ran == []
 
     def test_no_unit_gets_more_than_what_is_left(self, session: Any) -> None:
         session.until = gpu.time.monotonic() + 20
-        gpu.run(session, [Work().unit("a")], again=False)
+        gpu.run(session, [Work().unit("a")])
         (run,) = results.read(session.path)
         assert 10 < run["limit"] <= 20
 
     def test_committed_results_are_the_base(
         self, session: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        gpu.run(session, [Work().unit("a")], again=False)
+        gpu.run(session, [Work().unit("a")])
         monkeypatch.setattr(gpu, "RESULTS", session.path.parent)
         other = gpu.Session("cpu", tmp_path / "elsewhere", 100.0)
         assert other.done(Work().unit("a"))

@@ -112,7 +112,7 @@ def run_case(case: Case, machine: Machine, *, seconds: float = 0.6) -> list[Row]
         except Exception as error:
             if candidate.kind == "ours":
                 raise
-            row.failed = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            row.failed = reason(error)
     with _mode(case):
         timings = side_by_side({COPY: machine.copy_sampler(case.moved), **samplers}, seconds)
     copied = timings[COPY].median * case.moved / machine.copy_size(case.moved)
@@ -131,6 +131,11 @@ def run_case(case: Case, machine: Machine, *, seconds: float = 0.6) -> list[Row]
         row.share = round(floor / timing.median, 3)
     compare_rows(rows)
     return rows
+
+
+def reason(error: Exception) -> str:
+    """Why a row is empty, on one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def compare_rows(rows: Iterable[Row]) -> None:

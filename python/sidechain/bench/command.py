@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ from . import results
 from .cases import Row, run_case
 from .machine import Machine
 
-SECTIONS = ("ops", "hooks", "sae")
+# Section -> seconds for each candidate, where nothing else is asked for.
+SECTIONS = {"ops": 0.6, "hooks": 0.6, "sae": 8.0}
+Kept = dict[tuple[str, str], Row]  # case, provider -> row that is there already
 
 
 def run(
@@ -22,22 +24,27 @@ def run(
     device: str = "cpu",
     threads: int | None = None,
     only: str = "",
-    seconds: float = 0.6,
+    seconds: float | None = None,
     json: Path | None = None,
     compare: Path | None = None,
+    fresh: bool = False,
 ) -> list[dict[str, Any]]:
-    """Measure one section and print its tables as they come.
+    """Measure one section and print its rows as they come.
 
     Args:
         section: "ops", every op against plain torch, eager and compiled; "hooks", taps against
-            hand-written hooks; "sae", training steps against plain torch and other packages.
+            hand-written hooks; "sae", training steps and encoders of dictionaries and what a step
+            needs, against plain torch and other packages.
         device: "cpu" or "cuda".
         threads: of torch on the CPU. None = as they are.
-        only: ops: those whose name holds this text; hooks and sae: cases likewise.
-        seconds: time for each candidate; sae has its own number of steps.
-        json: result file to merge the runs into, or a folder for `<machine>.json`. A run that was
-            cut off is stored as far as it went, with the status "cut off".
+        only: ops: those whose name holds this text; hooks: cases likewise; sae: shapes, or one of
+            "steps", "encode", "memory".
+        seconds: time for each candidate; at least a few calls are timed. None = as the section has
+            it.
+        json: result file to merge the runs into, or a folder for `<machine>.json`. It is written
+            after every row, whole, with the status "cut off" until the run is at its end.
         compare: result file to compare with.
+        fresh: sae: measure also what the file holds for this commit, machine and thread count.
 
     Returns:
         The runs, as stored.
@@ -60,12 +67,17 @@ def run(
         results.read(path)  # a file of something else is refused before an hour is spent
     facts = machine.facts()
     print(_headline(facts), flush=True)
+    seconds = SECTIONS[section] if seconds is None else seconds
+
+    def stored(op: str) -> Kept:
+        if fresh or path is None:
+            return {}
+        return results.kept(path, results.new_run(section, op, facts, []))
+
     runs = []
-    for op, tables in _measured(section, machine, only, seconds):
-        every: list[Row] = []
-        for rows in tables:
-            print(results.table(rows), flush=True)
-            every += rows
+    for op, kept, tables in _measured(section, machine, only, seconds, stored):
+        every = list(kept.values())
+        for every in _growing(tables, kept):
             if path:  # what is there survives a cut, marked as a part
                 part = facts | {"status": "cut off"}
                 results.merge(path, results.new_run(section, op, part, every))
@@ -79,28 +91,44 @@ def run(
     return runs
 
 
+def _growing(tables: Iterable[list[Row]], kept: Kept) -> Iterator[list[Row]]:
+    """Print tables as they come; yield all rows so far, and those of before that are no part of it.
+
+    Rows that come alone are printed as lines, and once more as a table at the end.
+    """
+    new: list[Row] = []
+    alone = False
+    for rows in tables:
+        alone |= len(rows) == 1
+        print(results.line(rows[0]) if len(rows) == 1 else results.table(rows), flush=True)
+        new += rows
+        here = {(row.case, row.provider) for row in new}
+        yield [*new, *(row for key, row in kept.items() if key not in here)]
+    if alone:
+        print(results.table(new), flush=True)
+
+
 def _measured(
-    section: str, machine: Machine, only: str, seconds: float
-) -> Iterator[tuple[str | None, Iterable[list[Row]]]]:
-    """The tables of one run after the other, measured as they are taken."""
+    section: str, machine: Machine, only: str, seconds: float, stored: Callable[[str], Kept]
+) -> Iterator[tuple[str | None, Kept, Iterable[list[Row]]]]:
+    """The tables of one run after the other, measured as they are taken, and what was kept."""
     if section == "ops":
         from . import ops
 
         for module in ops.modules(only):
             cases = module.cases(machine.device)
-            yield module.OP, (run_case(case, machine, seconds=seconds) for case in cases)
+            tables = (run_case(case, machine, seconds=seconds) for case in cases)
+            yield module.OP, {}, tables
     elif section == "hooks":
         from . import hooks
 
-        yield None, hooks.rows(machine, only=only, seconds=seconds)
+        yield None, {}, hooks.rows(machine, only=only, seconds=seconds)
     else:
-        from .sae import memory, race
+        from . import sae
 
-        if only in "steps" or any(only in shape.name for shape in race.SHAPES[machine.device]):
-            shapes = "" if only in "steps" else only
-            yield "steps", race.rows(machine, only=shapes)
-        if only in "memory":
-            yield "memory", [memory.rows(machine.device)]
+        for op, rows in sae.parts(machine, only, seconds):
+            kept = stored(op)
+            yield op, kept, rows(kept)
 
 
 def _headline(facts: dict[str, Any]) -> str:

@@ -77,6 +77,24 @@ def read(path: Path) -> list[dict[str, Any]]:
     return runs
 
 
+def kept(path: Path, run: dict[str, Any]) -> dict[tuple[str, str], Row]:
+    """Rows that a file holds of the same work at the same commit, on the same machine and versions.
+
+    Args:
+        path: of the file.
+        run: what is about to be measured, without rows.
+
+    Returns:
+        (case, provider) -> row; none for a tree that differs from its commit, since nobody knows
+        whether it is the same difference.
+    """
+    same = (*IDENTITY, "commit", "name", "versions")
+    if run["commit"].endswith("-dirty"):
+        return {}
+    found = [r for r in read(path) if all(r.get(k) == run.get(k) for k in same)]
+    return {(row["case"], row["provider"]): Row(**row) for r in found for row in r["rows"]}
+
+
 def merge(path: Path, run: dict[str, Any]) -> None:
     """Put a run into a file in place of an older one of the same work.
 
@@ -126,6 +144,15 @@ def table(rows: Sequence[Row]) -> str:
     text = _aligned([[line[i] for i in kept] for line in [head, *cells]], left=3)
     failed = [f"{r.case} {r.dtype} {r.provider}: failed: {r.failed}" for r in rows if r.failed]
     return "\n".join([text, *failed])
+
+
+def line(row: Row) -> str:
+    """One row as text, for rows that come alone."""
+    if row.failed:
+        return f"{row.case}  {row.provider}: failed: {row.failed}"
+    times = "" if row.median_us is None else f"{row.median_us / 1e3:.1f} ms  "
+    facts = ", ".join(f"{name} {value}" for name, value in row.facts.items())
+    return f"{row.case}  {row.provider}: {times}{row.method}  {facts}"
 
 
 def comparison(runs: Sequence[dict[str, Any]], old: Sequence[dict[str, Any]]) -> str:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,9 +17,13 @@ import torch
 from ..cases import Row
 from .common import Batches, Shape, start
 
+STATUS, MEMINFO = Path("/proc/self/status"), Path("/proc/meminfo")
 SHAPE = Shape(4096, 1024, 65536, 64)
-CANDIDATES = ("dense fp32", "embedding_bag", "eai-sparsify", "ours fp32")
-AIM = 0.10  # of what dense torch needs
+DENSE = "dense fp32"
+CANDIDATES = (DENSE, "eai-sparsify", "ours fp32")
+# What dense torch holds at its peak, in matrices [N, F] of float32; it needs 5 and a little.
+DENSE_MATRICES = 6
+PARTS = (8, 4)  # of N, where all of it does not fit
 
 
 def extra_bytes(name: str, shape: Shape, device: str) -> int:
@@ -48,32 +54,75 @@ def extra_bytes(name: str, shape: Shape, device: str) -> int:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
+    before = _field(STATUS, "VmRSS")
     trainer.step(x)
-    return _status("VmHWM") - before
+    return _field(STATUS, "VmHWM") - before
 
 
-def rows(device: str, shape: Shape = SHAPE) -> list[Row]:
-    """Measure all candidates; `x dense` is the share of what dense float32 torch needs."""
-    rows = [Row(shape.name, "f32", name, "memory", 0, 0, method="peak") for name in CANDIDATES]
-    for row in rows:
-        arguments = [row.provider, shape.tokens, shape.width, shape.features, shape.k, device]
-        command = [sys.executable, "-W", "ignore", "-m", __name__, *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            row.failed = (done.stderr.strip().splitlines() or ["killed"])[-1][:160]
-        else:
-            row.facts = {"extra_mib": round(int(done.stdout.split()[-1]) / 2**20, 1)}
-    dense = rows[0].facts.get("extra_mib")
-    for row in rows:
-        if dense and row.facts:
-            row.facts["of dense"] = round(row.facts["extra_mib"] / dense, 3)
-    return rows
+def rows(
+    device: str, shape: Shape = SHAPE, kept: Mapping[tuple[str, str], Row] | None = None
+) -> Iterator[list[Row]]:
+    """Measure all candidates, each when it is asked for.
+
+    Args:
+        device: "cuda", or "cpu" on Linux.
+        shape: N, d, F, k.
+        kept: rows that are there already; what failed is tried again.
+
+    Yields:
+        One row. Facts: `extra_mib`; `of dense`, the share of what dense float32 torch needs.
+        Where dense torch does not fit, its row is a straight line through smaller N and says so.
+    """
+    dense: float | None = None
+    for name in CANDIDATES:
+        row = (kept or {}).get((shape.name, name))
+        if row is None or row.failed:
+            row = Row(shape.name, "f32", name, "memory", 0, 0, method="peak")
+            try:
+                found = _extrapolated(name, shape, device, row) or _of_process(name, shape, device)
+                row.facts["extra_mib"] = round(found / 2**20, 1)
+            except RuntimeError as error:
+                row.failed = str(error)
+        if name == DENSE:
+            dense = row.facts.get("extra_mib")
+        if dense and not row.failed:
+            row.facts["of dense"] = round(row.facts["extra_mib"] / dense, 4)
+        yield [row]
 
 
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+def _extrapolated(name: str, shape: Shape, device: str, row: Row) -> float | None:
+    """Bytes of dense torch from smaller N, or None where all of N fits."""
+    matrix = 4 * shape.tokens * shape.features
+    held = 4 * 4 * 2 * shape.features * shape.width  # weights, moments and gradients
+    if name != DENSE or DENSE_MATRICES * matrix + held < _free(device):
+        return None
+    few, more = (replace(shape, tokens=shape.tokens // part) for part in PARTS)
+    low, high = (_of_process(name, part, device) for part in (few, more))
+    row.method = f"extrapolated from N={few.tokens} and {more.tokens}"
+    return high + (high - low) / (more.tokens - few.tokens) * (shape.tokens - more.tokens)
+
+
+def _free(device: str) -> int:
+    return torch.cuda.mem_get_info()[0] if device == "cuda" else _field(MEMINFO, "MemAvailable")
+
+
+def _of_process(name: str, shape: Shape, device: str) -> int:
+    """Bytes of one trainer, measured in a process of its own.
+
+    Raises:
+        RuntimeError: it failed, with the last line that it wrote.
+    """
+    arguments = [name, shape.tokens, shape.width, shape.features, shape.k, device]
+    command = [sys.executable, "-W", "ignore", "-m", __name__, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError((done.stderr.strip().splitlines() or ["killed"])[-1][:160])
+    return int(done.stdout.split()[-1])
+
+
+def _field(file: Path, name: str) -> int:
+    lines = file.read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -197,3 +198,11 @@ CANDIDATES: dict[str, Callable[[Shape, Start], Any]] = {
     "overcomplete": Overcomplete,
     "llamascopium": Llamascopium,
 }
+
+
+def version(row: str) -> str | None:
+    """Version of the package of a row; None if it is not a row of a package, or not installed."""
+    try:
+        return metadata.version(row.split()[0]) if row in CANDIDATES else None
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,18 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All trainers on the same batches, one step each in turn: times, and the loss they reach."""
+"""One trainer after the other on the same batches, its steps in turns with ours: time and loss.
+
+Two trainers live at a time, and a row is complete when its trainer is: ratios come from the steps
+of ours that were taken in between, so that rows of different hours may stand in one table.
+"""
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
+from torch import Tensor
 
-from ..cases import Row
+from ..cases import Row, reason
 from ..machine import Machine
 from . import peers
 from .common import Batches, Shape, Start, Trainer, fvu, start
@@ -23,170 +28,230 @@ SHAPES = {
     "cpu": (Shape(1024, 768, 12288, 32), Shape(1024, 1280, 5120, 10), Shape(1024, 2560, 10240, 64)),
     "cuda": (Shape(8192, 1280, 20480, 32), Shape(8192, 4096, 65536, 64)),
 }
-STEPS = 20
-WARM = 3  # steps that are not timed: allocation, compilation
-LEAST = 2  # timed steps of a trainer that is too slow for all
-HELD_OUT = 10**6  # number of the batch that nobody trains on
-# A trainer counts if it explains as much as this one after the same tokens, but for this share of
-# the variance. It does all its steps, however slow it is: without its loss nobody counts.
+WARM = 1  # steps that are not timed: allocation, compilation
+LEAST, MOST = 3, 20  # timed steps
+PARITY_STEPS = WARM + LEAST  # everybody does so many; then the loss is compared
+HELD_OUT, HELD_TOKENS = 10**6, 256  # number of the batch that nobody trains on, and its tokens
+# A trainer counts if it has come as far as this one after the same tokens, but for this share of
+# the way. At (1024, 1280, 5120, 10) a learning rate of 0.8 is 25 % behind, an encoder that stands
+# still 75 %, no training 100 %; of those that train as they should none is 1 % behind.
 REFERENCE = "dense fp32"
-PARITY = 0.01
+PARITY = 0.1
+# A product so much slower than in float32 is emulated: nobody trains with it here.
+EMULATED = 8.0
+LEAST_TOKENS = 8  # and twice as many: where an emulated step is extrapolated from
 
 Make = Callable[[Shape, Start], Trainer]
+Key = tuple[str, str]  # case, provider
 
 
-@dataclass
+@dataclass(frozen=True)
 class Entry:
-    """One trainer of the race."""
+    """One trainer of the race.
+
+    Attributes:
+        name: of its row.
+        kind: as in `Row`.
+        make: (shape, start) -> trainer.
+        bf16: its matrix products are in bfloat16.
+    """
 
     name: str
     kind: str
     make: Make
-    trainer: Trainer | None = None
-    seconds: list[float] = field(default_factory=list)
-    spent: float = 0.0
-    loss: float | None = None
-    failed: str = ""
+    bf16: bool = False
 
 
 def entries(device: str) -> list[Entry]:
-    """Everybody, plain torch first."""
+    """Everybody, the reference first."""
     precisions = ("fp32", "bf16", "int8") if device == "cpu" else ("fp32", "bf16")
     return [
         Entry(REFERENCE, "plain", DenseTrainer),
-        Entry("dense bf16", "plain", partial(DenseTrainer, precision="bf16")),
-        Entry("embedding_bag", "plain", partial(DenseTrainer, bag=True)),
-        Entry("dense compiled", "compiled", partial(DenseTrainer, compiled=True)),
-        Entry("bag compiled", "compiled", partial(DenseTrainer, compiled=True, bag=True)),
-        *(Entry(name, "peer", make) for name, make in peers.CANDIDATES.items()),
-        Entry("ours autograd", "ours", partial(OurTrainer, path="autograd")),
         *(Entry(f"ours {p}", "ours", partial(OurTrainer, precision=p)) for p in precisions),
+        Entry("ours autograd", "ours", partial(OurTrainer, path="autograd")),
+        *(
+            Entry(name, "peer", make, bf16=name.endswith("bf16"))
+            for name, make in peers.CANDIDATES.items()
+        ),
+        Entry("embedding_bag", "plain", partial(DenseTrainer, bag=True)),
+        Entry("bag compiled", "compiled", partial(DenseTrainer, compiled=True, bag=True)),
+        Entry("dense compiled", "compiled", partial(DenseTrainer, compiled=True)),
+        Entry("dense bf16", "plain", partial(DenseTrainer, precision="bf16"), bf16=True),
     ]
 
 
-def race(
-    shape: Shape, machine: Machine, everybody: list[Entry], *, steps: int = STEPS, limit: float
-) -> list[Row]:
-    """Train everybody on the same batches and compare time and loss.
+class Race:
+    """What the trainers of one shape share: batches, start, and the step that all are timed beside.
 
     Args:
         shape: N, d, F, k.
         machine: where.
-        everybody: who; a trainer that fails keeps its row, with the reason.
-        steps: of each.
-        limit: seconds after which a trainer is not asked for further steps; its loss is then not
-            compared, and its row says how many steps it did. The reference does all.
-
-    Returns:
-        One row each. Facts: `fvu` after `steps`, `steps` done, `counts` ("no": another loss).
+        seconds: for the timed steps of a trainer; `LEAST` are taken however long they last.
     """
-    device = machine.device
-    batches, begin = Batches(shape, device), start(shape, device)
-    for entry in everybody:
-        _attempt(entry, _begin, shape, begin)
-    for number in range(steps):
-        x = batches[number]
-        for entry in everybody:
-            if entry.spent <= limit or number < WARM + LEAST or entry.name == REFERENCE:
-                _attempt(entry, _timed_step, x, device)
-    for entry in everybody:
-        if len(entry.seconds) == steps:
-            _attempt(entry, _judge, batches[HELD_OUT])
-        entry.trainer = None
-    return _rows(shape, everybody)
+
+    def __init__(self, shape: Shape, machine: Machine, seconds: float) -> None:
+        self.shape, self.machine, self.seconds = shape, machine, seconds
+        made = Batches(shape, machine.device)
+        self.batches = [made[number] for number in range(WARM + MOST)]
+        self.held = made[HELD_OUT][:HELD_TOKENS]
+        self.begin = start(shape, machine.device)
+        self.beside: Trainer | None = None
+
+    def row(self, entry: Entry) -> Row:
+        """Measure one entry; what fails keeps its row, with the reason.
+
+        Returns:
+            A row with the median of its steps. Facts: `ms beside`, median of the steps of ours in
+            between; `x ours`, how many times longer its own took; `fvu` after `PARITY_STEPS`, and
+            `at start`; `steps`; `tokens` of a step that was extrapolated.
+        """
+        shape = self.shape
+        row = Row(shape.name, "f32", entry.name, entry.kind, shape.moved, shape.flops)
+        if version := peers.version(entry.name):
+            row.facts["version"] = version
+        emulated = entry.bf16 and self._slowdown() > EMULATED
+        if emulated and entry.kind == "peer":
+            row.failed = f"bfloat16 is emulated here, {self._slowdown():.0f} times slower"
+            return row
+        trainer: Trainer | None = None
+        try:
+            trainer = entry.make(shape, self.begin)
+            if self.beside is None:
+                self.beside = OurTrainer(shape, self.begin)
+                self.beside.step(self.batches[0])
+            (self._extrapolate if emulated else self._train)(trainer, row)
+        except Exception as error:
+            row.failed = reason(error)
+        finally:
+            trainer = None
+            torch.compiler.reset()
+            gc.collect()
+        return row
+
+    def _slowdown(self) -> float:
+        rates = self.machine.matrix_rates
+        return rates["f32"] / rates["bf16"]
+
+    def _train(self, trainer: Trainer, row: Row) -> None:
+        assert self.beside is not None
+        row.facts["at start"] = round(fvu(trainer, self.held), 6)
+        taken: list[float] = []
+        beside: list[float] = []
+        for number, x in enumerate(self.batches):
+            beside.append(self._timed(self.beside, x))
+            taken.append(self._timed(trainer, x))
+            if number + 1 == PARITY_STEPS:
+                row.facts["fvu"] = round(fvu(trainer, self.held), 6)
+            if number + 1 >= PARITY_STEPS and sum(taken[WARM:]) >= self.seconds:
+                break
+        _fill(row, taken[WARM:], beside[WARM:], "steps in turns")
+        row.facts["steps"] = len(taken)
+
+    def _extrapolate(self, trainer: Trainer, row: Row) -> None:
+        """A step on N tokens from steps on two smaller numbers of tokens, as a straight line."""
+        assert self.beside is not None
+        few, more = LEAST_TOKENS, 2 * LEAST_TOKENS
+        taken: dict[int, list[float]] = {few: [], more: []}
+        beside = []
+        for x in self.batches[:PARITY_STEPS]:
+            beside.append(self._timed(self.beside, x))
+            for tokens, times in taken.items():
+                times.append(self._timed(trainer, x[:tokens].clone()))
+        slope = [(b - a) / (more - few) for a, b in zip(taken[few], taken[more], strict=True)]
+        whole = [
+            b + s * (self.shape.tokens - more) for b, s in zip(taken[more], slope, strict=True)
+        ]
+        _fill(row, whole[WARM:], beside[WARM:], f"extrapolated from {few} and {more} tokens")
+
+    def _timed(self, trainer: Trainer, x: Tensor) -> float:
+        self._wait()
+        begun = time.perf_counter()
+        trainer.step(x)
+        self._wait()
+        return time.perf_counter() - begun
+
+    def _wait(self) -> None:
+        if self.machine.device == "cuda":
+            torch.cuda.synchronize()
 
 
-def _attempt(entry: Entry, work: Callable[..., None], *args: Any) -> None:
-    """Do something with an entry that has not failed."""
-    if entry.failed:
-        return
-    try:
-        work(entry, *args)
-    except Exception as error:
-        entry.failed = " ".join(f"{type(error).__name__}: {error}".split())[:160]
-        entry.trainer = None
+def _fill(row: Row, taken: list[float], beside: list[float], method: str) -> None:
+    cuts = statistics.quantiles(taken, n=5)
+    times = (statistics.median(taken), cuts[0], cuts[3])
+    row.median_us, row.p20_us, row.p80_us = (round(1e6 * t, 1) for t in times)
+    row.tflops = round(row.flops / times[0] / 1e12, 4)
+    row.method = method
+    step = statistics.median(beside)
+    row.facts |= {"ms beside": round(1e3 * step, 2), "x ours": round(times[0] / step, 3)}
 
 
-def _begin(entry: Entry, shape: Shape, begin: Start) -> None:
-    entry.trainer = entry.make(shape, begin)
+def compare(rows: list[Row]) -> None:
+    """Say who counts, and how many times faster each row is than the best others that do.
 
-
-def _judge(entry: Entry, x: torch.Tensor) -> None:
-    assert entry.trainer is not None
-    entry.loss = fvu(entry.trainer, x)
-
-
-def _timed_step(entry: Entry, x: torch.Tensor, device: str) -> None:
-    assert entry.trainer is not None
-    _wait(device)
-    begun = time.perf_counter()
-    entry.trainer.step(x)
-    _wait(device)
-    entry.seconds.append(time.perf_counter() - begun)
-    entry.spent += entry.seconds[-1]
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def _rows(shape: Shape, everybody: list[Entry]) -> list[Row]:
-    reference = next((e.loss for e in everybody if e.name == REFERENCE), None)
-    rows = []
-    for entry in everybody:
-        row = Row(
-            shape.name, "f32", entry.name, entry.kind, shape.moved, shape.flops, method="race",
-            failed=entry.failed,
-        )  # fmt: skip
-        timed = entry.seconds[WARM:] or entry.seconds
-        if timed and not entry.failed:
-            cuts = statistics.quantiles(timed, n=5) if len(timed) > 1 else timed * 4
-            times = (statistics.median(timed), cuts[0], cuts[3])
-            row.median_us, row.p20_us, row.p80_us = (round(1e6 * t, 1) for t in times)
-            row.tflops = round(shape.flops / times[0] / 1e12, 4)
-            row.facts = {"fvu": None if entry.loss is None else round(entry.loss, 4)}
-            row.facts |= {"steps": len(entry.seconds), "counts": _counts(entry.loss, reference)}
-        rows.append(row)
-    _compare(rows)
-    return rows
-
-
-def _counts(loss: float | None, reference: float | None) -> str:
-    """Whether a row may be compared: "yes", "no", or "unknown" where a loss is missing."""
-    if loss is None or reference is None:
-        return "unknown"
-    return "yes" if loss <= reference + PARITY else "no"
-
-
-def _compare(rows: list[Row]) -> None:
-    """How many times faster each row is than the best plain, compiled and peer row that counts.
-
-    A trainer too slow for the loss to be known is slower than the best one anyway.
+    Args:
+        rows: of one shape, as far as they are measured; written.
     """
+    reference = next((r.facts for r in rows if r.provider == REFERENCE and not r.failed), None)
+    timed = [row for row in rows if row.median_us]
+    for row in timed:
+        row.facts["counts"] = _counts(row.facts, reference)
 
     def best(*kinds: str) -> float | None:
-        times = [
-            r.median_us
-            for r in rows
-            if r.kind in kinds and r.median_us and r.facts["counts"] == "yes"
-        ]
-        return min(times, default=None)
+        return min(
+            (r.facts["x ours"] for r in timed if r.kind in kinds and r.facts["counts"] == "yes"),
+            default=None,
+        )
 
     plain, compiled, peer = best("plain"), best("compiled"), best("peer")
-    bf16 = next((r.median_us for r in rows if r.provider == "dense bf16"), None)
-    for row in rows:
-        if row.median_us:
-            row.times_plain = round(plain / row.median_us, 2) if plain else None
-            row.times_compiled = round(compiled / row.median_us, 2) if compiled else None
-            row.facts["x peer"] = round(peer / row.median_us, 2) if peer else None
-            row.facts["x dense bf16"] = round(bf16 / row.median_us, 2) if bf16 else None
+    bf16 = next((r.facts["x ours"] for r in timed if r.provider == "dense bf16"), None)
+    for row in timed:
+        own = row.facts["x ours"]
+        row.times_plain = round(plain / own, 2) if plain else None
+        row.times_compiled = round(compiled / own, 2) if compiled else None
+        row.facts["x peer"] = round(peer / own, 2) if peer else None
+        row.facts["x dense bf16"] = round(bf16 / own, 2) if bf16 else None
+
+
+def _counts(facts: dict[str, float], reference: dict[str, float] | None) -> str:
+    """Whether a row may be compared: "yes", "no", or "unknown" where a loss is missing."""
+    if reference is None or "fvu" not in facts:
+        return "unknown"
+    way = reference["at start"] - reference["fvu"]
+    return "yes" if facts["fvu"] <= reference["fvu"] + PARITY * way else "no"
 
 
 def rows(
-    machine: Machine, *, only: str = "", steps: int = STEPS, limit: float = 60.0
+    machine: Machine,
+    *,
+    only: str = "",
+    seconds: float,
+    kept: Mapping[Key, Row] | None = None,
+    everybody: list[Entry] | None = None,
 ) -> Iterator[list[Row]]:
-    """Race on every shape of the device whose name holds a text."""
+    """Measure every trainer on every shape of the device whose name holds a text.
+
+    Args:
+        machine: where.
+        only: part of the name of a shape.
+        seconds: for the timed steps of one trainer.
+        kept: rows that are there already and are not measured again; what failed is tried again.
+        everybody: who. None = all `entries` of the device.
+
+    Yields:
+        One row as soon as it is there. Its comparisons are of the rows so far, and it is written
+        again when later ones come.
+    """
+    everybody = entries(machine.device) if everybody is None else everybody
     for shape in SHAPES[machine.device]:
-        if only in shape.name:
-            yield race(shape, machine, entries(machine.device), steps=steps, limit=limit)
+        if only not in shape.name:
+            continue
+        race: Race | None = None
+        done: list[Row] = []
+        for entry in everybody:
+            row = (kept or {}).get((shape.name, entry.name))
+            if row is None or row.failed:
+                race = race or Race(shape, machine, seconds)
+                row = race.row(entry)
+            done.append(row)
+            compare(done)
+            yield [row]
