@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sparse codes turned around on the device: for every feature the entries that name it, group by
-// group in row order.
+// Sparse codes turned around on the device: for every feature, or every feature of each label of
+// rows, the entries that name it, group by group in row order.
 //
-// A stable radix sort of the entries by feature, eight bits a pass; order follows from the data
+// A stable radix sort of the entries by list, eight bits a pass; order follows from the data
 // alone. Numbers of entries that only the device knows are replaced by their upper bounds, so that
 // nothing waits for the host. All of it is a few passes over 8 bytes an entry, small beside the
 // gathers that use the lists.
@@ -23,10 +23,10 @@ struct alignas(16) CscEntry {
   float value, dvalue;  // value times row_weight; dvalue 0 where the source has none
 };
 
-// Lists of the features: entries [start[f], start[f + 1]).
+// Entries [start[i], start[i + 1]) of list i = label * F + f.
 struct Csc {
   const CscEntry* entries;
-  const int32_t* start;  // [F + 1]
+  const int32_t* start;  // [labels * F + 1]
 };
 
 struct CscSource {
@@ -34,9 +34,13 @@ struct CscSource {
   int32_t group_count;
   int64_t features, first_feature;
   bool keep_zeros;  // entries of value 0 too
+  // Label of each row, nullptr = 0; the rows of labels outside [0, labels) stand for nothing.
+  const int64_t* label;
+  int64_t label_stride;
+  int64_t labels = 1;
 };
 
-constexpr uint32_t kNoFeature = 0xffffffffu;
+constexpr uint32_t kNoList = 0xffffffffu;
 constexpr int kDigitBits = 8, kDigits = 1 << kDigitBits;
 constexpr int kSortThreads = 256, kSortRounds = 8;
 constexpr int kSortTile = kSortThreads * kSortRounds;
@@ -51,6 +55,8 @@ inline int64_t csc_capacity(const CscSource& s) {
   for (int32_t g = 0; g < s.group_count; ++g) total += csc_capacity(s.groups[g].codes);
   return total;
 }
+
+inline int64_t csc_lists(const CscSource& s) { return s.labels * s.features; }
 
 // Parts of the workspace, each a multiple of 16 bytes.
 struct CscWorkspace {
@@ -76,11 +82,11 @@ inline CscWorkspace csc_workspace(const CscSource& s, void* memory) {
   }
   w.rows = static_cast<int32_t*>(take(total, 4));
   w.counts = static_cast<int32_t*>(take(tiles * kDigits, 4));
-  w.start = static_cast<int32_t*>(take(s.features + 1, 4));
+  w.start = static_cast<int32_t*>(take(csc_lists(s) + 1, 4));
   return w;
 }
 
-// Key (feature), id and row of the entries of a group, a warp for each row. `base` is the id of the
+// Key (list), id and row of the entries of a group, a warp for each row. `base` is the id of the
 // group's first entry.
 static __global__ void __launch_bounds__(kSortThreads)
     csc_keys_kernel(const __grid_constant__ CscSource s, int32_t group, int64_t base,
@@ -90,12 +96,14 @@ static __global__ void __launch_bounds__(kSortThreads)
   if (n >= codes.rows) return;
   const CodeRow row = code_row(codes, n);
   const int64_t first = codes.offsets != nullptr ? row.values : n * codes.width;
+  const int64_t label = s.label != nullptr ? s.label[n * s.label_stride] : 0;
+  const bool known = label >= 0 && label < s.labels;
   for (int64_t e = threadIdx.x % 32; e < row.count; e += 32) {
     const int64_t f = codes.indices[row.indices + e] - s.first_feature;
     const bool counts =
-        f >= 0 && f < s.features && (s.keep_zeros || codes.values[row.values + e] != 0.0f);
+        known && f >= 0 && f < s.features && (s.keep_zeros || codes.values[row.values + e] != 0.0f);
     const int64_t id = base + first + e;
-    keys[id] = counts ? static_cast<uint32_t>(f) : kNoFeature;
+    keys[id] = counts ? static_cast<uint32_t>(label * s.features + f) : kNoList;
     ids[id] = static_cast<uint32_t>(id);
     rows[id] = static_cast<int32_t>(n);
   }
@@ -176,21 +184,21 @@ static __global__ void __launch_bounds__(kSortThreads)
   }
 }
 
-// start[f] = the first place in the sorted keys that is not below f.
+// start[i] = the first place in the sorted keys that is not below i.
 static __global__ void __launch_bounds__(kSortThreads)
-    csc_start_kernel(const uint32_t* keys, int64_t total, int64_t features, int32_t* start) {
-  const int64_t f = static_cast<int64_t>(blockIdx.x) * kSortThreads + threadIdx.x;
-  if (f > features) return;
+    csc_start_kernel(const uint32_t* keys, int64_t total, int64_t lists, int32_t* start) {
+  const int64_t list = static_cast<int64_t>(blockIdx.x) * kSortThreads + threadIdx.x;
+  if (list > lists) return;
   int64_t low = 0, high = total;
   while (low < high) {
     const int64_t middle = (low + high) / 2;
-    if (keys[middle] < static_cast<uint64_t>(f)) {
+    if (keys[middle] < static_cast<uint64_t>(list)) {
       low = middle + 1;
     } else {
       high = middle;
     }
   }
-  start[f] = static_cast<int32_t>(low);
+  start[list] = static_cast<int32_t>(low);
 }
 
 // The entries in sorted order, with all that is known of them.
@@ -198,7 +206,7 @@ static __global__ void __launch_bounds__(kSortThreads)
     csc_entries_kernel(const __grid_constant__ CscSource s, const uint32_t* keys,
                        const uint32_t* ids, const int32_t* rows, int64_t total, CscEntry* entries) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kSortThreads + threadIdx.x;
-  if (i >= total || keys[i] == kNoFeature) return;
+  if (i >= total || keys[i] == kNoList) return;
   const int64_t id = ids[i];
   int64_t e = id;
   int32_t group = 0;
@@ -223,7 +231,7 @@ static __global__ void __launch_bounds__(kSortThreads)
 // Builds the lists in a workspace of csc_workspace(s).bytes bytes, which has to outlive them.
 inline cudaError_t build_csc(const CscSource& s, void* memory, cudaStream_t stream, Csc* csc) {
   const CscWorkspace w = csc_workspace(s, memory);
-  const int64_t total = csc_capacity(s);
+  const int64_t total = csc_capacity(s), lists = csc_lists(s);
   const auto blocks = [](int64_t n, int64_t size) { return (n + size - 1) / size; };
   *csc = {w.entries, w.start};
   cudaError_t status = cudaSuccess;
@@ -245,7 +253,7 @@ inline cudaError_t build_csc(const CscSource& s, void* memory, cudaStream_t stre
       base += csc_capacity(codes);
     }
     // The key of what does not count has all digits set and has to come last.
-    for (int shift = 0; shift == 0 || s.features >> shift > 0; shift += kDigitBits) {
+    for (int shift = 0; shift == 0 || lists >> shift > 0; shift += kDigitBits) {
       const uint32_t *keys = w.keys[now], *ids = w.ids[now];
       then(launch(csc_count_kernel, tiles, kSortThreads, 0, stream, keys, total, shift, w.counts));
       then(launch(csc_scan_kernel, 1, kScanThreads, 0, stream, w.counts, tiles * kDigits));
@@ -255,8 +263,8 @@ inline cudaError_t build_csc(const CscSource& s, void* memory, cudaStream_t stre
     }
   }
   const uint32_t *keys = w.keys[now], *ids = w.ids[now];
-  then(launch(csc_start_kernel, blocks(s.features + 1, kSortThreads), kSortThreads, 0, stream, keys,
-              total, s.features, w.start));
+  then(launch(csc_start_kernel, blocks(lists + 1, kSortThreads), kSortThreads, 0, stream, keys,
+              total, lists, w.start));
   if (total > 0) {
     then(launch(csc_entries_kernel, blocks(total, kSortThreads), kSortThreads, 0, stream, s, keys,
                 ids, static_cast<const int32_t*>(w.rows), total, w.entries));

@@ -71,7 +71,8 @@ def encode_reduce(
         labels: G, where `out` is not given.
         out: sums to add to. None = new ones.
         precision: "fp32" | "bf16" | "int8", as in `topk_encode`.
-        backend: as in `topk_encode`.
+        backend: as in `topk_encode`; what encodes in Triton is added up by `code_sums_` of its
+            own choice.
 
     Returns:
         out, or new `CodeSums` of G labels and F features.
@@ -96,8 +97,10 @@ def encode_reduce(
             if labels < 1:
                 raise ValueError(f"encode_reduce: expected labels >= 1, got {labels}")
             out = CodeSums.zeros(labels, w_enc.shape[0], x.device, codes.values.dtype)
+        # One GPU backend encodes, another adds up.
+        adds = "auto" if backend == "triton" else backend
         return code_sums_(
-            out, codes.values, codes.indices, offsets=codes.offsets, label=label, backend=backend
+            out, codes.values, codes.indices, offsets=codes.offsets, label=label, backend=adds
         )
 
 
@@ -122,7 +125,7 @@ def code_sums_(
         indices: int32, shape of values, without duplicates within a row.
         offsets: row starts [N + 1] int64 of codes in CSR form. None = fixed width.
         label: [N] int64. None = 0.
-        backend: "auto", or one of "reference", "cpu" for tests and benches.
+        backend: "auto", or one of "reference", "cpu", "cuda" for tests and benches.
 
     Returns:
         out itself.
@@ -132,9 +135,10 @@ def code_sums_(
         ValueError: a shape does not fit.
         RuntimeError: tensors on different devices, or the backend cannot run here.
 
-    Differentiable in: nothing. Entries are added in row order, in the dtype of the sums.
-    Deterministic: yes, for any number of threads. float64 is served by the reference.
-    Backends: cpu (avx512 / avx2 / baseline), reference.
+    Differentiable in: nothing. Entries are added in the dtype of the sums, by the CPU in row order,
+    by CUDA in pieces of their sorted list, added up in order. Deterministic: bit for bit, for any
+    number of threads. float64 is served by the reference. cuda: fewer than 2^31 sums.
+    Backends: cpu (avx512 / avx2 / baseline), cuda (sm80+), reference.
     """
     if not isinstance(out, CodeSums):
         raise TypeError(f"code_sums_: expected out to be CodeSums, got {type(out).__name__}")
@@ -180,10 +184,7 @@ _library.define(
     "Tensor(a!) sums, Tensor(b!) squares, Tensor(c!) counts, Tensor(d!) rows) -> ()",
     reference=_reference.code_sums_,
     fake=_check,
-    without={
-        "cuda": "no kernel yet: the reference runs on the GPU",
-        "triton": "a scatter of few entries: work for CUDA C++",
-    },
+    without={"triton": "a scatter of few entries: the CUDA C++ kernel covers the GPU"},
 )
 # Counting is no function of which a gradient makes sense.
 _library.library.impl("code_sums_", torch.library.fallthrough_kernel, "Autograd")

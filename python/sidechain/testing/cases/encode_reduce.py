@@ -51,5 +51,6 @@ SUMS_CASES = (
     SumsCase(500, 5, 3, labels=2, label=True),
     SumsCase(0, 5, 3, labels=2, label=True),
     SumsCase(9, 5, 0, labels=2, label=True),
+    SumsCase(1300, 3, 2),  # lists longer than a kernel's piece
 )
 SUMS_BENCH = (SumsCase(4096, 12288, 32, labels=20, label=True),)
