@@ -70,6 +70,7 @@ bench-ops bench-hooks: bench-%: $(INSTALLED)
 # Peers want packages that a user of sidechain does not: an environment on top of ours.
 bench-sae: $(PEERS)/.installed
 	$(PEERS)/bin/python -W ignore -m sidechain bench sae --threads 1 --json bench/results
+	$(BIN)/sidechain bench store --threads 1 --json bench/results
 
 peers: $(PEERS)/.installed
 

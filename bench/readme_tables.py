@@ -188,6 +188,40 @@ def _memory_of(run: dict) -> list[str]:
     ]
 
 
+def store_table() -> list[str]:
+    """Reading and writing activations."""
+    lines = []
+    for run in runs("store", "read", "cpu"):
+        lines += [
+            f"Reading batches of a store from the page cache in random order, {_stamp(run)}. "
+            "`memcpy` copies neighbouring rows; aimed at 80 % of its speed:",
+            "",
+            "| site | bytes a row | way | GB/s | of memcpy |",
+            "|---|---|---|---|---|",
+            *(
+                f"| {row['case']} | {2 * int(row['case'].rsplit('-C', 1)[1])} | {row['provider']} "
+                f"| {row['gbytes_per_s']:.2f} | {row['facts']['of memcpy']:.0%} |"
+                for row in run["rows"]
+            ),
+            "",
+        ]
+    for run in runs("store", "write", "cpu"):
+        lines += [
+            f"Writing the output of a site, one write or one file a sample, {_stamp(run)}; aimed "
+            "at 10 times the speed of files:",
+            "",
+            "| site | way | MB/s | the store is faster by |",
+            "|---|---|---|---|",
+            *(
+                f"| {row['case']} | {row['provider']} | {1000 * row['gbytes_per_s']:.0f} | "
+                f"{_times(row['facts']['x ours'])} |"
+                for row in run["rows"]
+            ),
+            "",
+        ]
+    return lines or ["Reading and writing a store: not measured yet (`make bench-sae`).", ""]
+
+
 def hooks_table() -> list[str]:
     """What hooks and taps add to a call."""
     lines = []
@@ -423,6 +457,7 @@ def main() -> int:
         *gpu_table(),
         *hooks_table(),
         *sae_table(),
+        *store_table(),
         *sharing_table(),
         *localization_table(),
         *steering_table(),

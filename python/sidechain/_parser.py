@@ -13,7 +13,7 @@ from sidechain._version import __version__
 Command = Callable[[argparse.Namespace], int]
 
 BAD_INPUT = 2
-BENCHES = ("ops", "hooks", "sae")
+BENCHES = ("ops", "hooks", "sae", "store")
 ARMS = ("localized", "all", "ablated", "random")
 SCORES = ("tada", "diff", "ratio", "mean_pos", "cohens_d", "logistic")
 WEIGHTINGS = ("natural", "none", "raw", "softmax", "sqrt", "log")
@@ -452,29 +452,37 @@ def _add_bench(commands: Any, run: Command) -> None:
         run,
         long="Measure what this machine can do at best (copy bandwidth, matrix rates), then run "
         "every op (ops), taps at a site (hooks) or SAE training steps (sae) beside what one would "
-        "write in plain torch, eager and compiled. Prints times, rates, shares of the limit and "
-        "ratios; everything is checked for equal results. A run of sae that was cut off goes on "
-        "where it was when the same command is called again at the same commit.",
+        "write in plain torch, eager and compiled; or reading and writing activations beside plain "
+        "copies and files (store). Prints times, rates, shares of the limit and "
+        "ratios; everything is checked for equal results. A run of sae or store that was cut off "
+        "goes on where it was when the same command is called again at the same commit.",
     )
     parser.add_argument(
         "section",
         nargs="?",
         choices=BENCHES,
         default="ops",
-        metavar="ops|hooks|sae",
+        metavar="ops|hooks|sae|store",
         help="what to time (default %(default)s)",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
     parser.add_argument("--threads", metavar="N", help="of torch on the CPU (default: its own)")
     parser.add_argument(
-        "--only", default="", metavar="TEXT", help="ops or cases with this text; sae: or its part"
+        "--only",
+        default="",
+        metavar="TEXT",
+        help="ops or cases with this text; sae, store: or a part",
     )
-    parser.add_argument("--seconds", metavar="X", help="for each candidate (default 0.6; sae: 8)")
+    parser.add_argument(
+        "--seconds", metavar="X", help="for each candidate (default 0.6; sae: 8; store: 2)"
+    )
     parser.add_argument(
         "--json", metavar="FILE", help="merge the result into this file, or one in this folder"
     )
     parser.add_argument(
-        "--fresh", action="store_true", help="sae: measure again what FILE holds for this commit"
+        "--fresh",
+        action="store_true",
+        help="sae, store: measure again what FILE holds for this commit",
     )
     parser.add_argument("--compare", metavar="FILE", help="compare with this result file")
 

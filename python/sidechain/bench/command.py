@@ -14,7 +14,7 @@ from .cases import Row, run_case
 from .machine import Machine
 
 # Section -> seconds for each candidate, where nothing else is asked for.
-SECTIONS = {"ops": 0.6, "hooks": 0.6, "sae": 8.0}
+SECTIONS = {"ops": 0.6, "hooks": 0.6, "sae": 8.0, "store": 2.0}
 Kept = dict[tuple[str, str], Row]  # case, provider -> row that is there already
 
 
@@ -34,17 +34,19 @@ def run(
     Args:
         section: "ops", every op against plain torch, eager and compiled; "hooks", taps against
             hand-written hooks; "sae", training steps and encoders of dictionaries and what a step
-            needs, against plain torch and other packages.
+            needs, against plain torch and other packages; "store", reading and writing activations
+            against plain copies and one file per tensor.
         device: "cpu" or "cuda".
         threads: of torch on the CPU. None = as they are.
         only: ops: those whose name holds this text; hooks: cases likewise; sae: shapes, or one of
-            "steps", "encode", "memory".
+            "steps", "encode", "memory"; store: sites, "read" or "write".
         seconds: time for each candidate; at least a few calls are timed. None = as the section has
             it.
         json: result file to merge the runs into, or a folder for `<machine>.json`. It is written
             after every row, whole, with the status "cut off" until the run is at its end.
         compare: result file to compare with.
-        fresh: sae: measure also what the file holds for this commit, machine and thread count.
+        fresh: sae and store: measure also what the file holds for this commit, machine and number
+            of threads.
 
     Returns:
         The runs, as stored.
@@ -124,9 +126,10 @@ def _measured(
 
         yield None, {}, hooks.rows(machine, only=only, seconds=seconds)
     else:
-        from . import sae
+        from . import sae, store
 
-        for op, rows in sae.parts(machine, only, seconds):
+        parts = (sae if section == "sae" else store).parts
+        for op, rows in parts(machine, only, seconds):
             kept = stored(op)
             yield op, kept, rows(kept)
 
