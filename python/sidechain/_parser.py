@@ -15,6 +15,7 @@ Command = Callable[[argparse.Namespace], int]
 BAD_INPUT = 2
 BENCHES = ("ops", "hooks", "sae", "store")
 ARMS = ("localized", "all", "ablated", "random")
+ACTIVATIONS = ("open", "kept")
 SCORES = ("tada", "diff", "ratio", "mean_pos", "cohens_d", "logistic")
 WEIGHTINGS = ("natural", "none", "raw", "softmax", "sqrt", "log")
 PASSES = (
@@ -378,6 +379,13 @@ def _add_sae_score(actions: Any, run: Command) -> None:
     )
     parser.add_argument(
         "--score", choices=SCORES, default="tada", help="what ranks features (default %(default)s)"
+    )
+    parser.add_argument(
+        "--activations",
+        choices=ACTIVATIONS,
+        default="open",
+        help="open: all that are positive, as published; kept: those that the dictionary keeps "
+        "(default %(default)s)",
     )
     parser.add_argument(
         "--features", default="3", metavar="N", help="a concept and site (default %(default)s)"

@@ -245,6 +245,7 @@ def _sae_score(arguments: argparse.Namespace) -> int:
         "sites": arguments.sites,
         "concepts": options.concepts(arguments.concepts),
         "score": arguments.score,
+        "activations": arguments.activations,
         "features": options.whole("--features", arguments.features, 1),
         "moments": options.whole("--moments", arguments.moments, 1),
         "pairs": options.whole("--pairs", arguments.pairs, 1),

@@ -5,7 +5,15 @@ import torch
 
 from sidechain import capture
 from sidechain.sae import Normaliser, Sae, SaeConfig
-from sidechain.sae.scoring import METHODS, FeatureStatistics, feature_statistics, on_grid
+from sidechain.sae.scoring import (
+    ACTIVATIONS,
+    METHODS,
+    FeatureStatistics,
+    feature_statistics,
+    kept_sums,
+    on_grid,
+    open_sums,
+)
 from sidechain.testing import tiny_pipeline
 
 F, STEPS = 24, 3
@@ -29,10 +37,14 @@ def dictionary(pipe, seed=0, architecture="topk"):
         torch.rand(STEPS, generator=made) + 0.2,
         torch.arange(STEPS),
     )
-    k = 4 if architecture == "topk" else None
+    k = 4 if architecture in ("topk", "batch_topk") else None
     sae = Sae(SaeConfig(width, F, architecture, k=k), normaliser=normaliser, seed=seed).eval()
     with torch.no_grad():
         sae.b_enc.copy_(0.1 * torch.randn(F, generator=made))
+        if architecture == "batch_topk":
+            sae.threshold.fill_(0.4)
+        if architecture == "jumprelu":
+            sae.threshold.copy_(torch.rand(F, generator=made))
         if architecture == "gated":
             sae.r_mag.copy_(0.3 * torch.randn(F, generator=made))
             sae.b_gate.copy_(0.1 * torch.randn(F, generator=made))
@@ -65,17 +77,22 @@ def dense(pipe, sae):
             kept.append(z.clamp(min=0) * gate)
         else:
             z = projected + sae.b_enc.double()
-            top = z.topk(4, dim=-1).indices
-            kept.append(torch.zeros_like(z).scatter(-1, top, 1.0) * z.clamp(min=0))
+            if sae.config.architecture == "topk":
+                top = z.topk(4, dim=-1).indices
+                kept.append(torch.zeros_like(z).scatter(-1, top, 1.0) * z.clamp(min=0))
+            else:
+                kept.append(z * (z > sae.threshold.double()))
         opened.append(z.clamp(min=0))
     return torch.stack(opened, 1), torch.stack(kept, 1)
 
 
-@pytest.mark.parametrize("architecture", ["topk", "gated"])
-def test_statistics_equal_dense_expressions(pipe, architecture):
+@pytest.mark.parametrize("activations", ACTIVATIONS)
+@pytest.mark.parametrize("architecture", ["topk", "batch_topk", "jumprelu", "gated"])
+def test_statistics_equal_dense_expressions(pipe, architecture, activations):
     sae = dictionary(pipe, architecture=architecture)
-    found = statistics(pipe, sae)
+    found = statistics(pipe, sae, activations=activations)
     opened, kept = (t.detach() for t in dense(pipe, sae))
+    opened = opened if activations == "open" else kept
     flat = opened.flatten(2, 3)  # [S, 2, P T, F]
     close = {"rtol": 1e-4, "atol": 1e-5}  # batches of other sizes round in other ways
     torch.testing.assert_close(found.mean, flat.mean(2), **close)
@@ -88,6 +105,31 @@ def test_statistics_equal_dense_expressions(pipe, architecture):
         found.pooled.double(), torch.cat([opened[:, 0], opened[:, 1]], 1).mean(2), **close
     )
     assert found.steps.tolist() == list(range(STEPS)) and found.rows == flat.shape[2]
+
+
+@pytest.mark.parametrize("tile", [1, 7 * F, 40 * F, 1 << 22], ids="{} pairs".format)
+@pytest.mark.parametrize("architecture", ["topk", "jumprelu"])
+def test_tiles_do_not_matter(pipe, architecture, tile, monkeypatch):
+    sae = dictionary(pipe, architecture=architecture)
+    x = torch.randn(5, 13, sae.config.d_in, generator=torch.Generator().manual_seed(0))
+    z = sae.preactivations(x, step=1).detach().relu().view(5, 13, F)
+    codes = [sae.encode(sample, step=1) for sample in x]
+    monkeypatch.setattr("sidechain.sae.scoring._PAIRS", tile)
+    sums, squares = open_sums(sae, x, 1)
+    torch.testing.assert_close(sums, z.sum(1))
+    torch.testing.assert_close(squares, z.square().sum(1))
+    kept = kept_sums(sae, x, 1)
+    assert kept.rows.tolist() == [13] * 5
+    for own, code in zip(kept.sums, codes, strict=True):
+        dense = torch.zeros(F + 1).index_add(
+            0, code.indices.flatten().long() % (F + 1), code.values.flatten().detach()
+        )
+        torch.testing.assert_close(own, dense[:F])
+
+
+def test_scored_activations_are_known(pipe):
+    with pytest.raises(ValueError, match="activations to be one of open, kept, got 'all'"):
+        statistics(pipe, dictionary(pipe), activations="all")
 
 
 def test_the_batch_does_not_matter(pipe):

@@ -39,6 +39,7 @@ class DictionaryConfig:
     sites: str = "cross:*"
     concepts: tuple[str, ...] = ("drums", "vocals", "violin")
     score: str = "tada"
+    activations: str = "open"
     features: int = 3
     moments: int = 3
     pairs: int = 16
@@ -225,6 +226,7 @@ def _statistics(
         saes,
         positive,
         negative,
+        activations=config.activations,
         seeds=[common.noise_seed(config.seed, index) for index in range(len(positive))],
         batch_size=max(1, config.batch_rows // 2),
         num_inference_steps=config.steps,
