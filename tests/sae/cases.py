@@ -7,6 +7,7 @@ import torch
 
 from sae.oracle import planted
 from sidechain.sae import Normaliser, Rows, SaeConfig, TrainConfig
+from sidechain.sae.config import SELECTING
 from sidechain.sae.state import TrainState
 
 D, D_OUT, F, N, STEPS = 24, 20, 64, 96, 16
@@ -34,6 +35,17 @@ CASES = {
     "matryoshka": dict(architecture="matryoshka", k=4, prefixes=(8, 24, F)),
     "matryoshka, aux": dict(
         architecture="matryoshka", k=3, aux_k=6, dead_tokens=4 * N, dead_every=3
+    ),
+    "matryoshka, untied, free norm, clipped": dict(
+        architecture="matryoshka",
+        k=4,
+        prefixes=(1, 5, 60, F),
+        unit_norm=False,
+        tied_bias=False,
+        clip=0.02,
+    ),
+    "matryoshka, transcoder, one prefix": dict(
+        architecture="matryoshka", k=4, d_out=D_OUT, prefixes=(F,)
     ),
     "relu": dict(architecture="relu", sparsity=0.3),
     "relu, free norm": dict(architecture="relu", sparsity=0.3, unit_norm=False),
@@ -78,4 +90,4 @@ def batches(transcoder):
 
 
 def has_fused(case):
-    return CASES[case]["architecture"] in ("topk", "batch_topk")
+    return CASES[case]["architecture"] in SELECTING

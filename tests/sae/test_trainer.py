@@ -112,8 +112,9 @@ def same_run(a, b):
         dict(architecture="topk", k=4, k_start=16, resample=0.2, dead_tokens=N * 3),
         dict(architecture="jumprelu"),
         dict(architecture="topk", k=4, bf16_moments=True),
+        dict(architecture="matryoshka", k=4, aux_k=8, dead_tokens=N * 3, dead_every=7),
     ],
-    ids=["batch_topk aux", "topk resampled", "jumprelu", "bf16 moments"],
+    ids=["batch_topk aux", "topk resampled", "jumprelu", "bf16 moments", "matryoshka aux"],
 )
 def test_cut_off_anywhere_and_continued(settings, tmp_path, monkeypatch):
     folder = make_store(tmp_path / "store")

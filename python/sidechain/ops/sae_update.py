@@ -16,7 +16,7 @@ from ._code_checks import DOUBLE, FLOATS, INT64, SINGLE, Checks, first_tensor
 _COPIES = (torch.bfloat16, torch.float16)
 # kMaxCodeGroups and kMaxPrefixes of csrc/include/sidechain/sae_update.h
 _GROUPS_MOST = 4
-_PREFIXES_MOST = 16
+PREFIXES_MOST = 16
 
 
 class SaeMoments(NamedTuple):
@@ -289,7 +289,7 @@ def _check_inputs(
         c.tensor("b_pre", b_pre, SINGLE, (w_enc.shape[1],), "d_in of w_enc")
     for what, count, most in (
         ("groups of codes", len(values), _GROUPS_MOST),
-        ("prefixes", len(prefixes), _PREFIXES_MOST),
+        ("prefixes", len(prefixes), PREFIXES_MOST),
     ):
         if count > most:
             raise ValueError(f"{op}: expected at most {most} {what}, got {count}")

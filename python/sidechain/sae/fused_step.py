@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A training step without autograd and without gradient tensors, for topk and batch_topk.
+"""A training step without autograd and without gradient tensors, for selecting architectures.
 
 encode and select, decode with loss and the gradient of the values, update each feature's rows once:
 between these, sparse codes are all there is.
@@ -7,44 +7,20 @@ between these, sparse codes are all there is.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..ops import (
-    SaeCodes,
-    SaeMoments,
-    sae_gradient_square,
-    sae_update_,
-    sparse_decode,
-    sparse_decode_loss,
-)
+from ..ops import SaeCodes, SaeMoments, sae_gradient_square, sae_update_
 from .autograd_step import follow_threshold
+from .groups import Group, compared, nested
 from .losses import dead_codes, first_of, selection, smallest_kept
 from .metrics import Outcome
 from .model import Codes
 from .optimiser import adam_, clip_factor
 from .select import keep_row_largest
 from .state import Rows, TrainState
-
-
-class _Group(NamedTuple):
-    """Codes of own features, and what they leave.
-
-    Attributes:
-        codes: numbered within the slice.
-        error: [N', d_out], times the weight of the row in the loss.
-        dvalues: gradient of the loss in the values.
-        row_loss: |e_n|^2 [N'], not weighted.
-        biased: whether `b_dec` is part of the reconstruction.
-    """
-
-    codes: Codes
-    error: Tensor
-    dvalues: Tensor
-    row_loss: Tensor
-    biased: bool
 
 
 @torch.no_grad()
@@ -61,27 +37,26 @@ def fused_step(state: TrainState, rows: Rows) -> Outcome:
     smallest = smallest_kept(main)
     state.step += 1
     _update(state, state.mesh.gather_rows(x), [_whole(state, g) for g in groups])
-    if state.config.architecture == "batch_topk":
+    if "threshold" in state.weights:
         follow_threshold(state, smallest)
     return outcome
 
 
-def _forward(state: TrainState, x: Tensor, target: Tensor) -> tuple[list[_Group], Codes]:
+def _forward(state: TrainState, x: Tensor, target: Tensor) -> tuple[list[Group], Codes]:
     train, weights = state.train, {**state.weights, "b_pre": state.b_pre}
     k, options = state.schedule.k(state.step), {"precision": train.precision}
     codes = selection(state, train.multi_k or k, x, weights, **options)
     main = codes if train.multi_k is None else _first(state, codes, k)
-    groups = [_group(state, main, target, 1.0)]
+    groups = [(nested if state.config.prefixes else compared)(state, main, target)]
     if train.multi_k is not None:
-        groups.append(_group(state, codes, target, train.multi_weight))
+        groups.append(compared(state, codes, target, train.multi_weight))
     aux_k = min(state.schedule.aux_k, state.config.features)
     if aux_k and state.dead_total:
         compact = {**weights, "w_enc": weights["w_enc"][state.dead]}
-        dead = dead_codes(state, aux_k, x, compact, **options)
+        dead = dead_codes(state, aux_k, x, compact)
         share = train.aux_weight * min(1.0, state.dead_total / aux_k)
-        # The residual is target - x_hat: minus the error of the main codes, before its weight.
-        left = groups[0].error / -state.row_weight
-        groups.append(_group(state, _renumbered(dead, state.dead), left, share, biased=False))
+        dead = _renumbered(dead, state.dead)
+        groups.append(compared(state, dead, groups[0].left, share, biased=False))
     return groups, main
 
 
@@ -99,32 +74,7 @@ def _renumbered(codes: Codes, numbers: Tensor) -> Codes:
     return codes._replace(indices=torch.where(codes.indices < 0, -1, indices))
 
 
-def _group(
-    state: TrainState, codes: Codes, target: Tensor, share: float, *, biased: bool = True
-) -> _Group:
-    """Decode codes and compare with the target; the weight of the loss goes into the error."""
-    weight = share * state.row_weight
-    w_dec, b_dec = state.weights["w_dec"], state.weights["b_dec"] if biased else None
-    if state.mesh.features == 1:
-        error, row_loss, dvalues = sparse_decode_loss(
-            codes.values, codes.indices, w_dec, b_dec, target, offsets=codes.offsets
-        )
-        return _Group(codes, error.mul_(weight), dvalues.mul_(weight), row_loss, biased)
-    # The other slices decode a part of x_hat: the error is known only after their sum.
-    part = sparse_decode(codes.values, codes.indices, w_dec, offsets=codes.offsets)
-    error = state.mesh.sum_features(part.clone()) - target
-    if b_dec is not None:
-        error += b_dec
-    row_loss = error.square().sum(1)
-    error *= weight
-    # Codes of nothing against -error leave exactly error: its products with the rows, no more.
-    _, _, dvalues = sparse_decode_loss(
-        torch.zeros_like(codes.values), codes.indices, w_dec, None, -error, offsets=codes.offsets
-    )
-    return _Group(codes, error, dvalues, row_loss, biased)
-
-
-def _whole(state: TrainState, group: _Group) -> _Group:
+def _whole(state: TrainState, group: Group) -> Group:
     """Join the row slices of a group: every process updates its features from all rows."""
     mesh = state.mesh
     if mesh.data == 1:
@@ -140,23 +90,23 @@ def _whole(state: TrainState, group: _Group) -> _Group:
     return group._replace(codes=codes, dvalues=dvalues, error=mesh.gather_rows(group.error))
 
 
-def _update(state: TrainState, x: Tensor, groups: list[_Group]) -> None:
+def _update(state: TrainState, x: Tensor, groups: list[Group]) -> None:
     """Update the rows of every feature, then `b_dec`, whose gradient is a sum over all of them."""
     weights, train, mesh = state.weights, state.train, state.mesh
-    codes = [
-        SaeCodes(g.codes.values, g.codes.indices, g.dvalues, g.error, g.codes.offsets)
-        for g in groups
-    ]
-    bias_grad = torch.stack([g.error.sum(0) for g in groups if g.biased]).sum(0)
+    codes = [_of_levels(state, g) for g in groups]
+    place: dict[str, Any] = {
+        "prefixes": state.config.prefixes, "first_feature": state.first
+    }  # fmt: skip
+    bias_grad = torch.stack([g.bias_grad for g in groups if g.biased]).sum(0)
     tied = state.fixed_b_pre is None
     scale = None
     if train.clip is not None:
         square = sae_gradient_square(
             weights["w_enc"], weights["w_dec"], x, codes, b_pre=state.b_pre,
-            project=state.config.unit_norm,
+            project=state.config.unit_norm, **place,
         )  # fmt: skip
         total = mesh.sum_features(square.double())
-        whole = bias_grad + _pre_gradient(state, codes) if tied else bias_grad
+        whole = bias_grad + _pre_gradient(state, groups) if tied else bias_grad
         scale = clip_factor(total + whole.double().square().sum(), train.clip).float()
     pre_grad = torch.zeros_like(weights["b_dec"]) if tied else None
     sae_update_(
@@ -165,7 +115,7 @@ def _update(state: TrainState, x: Tensor, groups: list[_Group]) -> None:
         step=torch.full((1,), state.step, dtype=torch.int64, device=x.device),
         b_pre=state.b_pre, betas=train.betas, eps=train.eps, weight_decay=train.weight_decay,
         unit_norm=state.config.unit_norm, project=state.config.unit_norm, clip_scale=scale,
-        last_fired=state.last_fired, b_pre_grad=pre_grad,
+        last_fired=state.last_fired, b_pre_grad=pre_grad, **place,
     )  # fmt: skip
     if pre_grad is not None:
         bias_grad = bias_grad + mesh.sum_features(pre_grad)
@@ -174,11 +124,24 @@ def _update(state: TrainState, x: Tensor, groups: list[_Group]) -> None:
     adam_(state, {"b_dec": bias_grad})
 
 
-def _pre_gradient(state: TrainState, codes: list[SaeCodes]) -> Tensor:
+def _of_levels(state: TrainState, group: Group) -> SaeCodes:
+    """The group as `sae_update_` takes it: whole numbers of features, an error for every prefix."""
+    values, indices, offsets = group.codes
+    error, levels = group.error, len(state.config.prefixes)
+    if error.dim() == 3:
+        error = error.transpose(0, 1)
+    elif levels:
+        error = error.expand(levels, *error.shape)
+    numbers = indices + state.first if state.first else indices
+    return SaeCodes(values, numbers, group.dvalues, error, offsets)
+
+
+def _pre_gradient(state: TrainState, groups: list[Group]) -> Tensor:
     """Gradient of a tied `b_pre` before the update, [d_in]: -sum_f g_b[f] w_enc[f]."""
     sums = torch.zeros(state.size + 1, dtype=torch.float64, device=state.device)
-    for group in codes:
-        place = torch.where(group.values != 0, group.indices, state.size).flatten().long()
+    for group in groups:
+        values, indices, _ = group.codes
+        place = torch.where(values != 0, indices, state.size).flatten().long()
         sums.index_add_(0, place, group.dvalues.flatten().double())
     grad = -(sums[:-1].float() @ state.weights["w_enc"])
     return state.mesh.sum_features(grad)

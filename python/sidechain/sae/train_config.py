@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from ..ops.sae_update import PREFIXES_MOST
 from .config import SELECTING, SaeConfig
 
 SCHEDULES = ("linear", "cosine", "constant")
@@ -49,8 +50,8 @@ class TrainConfig:
             (arXiv 2605.31518).
         bias_init: start of `b_dec`, from the first batch.
         seed: of the weights, the order of the data and resampling.
-        path: "fused" (no autograd, no gradient tensors: selecting architectures without
-            prefixes), "autograd", or "auto".
+        path: "fused" (no autograd, no gradient tensors: topk, batch_topk, and matryoshka of up
+            to 16 prefixes), "autograd", or "auto".
         precision: of the encoder, see `sidechain.ops.topk_encode`; autograd: fp32 only.
         k_start: features kept at the beginning; None = k.
         k_anneal: share of the steps in which k falls linearly from `k_start`.
@@ -189,11 +190,14 @@ class Schedule:
         self._check()
 
     def _choose_path(self) -> bool:
-        can = self.config.architecture in ("topk", "batch_topk")
+        selecting, levels = self.config.architecture in SELECTING, len(self.config.prefixes)
+        can = selecting and levels <= PREFIXES_MOST
         if self.train.path == "fused" and not can:
+            got = repr(self.config.architecture)
             raise NotImplementedError(
-                "TrainConfig: expected architecture topk or batch_topk with path='fused', got "
-                f"{self.config.architecture!r}"
+                f"TrainConfig: expected an architecture of {', '.join(sorted(SELECTING))} with at "
+                f"most {PREFIXES_MOST} prefixes and path='fused', got "
+                + (f"{got} with {levels} prefixes" if selecting else got)
             )
         return can and self.train.path != "autograd"
 
