@@ -11,8 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae.oracle import planted
-from sidechain.sae import Normaliser, Rows, SaeConfig, TrainConfig
+from sidechain.ops import topk_encode
+from sidechain.sae import Codes, Normaliser, Rows, SaeConfig, TrainConfig
+from sidechain.sae.groups import by_level
 from sidechain.sae.init import encoder_scale, geometric_median, random_rows
+from sidechain.sae.losses import dead_codes
 from sidechain.sae.metrics import Metrics
 from sidechain.sae.resample import resample
 from sidechain.sae.state import TrainState
@@ -63,7 +66,11 @@ class TestSchedule:
     def test_paths(self):
         assert self.schedule().fused and self.schedule("batch_topk").fused
         assert not self.schedule(path="autograd").fused
-        assert not self.schedule("matryoshka").fused
+        assert self.schedule("matryoshka").fused
+        deep = SaeConfig(D, F, "matryoshka", k=4, prefixes=(*range(1, 17), F))
+        assert not Schedule(deep, TrainConfig(tokens=1000, batch=10)).fused
+        with pytest.raises(NotImplementedError, match="most 16 prefixes and path"):
+            Schedule(deep, TrainConfig(tokens=1000, batch=10, path="fused"))
 
     @pytest.mark.parametrize(
         ("changes", "error", "message"),
@@ -145,6 +152,29 @@ class TestDeadFeatures:
             moved = (state.weights[name] - before[name]).reshape(F, -1).norm(dim=1)[::4]
             assert (moved > 0).sum() >= 8, name
 
+    @pytest.mark.parametrize("tile", [1, 200, 1 << 22])
+    @pytest.mark.parametrize("k", [5, 40])
+    def test_dead_codes_are_those_of_the_encoder(self, k, tile, monkeypatch):
+        state = make()
+        state.dead = torch.arange(0, F, 3)
+        state.weights["b_enc"].uniform_(-0.3, 0.3)
+        x, _ = planted(N, D, 24)
+        x[3, 2] = torch.nan
+        w = {**state.weights, "b_pre": state.b_pre + 0.1}
+        compact = {**w, "w_enc": w["w_enc"][state.dead]}
+        monkeypatch.setattr("sidechain.sae.losses._TILE", tile)
+        codes = dead_codes(state, k, x, compact)
+        width = min(k, len(state.dead))
+        wanted = topk_encode(
+            x, compact["w_enc"], w["b_enc"][state.dead], w["b_pre"], k=width
+        )  # fmt: skip
+        assert codes.values.shape == wanted.values.shape
+        order = codes.values.sort(dim=1, descending=True, stable=True).indices
+        torch.testing.assert_close(codes.values.gather(1, order), wanted.values, equal_nan=True)
+        finite = torch.arange(N) != 3
+        found = codes.indices.gather(1, order)[finite]
+        assert torch.equal(found, wanted.indices[finite])
+
     @pytest.mark.parametrize("path", ["fused", "autograd"])
     def test_aux_k_revives(self, path):
         """Features that start dead come alive with it and stay dead without."""
@@ -198,6 +228,71 @@ class TestDeadFeatures:
         state = make("relu", k=None, resample=0.1)
         due = [t for t in range(100) if state.schedule.resamples(t)]
         assert due == [9, 19, 29, 39, 49, 59, 69]
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    rows=st.integers(0, 7),
+    sizes=st.sets(st.integers(1, 29), max_size=4),
+    first=st.integers(0, 20),
+    seed=st.integers(0, 99),
+)
+def test_levels_cut_rows_at_the_prefixes(rows, sizes, first, seed):
+    """Every code lies in the list of its row and level, wherever codes of others were blanked."""
+    g = torch.Generator().manual_seed(seed)
+    prefixes = (*sorted(sizes), 30)
+    active = torch.rand(rows, 30 - first, generator=g) < 0.4
+    row, indices = active.nonzero().T
+    offsets = torch.nn.functional.pad(active.sum(1).cumsum(0), (1, 0))
+    blank = torch.rand(len(indices), generator=g) < 0.3
+    blanked = torch.where(blank, -1, indices.int())
+    codes = Codes(torch.rand(len(indices), generator=g), blanked, offsets)
+    cut = by_level(codes, prefixes, first).offsets
+    assert len(cut) == rows * len(prefixes) + 1
+    for place in range(len(cut) - 1):
+        for entry in range(int(cut[place]), int(cut[place + 1])):
+            n, level = divmod(place, len(prefixes))
+            assert row[entry] == n
+            low = 0 if level == 0 else prefixes[level - 1]
+            assert blank[entry] or low <= indices[entry] + first < prefixes[level]
+    assert cut[0] == 0 and cut[-1] == len(indices) and bool((cut.diff() >= 0).all())
+
+
+def test_levels_need_lists():
+    with pytest.raises(TypeError, match="expected codes in CSR form"):
+        by_level(Codes(torch.zeros(2, 3), torch.zeros(2, 3).int(), None), (4, 8), 0)
+
+
+@pytest.mark.parametrize("architecture", ["batch_topk", "matryoshka"])
+def test_both_paths_take_the_same_steps(architecture):
+    """Trained side by side: weights apart by rounding alone, and the same features fire."""
+    x, _ = planted(12 * N, D, 24)
+    both = [make(architecture, path=path, lr=1e-3, aux_k=0) for path in ("fused", "autograd")]
+    for part in x.split(N):
+        losses = [train_step(state, Rows(part)).row_loss for state in both]
+        torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
+    fused, autograd = both
+    assert torch.equal(fused.last_fired, autograd.last_fired)
+    for name, value in autograd.weights.items():
+        torch.testing.assert_close(fused.weights[name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["batch_topk", "matryoshka"])
+def test_where_the_screen_starts_changes_no_bit(architecture):
+    """With the last batch's smallest value, with none, and with one that is far too large."""
+    x, _ = planted(8 * N, D, 24)
+    runs = [make(architecture, lr=1e-2, warmup=0.0, aux_k=0) for _ in range(3)]
+    for part in x.split(N):
+        for state, smallest in zip(runs, ("last", None, 1e3), strict=True):
+            if smallest != "last":
+                state.smallest = None if smallest is None else torch.tensor(smallest)
+            train_step(state, Rows(part))
+    assert float(runs[0].smallest) > 0
+    for other in runs[1:]:
+        for (name, value, _), (_, found, _) in zip(
+            runs[0].named(), other.named(), strict=True
+        ):  # fmt: skip
+            assert torch.equal(value, found), name
 
 
 @pytest.mark.parametrize("path", ["fused", "autograd"])

@@ -69,6 +69,7 @@ def _share(state: TrainState, grads: dict[str, Tensor]) -> None:
 
 def follow_threshold(state: TrainState, smallest: Tensor) -> None:
     """Move the running threshold towards the smallest value that this batch kept."""
+    state.smallest = smallest
     smallest = state.mesh.least(smallest)
     threshold = state.weights["threshold"]
     before = torch.where(threshold.isnan(), smallest, threshold)

@@ -14,6 +14,10 @@ from .select import keep_batch_largest, keep_row_largest
 from .state import TrainState
 
 TANH_SCALE = 4.0
+# Pre-activations of dead features held at a time: a tile that stays in the last-level cache.
+_TILE = 1 << 22
+# Share of the last batch's smallest value at which a batch is screened first.
+_GUESS = 0.95
 
 
 class Loss(NamedTuple):
@@ -59,9 +63,22 @@ def selection(state: TrainState, k: int, x: Tensor, w: dict[str, Tensor], **opti
         return keep_row_largest(codes, k, mesh)
     offered = min(k * mesh.data, state.size)
     codes = topk_encode(
-        x, w["w_enc"], w["b_enc"], w["b_pre"], k=offered, mode="batch_topk", **options
-    )
+        x, w["w_enc"], w["b_enc"], w["b_pre"], k=offered, mode="batch_topk", guess=_guess(state),
+        **options,
+    )  # fmt: skip
     return keep_batch_largest(codes, k * len(x) * mesh.data, mesh, config.features)
+
+
+def _guess(state: TrainState) -> Tensor | None:
+    """Return where the screen of a batch starts [1]: it decides the time of a step, not its result.
+
+    Saves a tenth to a sixth of the step at N 1024, d 768, F 12288, k 32 (CPU). One process alone: a
+    slice offers more than the batch keeps.
+    """
+    if state.smallest is None or state.mesh.world > 1:
+        return None
+    start = _GUESS * state.smallest.float()
+    return torch.where(start.isfinite(), start, 0.0).reshape(1)
 
 
 def _selecting(state: TrainState, w: dict[str, Tensor], x: Tensor, target: Tensor) -> Loss:
@@ -126,28 +143,39 @@ def auxiliary(state: TrainState, w: dict[str, Tensor], x: Tensor, error: Tensor)
     return state.train.aux_weight * min(1.0, state.dead_total / k) * _squares(state, left)
 
 
-def dead_codes(state: TrainState, k: int, x: Tensor, w: dict[str, Tensor], **options: Any) -> Codes:
-    """Return codes [N, <= k] of dead features alone, numbered as in `state.dead`.
+def dead_codes(state: TrainState, k: int, x: Tensor, w: dict[str, Tensor]) -> Codes:
+    """Return codes [N, <= k] of dead features alone, numbered as in `state.dead`; differentiable.
+
+    `aux_k` is a large share of the dead features. `topk_encode` would value most of them one by one
+    in float64: a plain product of the compact rows and `torch.topk` take 0.3 of its time at 1229
+    dead and 0.65 at 6144 (CPU, N 1024, d 768, k 384).
 
     Args:
         state: its `dead` are the features.
         k: number to keep over all slices of the features.
         x: normalised input.
-        w: b_enc of all own features, and w_enc of the dead ones only.
-        options: of `topk_encode`.
+        w: b_enc of all own features, b_pre, and w_enc of the dead ones only.
     """
     count = len(state.dead)
     width = k if state.mesh.features > 1 else min(k, count)
     values = x.new_zeros(len(x), width)
     indices = torch.full((len(x), width), -1, dtype=torch.int32, device=x.device)
     if count:
-        codes = topk_encode(
-            x, w["w_enc"], w["b_enc"][state.dead], w["b_pre"], k=min(k, count), **options
-        )
+        codes = _largest(x - w["b_pre"], w["w_enc"], w["b_enc"][state.dead], min(k, count))
         pad = (0, width - codes.values.shape[1])
         values = torch.nn.functional.pad(codes.values, pad)
         indices = torch.nn.functional.pad(codes.indices, pad, value=-1)
     return keep_row_largest(Codes(values, indices, None), k, state.mesh)
+
+
+def _largest(u: Tensor, w_enc: Tensor, b_enc: Tensor, k: int) -> Codes:
+    """Return the k largest positive w_enc u + b_enc of every row, in any order."""
+    tiles = u.split(max(1, _TILE // len(w_enc)))
+    found = [torch.addmm(b_enc, tile, w_enc.T).topk(k, sorted=False) for tile in tiles]
+    values = torch.cat([top.values for top in found])
+    kept = ~(values <= 0)  # NaN stays
+    indices = torch.cat([top.indices for top in found])
+    return Codes(torch.where(kept, values, 0.0), torch.where(kept, indices, -1).int(), None)
 
 
 def _relu(state: TrainState, w: dict[str, Tensor], x: Tensor, target: Tensor) -> Loss:

@@ -44,6 +44,8 @@ class TrainState:
         last_fired: [F'] int64, number of the step (from 1) in which a feature last fired.
         dead: local numbers of the features found dead at the last look, int64.
         dead_total: number of them over all processes.
+        smallest: smallest value that the last batch kept, of batch_topk and matryoshka, or None.
+            It is not saved: no result depends on it.
         step: steps done.
         fixed_b_pre: [d_in] of an untied bias, or None.
     """
@@ -79,6 +81,7 @@ class TrainState:
         self.last_fired = torch.zeros(self.size, dtype=torch.int64, device=self.device)
         self.dead = torch.zeros(0, dtype=torch.int64, device=self.device)
         self.dead_total = 0
+        self.smallest: Tensor | None = None
 
     def _initial(self, stop: int) -> dict[str, Tensor]:
         config, size, seed = self.config, self.size, self.train.seed
