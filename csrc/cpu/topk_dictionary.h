@@ -118,6 +118,13 @@ class Dictionary {
     return to;
   }
 
+  // Starts reading a feature that row() will soon be asked for.
+  void prefetch(int64_t feature) const {
+    const char* from = static_cast<const char*>(row_of(p_.w_enc, feature));
+    const int64_t bytes = p_.width * (p_.w_enc.dtype == Dtype::kFloat32 ? 4 : 2);
+    for (int64_t b = 0; b < bytes; b += FreeCodes::kCodeAlignment) __builtin_prefetch(from + b);
+  }
+
   // Packs all features, the elements `apart` of each as float32 beside the codes.
   void pack(std::vector<int32_t> apart) {
     apart_ = std::move(apart);

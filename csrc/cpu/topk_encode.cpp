@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // topk_encode on the CPU. Rows are screened in 8 bits against all features; what may belong to the
 // result is valued exactly, grouped by feature so that each dictionary row is read once:
-//   1. the candidates of a row with the k largest screened values are valued; their smallest value
-//      bounds the k-th largest from below, which proves that nothing cut off so far belongs to it;
+//   1. the candidates of a row that the k-th largest screened value hardly rules out are valued;
+//   the
+//      k-th largest of their values bounds the k-th largest of all from below, and proves that
+//      nothing cut off so far belongs to the result;
 //   2. the other candidates that may reach that bound are valued, and the k largest are the result.
-// A row that this does not prove, or that cannot be screened, is valued in full.
+// What is cut off follows a guess at first; a row that step 1 then does not prove is screened again
+// with cuts that are bounds, and one that stays unproven, or cannot be screened, is valued in full.
 #include "sidechain/topk_encode.h"
 
 #include <iterator>
@@ -23,7 +26,12 @@ constexpr int64_t kDirectRows = 6;
 // Rows from which a few are screened first to tell where the others may start.
 constexpr int64_t kPilotFrom = 256;
 constexpr int64_t kPilotRows = 8;
+constexpr int64_t kBatchPilotRows = 64;
 constexpr float kPilotShare = 0.9f;
+// Shares of an error by which the k-th largest screened value is lowered: to be hardly ever above
+// the exact one of a row, and to be about as large.
+constexpr float kGuessedShare = 0.3f;
+constexpr float kLikelyShare = 0.02f;
 // Rows that tell which elements are large.
 constexpr int64_t kSampledRows = 128;
 // Rows valued in full at a time: the only dense values held.
@@ -59,9 +67,9 @@ class Encoder {
     if (p_.rows > kDirectRows) {
       if (p_.mode != TopkMode::kThreshold && p_.guess != nullptr) {
         todo = screen(todo, Start::kGuess);
-      } else if (p_.mode == TopkMode::kRows && count >= kPilotFrom) {
+      } else if (p_.mode != TopkMode::kThreshold && count >= kPilotFrom) {
         fly_pilot();
-        todo = screen(todo, Start::kRatio);
+        todo = screen(todo, Start::kPilot);
       }
       if (!todo.empty()) todo = screen(todo, Start::kCold);
       fallbacks += static_cast<int64_t>(todo.size());
@@ -74,8 +82,8 @@ class Encoder {
   int64_t fallbacks = 0;
 
  private:
-  // Where the cut of a row starts: at 0, at the caller's guess, or at a share of |x|.
-  enum class Start { kCold, kGuess, kRatio };
+  // Where the cut of a row starts: at 0, at the caller's guess, or where the pilot rows say.
+  enum class Start { kCold, kGuess, kPilot };
 
   void load_rows() {
     const int64_t padded = dictionary_.padded();
@@ -119,23 +127,31 @@ class Encoder {
     return large;
   }
 
-  // The k-th value as a share of |x|, a little less than the least of a few rows. Starting there
-  // spares a row most of its candidates; a row that it cuts too high is screened again.
+  // A few rows tell where the others may start: a little below the least k-th value as a share of
+  // |x|, or, for one bound for all rows, below theirs. That spares most candidates; rows that it
+  // cuts too high are screened again.
   void fly_pilot() {
-    std::vector<int32_t> ids(kPilotRows);
-    for (int64_t i = 0; i < kPilotRows; ++i) ids[i] = static_cast<int32_t>(i * rows_ / kPilotRows);
+    const bool batch = p_.mode == TopkMode::kBatch;
+    const int64_t n = batch ? kBatchPilotRows : kPilotRows;
+    std::vector<int32_t> ids(n);
+    for (int64_t i = 0; i < n; ++i) ids[i] = static_cast<int32_t>(i * rows_ / n);
     RowSet set(dictionary_, kernels_, parallel_for_, x_.get(), begin_, ids);
-    set.screen(0, dictionary_.panels(), p_.k, p_.features);
-    ratio_ = std::numeric_limits<float>::infinity();
-    for (int64_t i = 0; i < kPilotRows; ++i) {
-      if (!set.dropped[i]) ratio_ = std::min(ratio_, kPilotShare * set.cut[i] / set.length(i));
+    if (batch) {
+      screen_rising(set, n * p_.k, guessed_share());
+    } else {
+      set.screen(0, dictionary_.panels(), p_.k, p_.features, guessed_share());
+    }
+    start_ = std::numeric_limits<float>::infinity();
+    for (int64_t i = 0; i < n; ++i) {
+      if (set.dropped[i]) continue;
+      start_ = std::min(start_, kPilotShare * set.cut[i] / (batch ? 1.0f : set.length(i)));
     }
   }
 
   float start_of(const RowSet& set, int64_t i, Start start) const {
     if (start == Start::kGuess) return p_.guess[(begin_ + set.id(i)) * p_.guess_stride];
-    const float at = ratio_ * set.length(i);
-    return start == Start::kRatio && at < std::numeric_limits<float>::infinity() ? at : 0.0f;
+    const float at = p_.mode == TopkMode::kBatch ? start_ : start_ * set.length(i);
+    return start == Start::kPilot && at < std::numeric_limits<float>::infinity() ? at : 0.0f;
   }
 
   // Returns the rows that stay undecided.
@@ -153,7 +169,7 @@ class Encoder {
       case TopkMode::kThreshold:
         break;
     }
-    set.screen(0, dictionary_.panels(), 0, p_.features);
+    set.screen(0, dictionary_.panels(), 0, p_.features, 1.0f);
     std::vector<int64_t> from(set.size(), 0), to(set.size());
     for (int64_t i = 0; i < set.size(); ++i) to[i] = set.lists[i].size();
     value(set, from, to);
@@ -163,15 +179,11 @@ class Encoder {
   std::vector<int32_t> screen_rows(RowSet& set, bool guess) {
     // A list of half the dictionary is no screen; for large k it is the result.
     const int64_t most = std::max(p_.features / 2, std::min(8 * p_.k, p_.features));
-    set.screen(0, dictionary_.panels(), p_.k, most);
+    set.screen(0, dictionary_.panels(), p_.k, most, guess ? guessed_share() : 1.0f);
     const int64_t n = set.size();
     std::vector<int64_t> none(n, 0), first(n), all(n);
     parallel(parallel_for_, n, 16, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        List& list = set.lists[i];
-        first[i] = std::min<int64_t>(p_.k, list.size());
-        std::nth_element(list.begin(), list.begin() + first[i], list.end(), better);
-      }
+      for (int64_t i = begin; i < end; ++i) first[i] = move_likely(set, i);
     });
     value(set, none, first);
     std::vector<uint8_t> failed(n, 0);
@@ -189,24 +201,35 @@ class Encoder {
     return take(set, failed);
   }
 
-  // The same with one bound for all rows, found by screening more and more features.
+  // The share of the errors that the cut of a row keeps below the k-th largest screened value while
+  // it is a guess that the exact values will have to prove. The errors are proven for every pair
+  // and eleven standard deviations wide.
+  float guessed_share() const { return dictionary_.certified() ? kGuessedShare : 1.0f; }
+
+  // Moves the candidates that the exact k-th value will most likely not rule out to the front and
+  // returns their number: valuing them together reads the dictionary once.
+  int64_t move_likely(RowSet& set, int64_t i) const {
+    List& list = set.lists[i];
+    if (static_cast<int64_t>(list.size()) <= p_.k) return static_cast<int64_t>(list.size());
+    const auto last = list.begin() + (p_.k - 1);
+    std::nth_element(list.begin(), last, list.end(), better);
+    if (!dictionary_.certified()) return p_.k;
+    const float bound = last->z - kLikelyShare * set.error(i, last->feature);
+    const auto end = std::partition(last + 1, list.end(), [&](const Candidate& c) {
+      return !(c.z + set.error(i, c.feature) < bound);
+    });
+    return end - list.begin();
+  }
+
+  // The same with one bound for all rows.
   std::vector<int32_t> screen_batch(RowSet& set, bool guess) {
-    const int64_t panels = dictionary_.panels(), n = set.size(), budget = p_.rows * p_.k;
-    std::vector<uint32_t> orders;
-    for (int64_t begin = 0, end = (panels + 15) / 16; begin < panels;
-         begin = end, end = std::min(2 * end, panels)) {
-      set.screen(begin, end, 0, p_.features);
-      orders.clear();
-      for (int64_t i = 0; i < n; ++i) set.lower_bounds(i, orders);
-      const float bound = cut_at(kth_largest(orders, budget));
-      parallel(parallel_for_, n, 16, [&](int64_t first, int64_t last) {
-        for (int64_t i = first; i < last; ++i) {
-          set.cut[i] = std::max(set.cut[i], bound);
-          set.prune(i);
-        }
-      });
+    const int64_t n = set.size(), budget = p_.rows * p_.k;
+    if (guess) {
+      set.screen(0, dictionary_.panels(), 0, p_.features, 1.0f);
+    } else {
+      screen_rising(set, budget, 1.0f);
     }
-    orders.clear();
+    std::vector<uint32_t> orders;
     for (int64_t i = 0; i < n; ++i) {
       for (const Candidate& c : set.lists[i]) orders.push_back(order_of(c.z));
     }
@@ -231,6 +254,26 @@ class Encoder {
     }
     value(set, first, all);
     return take(set, failed);
+  }
+
+  // Screens more and more features; after each part all cuts rise to the `budget`-th largest of
+  // z - share * error over the rows of the set.
+  void screen_rising(RowSet& set, int64_t budget, float share) {
+    const int64_t panels = dictionary_.panels(), n = set.size();
+    std::vector<uint32_t> orders;
+    for (int64_t begin = 0, end = (panels + 15) / 16; begin < panels;
+         begin = end, end = std::min(2 * end, panels)) {
+      set.screen(begin, end, 0, p_.features, share);
+      orders.clear();
+      for (int64_t i = 0; i < n; ++i) set.lower_bounds(i, share, orders);
+      const float bound = cut_at(kth_largest(orders, budget));
+      parallel(parallel_for_, n, 16, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; ++i) {
+          set.cut[i] = std::max(set.cut[i], bound);
+          set.prune(i);
+        }
+      });
+    }
   }
 
   // Moves the candidates from slot `first` on that may reach the bound to the front of them, drops
@@ -276,13 +319,18 @@ class Encoder {
       }
     }
     parallel(parallel_for_, p_.features, kFeatureGrain, [&](int64_t begin, int64_t end) {
+      const auto skip_idle = [&](int64_t f) {
+        while (f < end && at[f + 1] == at[f]) ++f;
+        return f;
+      };
       std::vector<int32_t> which;
       std::vector<double> z;
       std::vector<float> weights(dictionary_.padded());
       std::vector<double> wide(dictionary_.padded());
-      for (int64_t f = begin; f < end; ++f) {
+      for (int64_t f = skip_idle(begin), next; f < end; f = next) {
+        next = skip_idle(f + 1);
+        if (next < end) dictionary_.prefetch(next);
         const int64_t count = at[f + 1] - at[f];
-        if (count == 0) continue;
         which.resize(count);
         z.resize(count);
         const Entry* entry = entries.data() + at[f];
@@ -380,7 +428,7 @@ class Encoder {
   Dictionary dictionary_;
   std::vector<float> minus_;
   int64_t begin_ = 0, rows_ = 0;
-  float ratio_ = 0.0f;
+  float start_ = 0.0f;
   std::unique_ptr<float[]> x_;  // [rows, padded]: x - b_pre as the products see it
 };
 

@@ -74,10 +74,13 @@ class RowSet {
     return d_.error(feature, step_[i], reach_[i], apart_length_[i]);
   }
 
-  // Screens panels [begin, end). With k > 0 the cut of a row rises to the k-th largest lower bound
-  // seen so far; a row whose list outgrows `most` is dropped.
-  void screen(int64_t begin, int64_t end, int64_t k, int64_t most) {
-    blocks([&](int64_t first, int64_t last) { screen_block(first, last, begin, end, k, most); });
+  // Screens panels [begin, end). With k > 0 the cut of a row rises to the k-th largest of
+  // z - share * error seen so far: a proven bound for share = 1, a guess below; a row whose list
+  // outgrows `most` is dropped.
+  void screen(int64_t begin, int64_t end, int64_t k, int64_t most, float share) {
+    blocks([&](int64_t first, int64_t last) {
+      screen_block(first, last, begin, end, {k, most, share});
+    });
   }
 
   // Drops the candidates of row i that cannot reach its cut any more.
@@ -91,9 +94,10 @@ class RowSet {
     list.resize(kept);
   }
 
-  void lower_bounds(int64_t i, std::vector<uint32_t>& orders) const {
+  // Appends the orders of z - share * error of the candidates of row i.
+  void lower_bounds(int64_t i, float share, std::vector<uint32_t>& orders) const {
     for (const Candidate& c : lists[i]) {
-      const float bound = c.z - error(i, c.feature);
+      const float bound = c.z - share * error(i, c.feature);
       orders.push_back(bound == bound ? order_of(bound) : 0);
     }
   }
@@ -148,8 +152,14 @@ class RowSet {
     }
   }
 
-  void screen_block(int64_t first, int64_t last, int64_t begin, int64_t end, int64_t k,
-                    int64_t most) {
+  struct Raising {
+    int64_t k, most;
+    float share;
+  };
+
+  void screen_block(int64_t first, int64_t last, int64_t begin, int64_t end,
+                    const Raising& raising) {
+    const int64_t k = raising.k;
     std::vector<Found> found((last - first) * d_.panel_features());
     std::vector<int64_t> look(last - first, std::max(kLeastLook, 8 * k));
     std::vector<uint32_t> orders;
@@ -172,9 +182,9 @@ class RowSet {
         auto& list = lists[i];
         list.push_back(found[e].candidate);
         if (k == 0 || static_cast<int64_t>(list.size()) < look[found[e].row]) continue;
-        raise(i, k, orders);
+        raise(i, raising, orders);
         look[found[e].row] = std::max<int64_t>(2 * list.size(), look[found[e].row]);
-        if (static_cast<int64_t>(list.size()) > most) {
+        if (static_cast<int64_t>(list.size()) > raising.most) {
           dropped[i] = 1;
           cut[i] = std::numeric_limits<float>::infinity();
           std::vector<Candidate>().swap(list);
@@ -183,10 +193,10 @@ class RowSet {
     }
   }
 
-  void raise(int64_t i, int64_t k, std::vector<uint32_t>& orders) {
+  void raise(int64_t i, const Raising& raising, std::vector<uint32_t>& orders) {
     orders.clear();
-    lower_bounds(i, orders);
-    cut[i] = std::max(cut[i], cut_at(kth_largest(orders, k)));
+    lower_bounds(i, raising.share, orders);
+    cut[i] = std::max(cut[i], cut_at(kth_largest(orders, raising.k)));
     prune(i);
   }
 

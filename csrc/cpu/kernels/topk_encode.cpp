@@ -156,6 +156,46 @@ void exact_rows(const double* w, const float* x, int64_t x_row, const int32_t* w
   }
 }
 
+// Writes the pairs of a panel whose screened value, in units of the row's step, is not below the
+// limit of the row.
+template <bool kAparts>
+int64_t collect(const ScreenRows& rows, const FeaturePanel& panel, const I32* sums,
+                const float* limit, Found* found) {
+  F32 step[kVectors], bias[kVectors];
+  for (int v = 0; v < kVectors; ++v) {
+    step[v] = load(panel.step + v * kLanes);
+    bias[v] = load(panel.bias + v * kLanes);
+  }
+  const int64_t count = rows.panels * kRowPanel;
+  const uint64_t real = panel.count < kPanel ? (uint64_t{1} << panel.count) - 1 : ~uint64_t{0};
+  Found* next = found;
+  for (int64_t row = 0; row < count; ++row) {
+    const float inverse = rows.inverse[row], most = limit[row];
+    F32 value[kVectors];
+    uint64_t reached = 0;
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+      F32 rest = bias[v];
+      if constexpr (kAparts) {
+        for (int64_t j = 0; j < rows.aparts; ++j) {
+          rest += rows.apart[row * rows.aparts + j] * load(panel.apart + j * kPanel + v * kLanes);
+        }
+      }
+      value[v] = __builtin_convertvector(sums[row * kVectors + v], F32) * step[v] + rest * inverse;
+      reached |= static_cast<uint64_t>(not_below(value[v], most)) << (v * kLanes);
+    }
+    reached &= real;
+    if (reached == 0) continue;
+    float z[kPanel];
+    for (int v = 0; v < kVectors; ++v) store(z + v * kLanes, value[v] * rows.step[row]);
+    for (; reached != 0; reached &= reached - 1) {
+      const int at = __builtin_ctzll(reached);
+      *next++ = {{z[at], panel.first + at}, static_cast<int32_t>(row)};
+    }
+  }
+  return next - found;
+}
+
 template <bool kRound>
 inline F32 prepared(F32 v) {
   return kRound ? widen_bf16(narrow_bf16(v)) : v;
@@ -310,32 +350,8 @@ int64_t screen(const ScreenRows& rows, const FeaturePanel& panel, Found* found) 
       for (int64_t b = p * part; b < (p + 1) * part; b += 64) __builtin_prefetch(ahead + b, 0, 2);
     }
   }
-  F32 step[kVectors], bias[kVectors];
-  for (int v = 0; v < kVectors; ++v) {
-    step[v] = load(panel.step + v * kLanes);
-    bias[v] = load(panel.bias + v * kLanes);
-  }
-  Found* next = found;
-  for (int64_t row = 0; row < rows.panels * kRowPanel; ++row) {
-    float z[kVectors * kLanes];
-    uint64_t reached = 0;
-    for (int v = 0; v < kVectors; ++v) {
-      F32 rest = bias[v];
-      for (int64_t j = 0; j < rows.aparts; ++j) {
-        rest += rows.apart[row * rows.aparts + j] * load(panel.apart + j * kPanel + v * kLanes);
-      }
-      const F32 value = __builtin_convertvector(sums[row * kVectors + v], F32) * step[v] +
-                        rest * rows.inverse[row];
-      store(z + v * kLanes, value);
-      reached |= static_cast<uint64_t>(not_below(value, limit[row])) << (v * kLanes);
-    }
-    for (; reached != 0; reached &= reached - 1) {
-      const int at = __builtin_ctzll(reached);
-      if (at >= panel.count) break;
-      *next++ = {{z[at] * rows.step[row], panel.first + at}, static_cast<int32_t>(row)};
-    }
-  }
-  return next - found;
+  return rows.aparts > 0 ? collect<true>(rows, panel, sums, limit, found)
+                         : collect<false>(rows, panel, sums, limit, found);
 }
 
 void exact(const float* w, const float* x, int64_t x_row, const int32_t* which, int64_t count,

@@ -16,7 +16,7 @@ namespace sidechain::cpu {
 
 constexpr int64_t kRowPanel = 6;   // rows that share each load of packed features
 constexpr int64_t kGroup = 16;     // elements of a row that meet in one 16-bit sum, in two lanes
-constexpr int64_t kMostRows = 48;  // rows of one call of `screen`
+constexpr int64_t kMostRows = 96;  // rows of one call of `screen`
 // Codes of x run from 0 to 2 kZero. More would leave fewer bits to w in the 16-bit sums: about 76
 // minimises the sum of both errors for normal data.
 constexpr int kZero = 76;

@@ -53,7 +53,9 @@ class Log:
         self._bar = tqdm(
             total=total, initial=done, desc="sae", unit="step", disable=not progress, smoothing=0.1
         )
-        self._clock = (time.perf_counter(), done)
+        # Figures come after the fact, so the speed is read from when the steps were counted.
+        self._step = self._last = done
+        self._times = {done: time.perf_counter()}
         self.absent: dict[str, str] = {}
         self._writers = []
         for name in loggers:
@@ -70,16 +72,19 @@ class Log:
 
     def step(self) -> None:
         """Count a step."""
+        self._step += 1
+        self._times[self._step] = time.perf_counter()
         self._bar.update()
 
     def write(self, figures: dict[str, float] | None) -> None:
         """Write the figures of an interval, once they are there."""
         if figures is None:
             return
-        now, step = time.perf_counter(), int(figures["step"])
-        before, last = self._clock
-        speed = (step - last) * self._rows / max(1e-9, now - before)
-        self._clock = (now, step)
+        step = int(figures["step"])
+        passed = self._times[step] - self._times[self._last]
+        speed = (step - self._last) * self._rows / max(1e-9, passed)
+        self._last = step
+        self._times = {at: moment for at, moment in self._times.items() if at >= step}
         line = {**figures, "tokens_per_s": round(speed, 1)}
         self._file.write(json.dumps(line).encode() + b"\n")
         self._file.flush()

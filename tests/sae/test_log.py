@@ -1,0 +1,30 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Metrics of a training run: figures arrive an interval late, their speed must not."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+
+from sidechain.sae.log import METRICS, Log
+
+FIGURES = {"fvu": 0.5, "l0": 4.0, "dead": 0.0}
+
+
+def test_speed_is_that_of_the_steps_of_the_interval(tmp_path, monkeypatch):
+    ticks = itertools.count()
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(ticks)))  # a second a step
+    log = Log(tmp_path, total=25, done=3, rows=64, offset=0, progress=False)
+    for _ in range(20):
+        log.step()
+    log.write({"step": 13, **FIGURES})  # ten seconds ago
+    log.write(None)
+    log.step()
+    log.step()
+    log.write({"step": 23, **FIGURES})
+    log.write({"step": 25, **FIGURES})  # both at the end of the run
+    log.close()
+    lines = [json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines()]
+    assert [line["step"] for line in lines] == [13, 23, 25]
+    assert [line["tokens_per_s"] for line in lines] == [64.0, 64.0, 64.0]
