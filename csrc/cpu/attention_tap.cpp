@@ -155,8 +155,6 @@ void call(int64_t begin, int64_t end, void* job) {
   (static_cast<const Job*>(job)->*kMethod)(begin, end);
 }
 
-void serial(int64_t n, int64_t, Body body, void* context) { body(0, n, context); }
-
 template <class Buffer>
 float* at_slot(const Buffer& buffer, int64_t slot) {
   if (buffer.data == nullptr || !inside(slot, buffer.slots)) return nullptr;
@@ -167,7 +165,7 @@ float* at_slot(const Buffer& buffer, int64_t slot) {
 
 void attention_tap(const AttentionTapParams& p, Isa isa, ParallelFor parallel_for) {
   if (p.rows == 0 || p.tokens == 0) return;
-  if (parallel_for == nullptr) parallel_for = serial;
+  parallel_for = or_serial(parallel_for);
   const int64_t slot = p.capture_slot ? *p.capture_slot : 0;
   const int64_t chunks = (p.tokens + kChunk - 1) / kChunk;
   Job job = {p,

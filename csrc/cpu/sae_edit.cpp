@@ -27,8 +27,6 @@ EditRow entry(Isa isa) {
   }
 }
 
-void serial(int64_t n, int64_t, Body body, void* context) { body(0, n, context); }
-
 struct Job {
   const SaeEditParams& p;
   EditRow edit;
@@ -73,7 +71,7 @@ void sae_edit(const SaeEditParams& p, Isa isa, ParallelFor parallel_for) {
   }
   Job job = {p, entry(isa), longest};
   const int64_t elements = std::max<int64_t>(1, (longest + 1) * p.width);
-  if (parallel_for == nullptr) parallel_for = serial;
+  parallel_for = or_serial(parallel_for);
   parallel_for(p.codes.rows, std::max<int64_t>(1, kGrain / elements), call, &job);
 }
 

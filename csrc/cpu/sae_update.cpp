@@ -42,8 +42,6 @@ Kernels kernels(Isa isa) {
   }
 }
 
-void serial(int64_t n, int64_t, Body body, void* context) { body(0, n, context); }
-
 class Job {
  public:
   Job(const SaeGradientParams& p, Isa isa, bool sleepers) : p_(p), kernel_(kernels(isa)) {
@@ -162,13 +160,13 @@ AdamStep adam_step(const SaeUpdateParams& p) {
 
 void sae_update(const SaeUpdateParams& p, Isa isa, ParallelFor parallel_for) {
   Job job(p.gradient, isa, p.row_step != nullptr);
-  job.update(p, adam_step(p), parallel_for == nullptr ? serial : parallel_for);
+  job.update(p, adam_step(p), or_serial(parallel_for));
 }
 
 void sae_gradient_square(const SaeGradientParams& p, const float* w_dec, float* out, Isa isa,
                          ParallelFor parallel_for) {
   Job job(p, isa, true);
-  *out = job.square(w_dec, parallel_for == nullptr ? serial : parallel_for);
+  *out = job.square(w_dec, or_serial(parallel_for));
 }
 
 }  // namespace sidechain::cpu

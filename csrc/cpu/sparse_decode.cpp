@@ -41,8 +41,6 @@ Kernels kernels(Isa isa) {
   }
 }
 
-void serial(int64_t n, int64_t, Body body, void* context) { body(0, n, context); }
-
 int64_t longest_row(const Codes& codes) {
   int64_t longest = 0;
   for (int64_t n = 0; n < codes.rows; ++n) longest = std::max(longest, code_row(codes, n).count);
@@ -132,7 +130,7 @@ void call(int64_t begin, int64_t end, void* job) {
 }  // namespace
 
 void sparse_decode(const DecodeParams& p, Isa isa, ParallelFor parallel_for) {
-  if (parallel_for == nullptr) parallel_for = serial;
+  parallel_for = or_serial(parallel_for);
   if (p.compare) {
     clear(p.codes, p.dvalues);
     std::fill(p.loss, p.loss + p.codes.rows, 0.0f);
@@ -150,7 +148,7 @@ void sparse_decode(const DecodeParams& p, Isa isa, ParallelFor parallel_for) {
 }
 
 void sparse_decode_backward(const DecodeBackwardParams& p, Isa isa, ParallelFor parallel_for) {
-  if (parallel_for == nullptr) parallel_for = serial;
+  parallel_for = or_serial(parallel_for);
   const int64_t longest = longest_row(p.codes);
   if (p.dvalues != nullptr) {
     clear(p.codes, p.dvalues);

@@ -49,6 +49,22 @@ def test_gather_any_row_size(row_bytes: int, tmp_path: Path, monkeypatch: Any) -
     assert np.array_equal(again, wanted)
 
 
+@pytest.mark.parametrize("shift", [0, 1, 13])
+@pytest.mark.parametrize("row_bytes", [7, 63, 65, 80, 2560, 40000])
+def test_gather_past_the_caches(row_bytes: int, shift: int) -> None:
+    """Output of 4 MiB and more is written another way, at any alignment of its rows."""
+    random = np.random.default_rng(0)
+    source = random.integers(0, 256, (300, row_bytes), dtype=np.uint8)
+    count = (4 << 20) // row_bytes + 3
+    row = random.integers(0, len(source), count)
+    memory = np.full(count * row_bytes + 64, 7, np.uint8)
+    out = memory[16 + shift :][: count * row_bytes].reshape(count, row_bytes)
+    host.gather_rows([source], np.zeros_like(row), row, out)
+    assert np.array_equal(out, source[row])
+    assert (memory[: 16 + shift] == 7).all()
+    assert (memory[16 + shift + out.size :] == 7).all()
+
+
 @pytest.mark.parametrize(("shard", "row"), [([2], [0]), ([-1], [0]), ([0], [3]), ([0], [-1])])
 def test_gather_refuses_rows_that_do_not_exist(shard: list[int], row: list[int]) -> None:
     shards = [np.zeros((3, 8), np.uint8), np.zeros((1, 8), np.uint8)]
