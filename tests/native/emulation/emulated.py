@@ -6,7 +6,7 @@ own torch bindings with CPU tensors. Selected are the tests that take a backend,
 that also take a case run once for every seed of the schedule and have to write the same bits each
 time.
 
-    pytest -p emulated --emulation=LIBRARY --emulated-op=OP tests/ops/test_OP.py
+    pytest -p emulated --emulation=LIBRARY --emulated-op=OP tests/ops/test_OP*.py
 """
 
 from __future__ import annotations

@@ -60,11 +60,15 @@ foreach(build address order)
     sidechain_torch_library(emulation_${build} ${emulated_bindings})
     list(APPEND targets emulation_${build})
     foreach(op IN LISTS cuda_ops)
+      set(tests tests/ops/test_${op}.py)
+      if(EXISTS ${CMAKE_SOURCE_DIR}/tests/ops/test_${op}_gradients.py)
+        list(APPEND tests tests/ops/test_${op}_gradients.py)
+      endif()
       add_test(
         NAME emulation_${build}_${op}
         COMMAND
           ${Python_EXECUTABLE} -m pytest -q -p no:cacheprovider -p emulated
-          --emulation=$<TARGET_FILE:emulation_${build}> --emulated-op=${op} tests/ops/test_${op}.py
+          --emulation=$<TARGET_FILE:emulation_${build}> --emulated-op=${op} ${tests}
         WORKING_DIRECTORY ${CMAKE_SOURCE_DIR})
       set(environment SIDECHAIN_NATIVE=0 OMP_NUM_THREADS=1
                       PYTHONPATH=${emulation}:${CMAKE_SOURCE_DIR}/tests
