@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .labels import Labels
+from .labels import BroadcastLabels
 
 POLICIES = ("block", "drop", "spill", "error")
 
-Rows = Mapping[str, tuple[Tensor, Labels]]
+Rows = Mapping[str, tuple[Tensor, BroadcastLabels]]
 
 # Small pieces are handled together, up to so many bytes, and wait so many seconds for company.
 _BATCH_BYTES = 1 << 20

@@ -17,7 +17,7 @@ Label = int | NDArray[Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Labels:
+class BroadcastLabels:
     """What is known about `count` rows; each a number for all of them or [count]."""
 
     count: int
@@ -41,14 +41,14 @@ class Labels:
 
 def read_labels(
     count: int, step: ArrayLike, branch: ArrayLike, prompt: ArrayLike, token: ArrayLike | None
-) -> Labels:
+) -> BroadcastLabels:
     """Check labels against the number of rows and the range of their columns.
 
     Raises:
         TypeError: not integers.
         ValueError: another shape, or out of range.
     """
-    return Labels(
+    return BroadcastLabels(
         count,
         _read("step", step, count),
         _read("branch", branch, count),
@@ -79,7 +79,7 @@ def _read(name: str, value: ArrayLike, count: int) -> Label:
     return array.astype(COLUMNS[name]) if array.shape else int(array)
 
 
-def join_columns(labels: Sequence[Labels]) -> Columns:
+def join_columns(labels: Sequence[BroadcastLabels]) -> Columns:
     """Columns of a shard, one entry for each row."""
     return {
         name: np.concatenate([_expand(getattr(part, name), part.count, d) for part in labels])

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from safetensors.torch import load
 
-from .labels import Labels
+from .labels import BroadcastLabels
 from .layout import DTYPES, Manifest
 from .shard import MappedShard, decode
 from .statistics import Statistics
@@ -57,11 +57,11 @@ def recount(folder: Path, manifest: Manifest, site: str) -> Statistics:
             if len(stored):
                 rows = decode(stored, DTYPES[manifest.dtype], entry.width)
                 columns = {name: c[start:stop][keep] for name, c in mapped.columns.items()}
-                count(statistics, rows, Labels(len(rows), **columns))
+                count(statistics, rows, BroadcastLabels(len(rows), **columns))
     return statistics
 
 
-def count(statistics: Statistics, rows: torch.Tensor, labels: Labels) -> bool:
+def count(statistics: Statistics, rows: torch.Tensor, labels: BroadcastLabels) -> bool:
     """Add rows [n, C] to the cells they belong to.
 
     Returns:

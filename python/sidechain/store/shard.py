@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .._atomic import sync_folder
-from .labels import Labels, join_columns
+from .labels import BroadcastLabels, join_columns
 from .layout import (
     COLUMNS,
     Columns,
@@ -52,7 +52,7 @@ class OpenShard:
         self.path = root / file
         self.partial = self.path.with_name(self.path.name + ".tmp")
         self.rows = 0
-        self._labels: list[Labels] = []
+        self._labels: list[BroadcastLabels] = []
         self._checksums: list[int] = []
         self._checksum = 0
         self._rows_in_block = 0
@@ -70,7 +70,7 @@ class OpenShard:
         """Rows before the mark."""
         return self._mark.rows
 
-    def append(self, pieces: Sequence[tuple[Bytes, Labels]]) -> None:
+    def append(self, pieces: Sequence[tuple[Bytes, BroadcastLabels]]) -> None:
         """Add rows [n, row_bytes] with their labels, piece by piece, in one write."""
         _write(self._descriptor, [rows.data.cast("B") for rows, _ in pieces])
         for rows, labels in pieces:

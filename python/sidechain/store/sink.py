@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from .._atomic import write_atomic
-from .labels import Labels
+from .labels import BroadcastLabels
 from .layout import DTYPES, MANIFEST, Manifest
 from .recount import count, load_statistics
 from .shard import OpenShard, decode, encode
@@ -48,7 +48,7 @@ class Sink:
 
     # -- rows -----------------------------------------------------------------------------------
 
-    def append(self, site: str, pieces: Sequence[tuple[Tensor, Labels]]) -> None:
+    def append(self, site: str, pieces: Sequence[tuple[Tensor, BroadcastLabels]]) -> None:
         """Add pieces of a unit: rows [n, C] with their labels.
 
         Raises:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from .channel import Spill, Spilled
-from .labels import Labels
+from .labels import BroadcastLabels
 from .sink import Sink
 
 Item = tuple[str, Any]
@@ -64,7 +64,7 @@ class Units:
         self._inside = self._inside or any(kind == "rows" for kind, _ in items[last:])
 
     def _append(self, items: Sequence[Item]) -> None:
-        pieces: dict[str, list[tuple[Tensor, Labels]]] = {}
+        pieces: dict[str, list[tuple[Tensor, BroadcastLabels]]] = {}
         for kind, content in items:
             if kind == "rows":
                 for site, piece in content.items():

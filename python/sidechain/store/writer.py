@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .._atomic import write_atomic
 from .channel import POLICIES, Channel, Spill
-from .labels import Labels, read_labels
+from .labels import BroadcastLabels, read_labels
 from .layout import (
     DTYPES,
     MANIFEST,
@@ -176,7 +176,7 @@ class ActivationWriter:
         self._check_open()
         self._check_rows(rows)
         branch = self._branch_number(branch)
-        packed: dict[str, tuple[Tensor, Labels]] = {}
+        packed: dict[str, tuple[Tensor, BroadcastLabels]] = {}
         target = torch.float32 if self.dtype == torch.int8 else self.dtype
         for site, tensor in rows.items():
             labels = read_labels(len(tensor), step, branch, prompt, token)
