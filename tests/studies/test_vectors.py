@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -50,6 +52,19 @@ def test_is_the_difference_of_the_concept_pairs(model, config):
     )
     for key, value in plain.tensors.items():
         torch.testing.assert_close(made.tensors[key], value, rtol=1e-3, atol=1e-6)
+
+
+def test_keys_of_a_prompt_are_computed_once_a_run(model, config):
+    """The test above holds the result against a run that computes them at every step."""
+    attn = model.pipe.transformer.transformer_blocks[0].attn2
+    calls = []
+    hook = attn.to_k.register_forward_pre_hook(lambda module, args: calls.append(args[0].shape))
+    try:
+        vectors.build(model.pipe, replace(config, steps=3), progress=False)
+    finally:
+        hook.remove()
+    assert len(calls) == 1
+    assert calls[0][0] <= 2 * config.pairs + 1  # one entry a text, not one a row
 
 
 def test_without_text_there_is_no_difference(model, config):

@@ -16,6 +16,7 @@ from ..data.concepts import concept
 from ..sae import Sae
 from ..sae.scoring import feature_statistics
 from ..sites import sites as list_sites
+from ..taps import share
 from ..vectors import SteeringVector, caa, sae_features
 from . import common
 
@@ -47,9 +48,20 @@ class VectorConfig:
 def build(pipe: Any, config: VectorConfig, *, progress: bool = True) -> SteeringVector:
     """Vector of the config's concept, not saved.
 
+    Keys and values of the prompts are computed once a run and not once a step.
+
     Raises:
         ValueError: an unknown method, or with "sae" a site without a dictionary.
     """
+    if config.method not in METHODS:
+        raise ValueError(
+            f"vector: expected method to be one of {', '.join(METHODS)}, got {config.method!r}"
+        )
+    with share(pipe):
+        return _build(pipe, config, progress)
+
+
+def _build(pipe: Any, config: VectorConfig, progress: bool) -> SteeringVector:
     positive, negative = prompt_pairs(config)
     seeds = [common.noise_seed(config.seed, index) for index in range(len(positive))]
     call: dict[str, Any] = {
@@ -69,10 +81,6 @@ def build(pipe: Any, config: VectorConfig, *, progress: bool = True) -> Steering
             concept=config.concept,
             progress=progress,
             **call,
-        )
-    if config.method != "sae":
-        raise ValueError(
-            f"vector: expected method to be one of {', '.join(METHODS)}, got {config.method!r}"
         )
     saes = dictionaries(pipe, config.sites, config.dictionaries)
     statistics = feature_statistics(
