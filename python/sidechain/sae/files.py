@@ -3,17 +3,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
-from .._atomic import write_atomic
+from .._tensors import read_tensors, write_tensors
 from .config import Provenance, SaeConfig
 from .normaliser import Normaliser
 
@@ -22,7 +19,6 @@ if TYPE_CHECKING:
 
 FORMAT = "sidechain.sae"
 FORMAT_VERSION = 1
-METADATA_KEY = "sidechain"
 WEIGHTS = ("w_enc", "b_enc", "w_dec", "b_dec", "threshold", "b_gate", "r_mag")
 GRID = ("mean", "scale", "steps", "timesteps", "sigmas")
 
@@ -41,18 +37,14 @@ def save(sae: Sae, path: str | os.PathLike[str]) -> Path:
         "config": sae.config.to_json(),
         "provenance": sae.provenance.to_json(),
     }
-    data = safetensors.torch.save(
-        {name: t.detach().cpu().contiguous() for name, t in tensors.items()},
-        {METADATA_KEY: json.dumps(metadata, sort_keys=True)},
-    )
-    return write_atomic(path, data)
+    return write_tensors(path, tensors, metadata)
 
 
 def load(path: str | os.PathLike[str], *, device: Any = None) -> Sae:
     """Read a dictionary; see `Sae.load`."""
     from .model import Sae
 
-    tensors, metadata = read(Path(path))
+    tensors, metadata = read_tensors("Sae", Path(path), FORMAT, FORMAT_VERSION)
     try:
         config = SaeConfig.from_json(metadata["config"])
         normaliser = read_grid(tensors, "normaliser")
@@ -90,33 +82,6 @@ def fill(sae: Sae, tensors: dict[str, Tensor]) -> None:
                     f"expected {name} of shape {list(tensor.shape)}, got {list(given[name].shape)}"
                 )
             tensor.copy_(given[name])
-
-
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return tensors and metadata of a file of this format.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: corrupted, or another format.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"Sae: expected a file, got nothing at {path}")
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        metadata = json.loads(header.get(METADATA_KEY, "{}"))
-    except (safetensors.SafetensorError, ValueError) as error:
-        raise ValueError(
-            f"Sae: expected an intact safetensors file, got {path}: {error}"
-        ) from error
-    got = (metadata.get("format"), metadata.get("format_version"))
-    if got != (FORMAT, FORMAT_VERSION):
-        raise ValueError(
-            f"Sae: expected a file of format {FORMAT!r} version {FORMAT_VERSION}, got {got[0]!r} "
-            f"version {got[1]!r} in {path}"
-        )
-    return tensors, metadata
 
 
 def grid_tensors(prefix: str, normaliser: Normaliser) -> dict[str, Tensor]:

@@ -3,26 +3,22 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
-from .._atomic import write_atomic
+from .._tensors import read_tensors, write_tensors
 from ..sites import SitePattern, config_hash, sites
 from ..taps.grid import resample, same_grid
 
 FORMAT = "sidechain.vector"
 FORMAT_VERSION = 1
 SEMANTICS = "module output before residual"
-_METADATA_KEY = "sidechain"
 
 
 @dataclass(frozen=True)
@@ -300,20 +296,17 @@ class SteeringVector:
         Raises:
             OSError: the place cannot be written.
         """
-        tensors = {f"{name}/{branch}": t.cpu() for (name, branch), t in self._tensors.items()}
+        tensors = {f"{name}/{branch}": t for (name, branch), t in self._tensors.items()}
         for name, grid in (("timesteps", self.timesteps), ("sigmas", self.sigmas)):
             if grid is not None:
-                tensors[name] = grid.contiguous()
+                tensors[name] = grid
         metadata = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "order": [list(key) for key in self._tensors],
             **asdict(self.provenance),
         }
-        data = safetensors.torch.save(
-            tensors, {_METADATA_KEY: json.dumps(metadata, sort_keys=True, default=str)}
-        )
-        return write_atomic(path, data)
+        return write_tensors(path, tensors, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], pipe: Any = None) -> Self:
@@ -327,7 +320,10 @@ class SteeringVector:
             FileNotFoundError: there is none.
             ValueError: corrupted, another format, or made for another model.
         """
-        tensors, metadata = _read(Path(path))
+        tensors, metadata = read_tensors("SteeringVector", Path(path), FORMAT, FORMAT_VERSION)
+        absent = [key for key in metadata.get("order", ()) if "/".join(key) not in tensors]
+        if absent or not metadata.get("order"):
+            raise ValueError(f"SteeringVector: expected tensors for {absent}, got none in {path}")
         grids = {name: tensors.pop(name, None) for name in ("timesteps", "sigmas")}
         keys = [(str(name), str(branch)) for name, branch in metadata.pop("order")]
         known = {f.name for f in Provenance.__dataclass_fields__.values()}
@@ -341,34 +337,6 @@ class SteeringVector:
         if pipe is not None:
             made.check(pipe)
         return made
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    if not path.is_file():
-        raise FileNotFoundError(f"SteeringVector: expected a file, got nothing at {path}")
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        metadata = json.loads(header.get(_METADATA_KEY, "{}"))
-    except (safetensors.SafetensorError, ValueError) as error:
-        raise ValueError(
-            f"SteeringVector: expected an intact safetensors file, got {path}: {error}"
-        ) from error
-    if metadata.get("format") != FORMAT:
-        raise ValueError(
-            f"SteeringVector: expected a file of format {FORMAT!r}, got "
-            f"{metadata.get('format')!r} in {path}"
-        )
-    if metadata.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"SteeringVector: expected format version {FORMAT_VERSION}, got "
-            f"{metadata.get('format_version')!r} in {path}"
-        )
-    absent = [key for key in metadata.get("order", ()) if "/".join(key) not in tensors]
-    if absent or not metadata.get("order"):
-        raise ValueError(f"SteeringVector: expected tensors for {absent}, got none in {path}")
-    return tensors, metadata
 
 
 def unit(directions: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._capture import capture_arguments
+
 SLOTS = 4
 TABLE = 3
 
@@ -60,20 +62,7 @@ class TapCase:
             args["steer_mask"] = torch.rand(self.steer_mask, tokens, generator=g) < 0.7
         if self.renorm:
             args["renorm"] = True
-        if self.sums:
-            args["sums"] = torch.randn(SLOTS, rows, channels, generator=g)
-        if self.squares:
-            args["squares"] = torch.rand(SLOTS, rows, channels, generator=g)
-        if self.counts:
-            args["counts"] = torch.full((SLOTS, rows), 3.0)
-        if self.ring is not None:
-            kept = -(-tokens // self.ring_stride)
-            args["ring"] = torch.full((SLOTS, rows, kept, channels), 7.0, dtype=self.ring)
-            args["ring_stride"] = self.ring_stride
-        if self.sums or self.squares or self.counts or self.ring is not None:
-            args["capture_slot"] = torch.tensor([1])
-            if self.capture_mask:
-                args["capture_mask"] = torch.rand(self.capture_mask, tokens, generator=g) < 0.6
+        args |= capture_arguments(self, SLOTS, channels, g)
         return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in args.items()}
 
 
