@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,10 +20,19 @@ from torch import Tensor
 
 from ops.support import upcast
 from sidechain import _triton
-from sidechain.ops import attention_tap
-from sidechain.testing.cases import ATTENTION_BENCH, ATTENTION_CASES, AttentionCase
+from sidechain.ops import _library, attention_tap, topk_encode
+from sidechain.reference import topk_encode as topk_reference
+from sidechain.testing.cases import (
+    ATTENTION_BENCH,
+    ATTENTION_CASES,
+    TOPK_ENCODE_BENCH,
+    TOPK_ENCODE_CASES,
+    AttentionCase,
+    TopkEncodeCase,
+)
 from sidechain.testing.tolerance import assert_close
 
+PRECISIONS = ("bf16", "int8")  # beside fp32, which every case has
 CAPTURES = ("sums", "squares", "counts", "ring")
 # How many (kernel, case) each kind of test went through; printed at the end of the run.
 ran: Counter[tuple[str, str]] = Counter()
@@ -54,7 +63,10 @@ class Call:
         exact = self.run(upcast(self.make(dtype, device)), "reference")
         eager = self.run(self.make(dtype, device), "reference")
         for name, value in self.run(self.make(dtype, device), "triton").items():
-            assert_close(name, value, exact[name], eager[name])
+            if value.is_floating_point():
+                assert_close(name, value, exact[name], eager[name])
+            else:
+                assert torch.equal(value, exact[name]), name
 
 
 def _attention(case: AttentionCase) -> Call:
@@ -78,7 +90,76 @@ def _attention(case: AttentionCase) -> Call:
     )
 
 
-CALLS = tuple(_attention(case) for case in (*ATTENTION_CASES, *ATTENTION_BENCH))
+def _topk(case: TopkEncodeCase, precision: str = "fp32") -> Call:
+    def run(args: dict[str, Any], backend: str) -> dict[str, Tensor]:
+        if args["x"].dtype == torch.float64:
+            args.pop("guess", None)  # float32 by contract, and without influence on the result
+        codes = topk_encode(**args, precision=precision, backend=backend)
+        return {k: v for k, v in codes._asdict().items() if v is not None}
+
+    def config(size: int) -> Any:
+        from sidechain.triton_kernels.topk_encode import launch_config
+
+        flags = (case.mode, precision, case.b_enc, case.b_pre, case.guess is not None)
+        return launch_config(case.features, case.k, size), flags
+
+    return Call(
+        "topk_encode" if case.mode == "topk" else "topk_encode_ragged",
+        f"{case.name}-{precision}",
+        lambda dtype, device: case.make(dtype, device=device),
+        run,
+        config,
+        case.rows * case.features < 20_000,
+    )
+
+
+def _topk_backward(case: TopkEncodeCase, precision: str) -> Call:
+    def make(dtype: torch.dtype, device: str) -> dict[str, Any]:
+        args = case.make(dtype)
+        g = torch.Generator().manual_seed(1)
+        indices = torch.rand(case.rows, case.features, generator=g).argsort(1)[:, : case.k].int()
+        indices[torch.rand(indices.shape, generator=g) < 0.2] = -1
+        offsets = None
+        if case.mode != "topk":
+            used = indices >= 0
+            offsets = torch.cat([torch.zeros(1, dtype=torch.int64), used.sum(1).cumsum(0)])
+            indices = indices[used]
+        given = {
+            "grad": torch.randn(indices.shape, generator=g), "indices": indices, "offsets": offsets,
+            "x": args["x"], "w_enc": args["w_enc"], "b_pre": args.get("b_pre"),
+        }  # fmt: skip
+        return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in given.items()}
+
+    def run(args: dict[str, Any], backend: str) -> dict[str, Tensor]:
+        if backend == "reference":
+            found = topk_reference.topk_encode_backward(**args, bf16=precision == "bf16")
+        else:
+            rest = (("fp32", "bf16").index(precision), True, True)
+            call = (*args.values(), *rest)
+            found = _library.run("topk_encode_backward", backend, args["x"].device, call)
+        return dict(zip(("dx", "dw", "db"), found, strict=True))
+
+    flags = (case.mode, case.width, precision, case.b_pre)
+    name = f"{case.name}-{precision}"
+    return Call("topk_encode_backward", name, make, run, lambda size: (size, *flags), True)
+
+
+_SMALL = TopkEncodeCase(6, 20, 50, 4)
+_MODES = ("topk", "batch_topk", "threshold")
+CALLS = (
+    *(_attention(case) for case in (*ATTENTION_CASES, *ATTENTION_BENCH)),
+    *(_topk(case) for case in TOPK_ENCODE_CASES),
+    *(_topk(replace(_SMALL, mode=mode), precision) for mode in _MODES for precision in PRECISIONS),
+    # What the bench times, with as many rows as a compiler or the float64 reference can stand.
+    *(_topk(replace(case, rows=16, guess=None)) for case in TOPK_ENCODE_BENCH),
+    # Enough groups of features for every width of the filter.
+    *(_topk(TopkEncodeCase(3, 32, 8192, k, what="many")) for k in (100, 200, 500)),
+    *(
+        _topk_backward(replace(_SMALL, mode=mode, width=width, b_pre=b_pre), precision)
+        for mode, width, b_pre in (("topk", 20, True), ("batch_topk", 300, False))
+        for precision in ("fp32", "bf16")
+    ),
+)
 
 
 @dataclass

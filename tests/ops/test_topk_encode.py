@@ -71,6 +71,7 @@ def plain(args: dict[str, Any], z: Tensor) -> Codes:
 
 def assert_same_codes(got: Codes, want: Codes) -> None:
     """Same set in the same order; values equal to the last bit but one."""
+    got, want = (Codes(*(t if t is None else t.cpu() for t in codes)) for codes in (got, want))
     assert (got.offsets is None) == (want.offsets is None)
     if got.offsets is not None and want.offsets is not None:
         assert torch.equal(got.offsets, want.offsets)
@@ -87,7 +88,7 @@ def widened(args: dict[str, Any]) -> dict[str, Any]:
 def plain_nan(args: dict[str, Any]) -> Codes:
     """The codes of a fixed form in which rows of NaN keep their first features."""
     z = dense(args, "fp32")
-    bad = z.isnan().any(-1)
+    bad = z.isnan().any(-1).cpu()
     codes = plain(args, z.nan_to_num(0.0))
     k = args["k"]
     codes.values[bad], codes.indices[bad] = torch.nan, torch.arange(k, dtype=torch.int32)
@@ -180,7 +181,8 @@ class TestNumerics:
     @pytest.mark.parametrize("data", ["random", "planted", "outliers"])
     def test_screen_decides_and_int8_recalls(self, data: str, backend: str) -> None:
         """The certificate holds without falling back; 8 bits alone miss next to nothing."""
-        args = TopkEncodeCase(256, 256, 4096, 16, data=data).make(torch.float32)
+        case = TopkEncodeCase(256, 256, 4096, 16, data=data)
+        args = case.make(torch.float32, device=DEVICE[backend])
         topk_encode_fallbacks(reset=True)
         exact = topk_encode(**args, backend=backend)
         assert topk_encode_fallbacks() == 0
@@ -193,7 +195,8 @@ class TestNumerics:
 
     @every_kernel
     def test_threshold_of_int8_keeps_no_stranger(self, backend: str) -> None:
-        args = TopkEncodeCase(64, 128, 512, 1, mode="threshold").make(torch.float32)
+        case = TopkEncodeCase(64, 128, 512, 1, mode="threshold")
+        args = case.make(torch.float32, device=DEVICE[backend])
         exact = topk_encode(**args, backend=backend)
         near = topk_encode(**args, precision="int8", backend=backend)
         assert exact.offsets is not None
@@ -347,9 +350,10 @@ class TestGradients:
         for name in names:
             args[name].requires_grad_()
         got = topk_encode(**args, precision=precision, backend=backend)
-        weight = torch.randn(got.values.shape)
+        device = args["x"].device
+        weight = torch.randn(got.values.shape, device=device)
         grads = torch.autograd.grad((got.values * weight).sum(), [args[n] for n in names])
-        rows = torch.arange(case.rows)
+        rows = torch.arange(case.rows, device=device)
         rows = rows[:, None].expand(-1, case.k) if got.offsets is None else (
             rows.repeat_interleave(got.offsets.diff()))  # fmt: skip
         active = got.indices >= 0

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import triton_support
+from sidechain import _triton
 
 # Triton decides at import whether it interprets: these files run in two processes.
 collect_ignore = (
@@ -24,6 +25,30 @@ def poison() -> Any:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def patch_once() -> Any:
+    """Spare the interpreter nine tenths of its time.
+
+    It patches the language again for every call of a function within a kernel. Once is enough.
+    """
+    if os.environ.get("TRITON_INTERPRET") != "1" or _triton.absent() is not None:
+        yield
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch_language = interpreter._patch_lang
+
+    def patch_once(fn: Any) -> Any:
+        found = [v for v in fn.__globals__.values() if v is tl or v is tl.core]
+        fresh = [v for v in (*(m.load for m in found), tl.tensor.to) if tl.core.is_builtin(v)]
+        return patch_language(fn) if fresh or not found else interpreter._LangPatchScope()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", patch_once)
+        yield
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

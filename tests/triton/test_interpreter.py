@@ -8,9 +8,10 @@ import math
 import pytest
 import torch
 
+from ops.test_topk_encode import assert_same_codes, dense, plain, plain_nan
 from sidechain import _triton
-from sidechain.ops import attention_tap
-from sidechain.testing.cases import ATTENTION_CASES, AttentionCase
+from sidechain.ops import attention_tap, topk_encode, topk_encode_fallbacks
+from sidechain.testing.cases import ATTENTION_CASES, AttentionCase, TopkEncodeCase
 from triton_support import CALLS, Call, ran
 
 pytestmark = pytest.mark.skipif(_triton.absent() is not None, reason=str(_triton.absent()))
@@ -70,3 +71,91 @@ class TestAttentionTap:
             args["sums"].zero_()
             attention_tap(**args, backend="triton")
         torch.testing.assert_close(args["sums"], once, rtol=1e-4, atol=1e-4)
+
+
+class TestTopkEncode:
+    MODES = ("topk", "batch_topk", "threshold")
+    modes = pytest.mark.parametrize("mode", MODES)
+
+    @modes
+    def test_chunks_of_rows(self, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        from sidechain.triton_kernels import _topk_screen
+
+        monkeypatch.setattr(_topk_screen, "chunk_rows", lambda features: 3)
+        args = TopkEncodeCase(8, 20, 50, 4, mode=mode).make(torch.float32)
+        got = topk_encode(**args, backend="triton")
+        assert_same_codes(got, plain(args, dense(args, "fp32")))
+
+    @modes
+    @pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-12, 1e18])
+    def test_extreme_scales(self, mode: str, scale: float) -> None:
+        args = TopkEncodeCase(6, 20, 50, 4, mode=mode).make(torch.float32)
+        args["x"][::2] *= scale
+        args["w_enc"][::3] *= scale
+        got = topk_encode(**args, backend="triton")
+        assert_same_codes(got, plain(args, dense(args, "fp32")))
+
+    def test_rows_the_screen_cannot_decide_are_counted(self) -> None:
+        args = TopkEncodeCase(5, 20, 50, 4).make(torch.float32)
+        args["x"][3, 0] = 1e30
+        args["x"][4, 0] = math.nan
+        topk_encode_fallbacks(reset=True)
+        got = topk_encode(**args, backend="triton")
+        assert topk_encode_fallbacks(reset=True) == 2
+        assert_same_codes(got, plain_nan(args))
+
+    def test_lists_that_overflow_are_valued_in_full(self) -> None:
+        """More equal values than a row has slots: the lowest indices stay."""
+        args = TopkEncodeCase(3, 8, 300, 4, b_enc=False).make(torch.float32)
+        args["w_enc"][50:] = args["w_enc"][50]
+        args["x"] = args["w_enc"][49:52] * 4.0
+        args.pop("b_pre")
+        topk_encode_fallbacks(reset=True)
+        got = topk_encode(**args, backend="triton")
+        assert topk_encode_fallbacks(reset=True) == 2
+        assert_same_codes(got, plain(args, dense(args, "fp32")))
+
+    def test_one_row_takes_the_budget_of_the_batch(self) -> None:
+        """Its list ends above the last value kept: the screen runs again from there."""
+        args = TopkEncodeCase(6, 20, 400, 2, mode="batch_topk", b_enc=False).make(torch.float32)
+        args["x"][1:] = args["b_pre"]
+        topk_encode_fallbacks(reset=True)
+        got = topk_encode(**(args | {"k": 6}), backend="triton")
+        assert_same_codes(got, plain(args | {"k": 6}, dense(args, "fp32")))
+        got = topk_encode(**(args | {"k": 10}), backend="triton")
+        assert_same_codes(got, plain(args | {"k": 10}, dense(args, "fp32")))
+
+    @pytest.mark.parametrize("guess", [0.0, 2.0, 1e6])
+    def test_a_wrong_guess_changes_nothing(self, guess: float) -> None:
+        args = TopkEncodeCase(6, 20, 50, 4, mode="batch_topk").make(torch.float32)
+        got = topk_encode(**args, guess=torch.full((6,), guess), backend="triton")
+        assert_same_codes(got, plain(args, dense(args, "fp32")))
+
+    def test_a_pool_too_small_is_made_larger(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from sidechain.triton_kernels import topk_encode_ragged
+
+        monkeypatch.setattr(topk_encode_ragged, "THRESHOLD_SLOTS", 1)
+        args = TopkEncodeCase(6, 20, 50, 4, mode="threshold").make(torch.float32)
+        args["threshold"] = 0.0
+        got = topk_encode(**args, backend="triton")
+        assert_same_codes(got, plain(args, dense(args, "fp32")))
+
+    @modes
+    def test_nan_and_infinity_show(self, mode: str) -> None:
+        args = TopkEncodeCase(6, 20, 50, 4, mode=mode).make(torch.float32)
+        args["x"][1, 3] = math.nan
+        args["w_enc"][7, 2] = math.nan
+        args["w_enc"][9, 2] = math.inf
+        args["x"][2:, 2] = 1.0
+        args["b_pre"][:] = 0.0
+        args["b_enc"][11] = math.inf
+        got = topk_encode(**args, backend="triton")
+        want = topk_encode(**args, backend="cpu")
+        assert_same_codes(got, want)
+
+    def test_no_features_are_active(self) -> None:
+        args = TopkEncodeCase(6, 20, 50, 4).make(torch.float32)
+        args["b_enc"] -= 100.0
+        got = topk_encode(**args, backend="triton")
+        assert (got.values == 0).all()
+        assert (got.indices == -1).all()

@@ -66,6 +66,12 @@ def note_kernels() -> None:
                 _kernels.add((op, backend))
 
 
+def has_kernel(op: str, device: str) -> bool:
+    """Whether a type of device has a kernel of an op, or the reference serves it."""
+    backends = ("cuda", "triton") if device == "cuda" else (device,)
+    return any((op, backend) in _kernels for backend in backends)
+
+
 def planned(op: str) -> tuple[str, ...]:
     """The backends an op is meant to have, built here or not."""
     return tuple(b for b in BACKENDS if b not in _ops[op])
@@ -110,6 +116,7 @@ def register_triton() -> None:
     for op, without in _ops.items():
         if "triton" not in without and ("cuda" in without or not native):
             library.impl(op, functools.partial(_launch, op), "CUDA")
+            _kernels.add((op, "triton"))
 
 
 def _launch(op: str, *args: Any) -> Any:

@@ -144,10 +144,7 @@ def _refuse_second_gradient(ctx: Any, *_: Any) -> None:
     )
 
 
-_WITHOUT = {
-    "cuda": "matrix-shaped work on the GPU is Triton's",
-    "triton": "no kernel yet: the reference runs on the GPU",
-}
+_WITHOUT = {"cuda": "matrix-shaped work on the GPU is Triton's"}
 _library.define(
     "topk_encode(Tensor x, Tensor w_enc, Tensor? b_enc, Tensor? b_pre, int k, int precision, "
     "Tensor? guess) -> (Tensor, Tensor, Tensor)",

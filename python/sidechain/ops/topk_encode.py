@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,8 +68,10 @@ def topk_encode(
         threshold: a number or [F], threshold mode only. Below 0 it acts as 0.
         precision: "fp32" | "bf16" | "int8".
         guess: lower bound of the k-th value of each row [N] or of all [1], float32, for example
-            a running average. Changes the speed, never the result.
-        backend: "auto" | "reference" | "cpu"; others than "auto" are for tests and benches.
+            a running average. Changes the speed, never the result; on a GPU only batch_topk uses
+            it.
+        backend: "auto" | "reference" | "cpu" | "triton"; others than "auto" are for tests and
+            benches.
 
     Returns:
         `Codes`: values [N, k] float32, indices [N, k] int32 and None; or values [nnz], indices
@@ -82,10 +84,16 @@ def topk_encode(
 
     Differentiable in: x, w_enc, b_enc, b_pre, once, as the dense encoder is at the codes kept
     (bf16: with the rounded operands). Deterministic: yes, for any number of threads.
-    Memory: no [N, F] array; a quantised copy of w_enc and some multiples of k candidates a row.
-    The kernels screen in narrow integers under an error bound and value the candidates exactly; a
+    Memory: no [N, F] array; a quantised copy of w_enc and some multiples of k candidates a row; on
+    a GPU also the products of one chunk of rows (32 MiB, or 512 rows).
+    The kernels screen in narrow numbers under an error bound and value the candidates exactly; a
     row that the bound cannot decide is computed in full, counted by `topk_encode_fallbacks`.
-    Backends: cpu (avx512 / avx2 / baseline), reference.
+    On a GPU the screen is a product in float16 with a scale for each row, which also serves
+    "int8" (with the exact result: narrower products save nothing there below F / k = 1000).
+    mode="topk" never waits for the host and can be captured in a CUDA graph; the lists of the
+    other modes have sizes that the host must know, for which it waits once, and once more if the
+    guess was too high or the lists outgrew their memory.
+    Backends: cpu (avx512 / avx2 / baseline), triton (sm80+), reference.
     Under `torch.compile` a device without a kernel traces the reference as plain tensor ops; the
     list modes have sizes that depend on the data and need
     `torch._dynamo.config.capture_dynamic_output_shape_ops` for a full graph.
@@ -96,7 +104,8 @@ def topk_encode(
     if backend != "auto":
         _library.require("topk_encode", backend, x.device)
     kept = 0 if k is None else k
-    plain = torch.compiler.is_compiling() and _library.unavailable("topk_encode", x.device.type)
+    kernel = _library.has_kernel("topk_encode", x.device.type)
+    plain = torch.compiler.is_compiling() and not kernel
     if backend == "reference" or plain or x.dtype == torch.float64:
         bf16 = precision == "bf16"
         if mode == "topk":
@@ -105,16 +114,23 @@ def topk_encode(
     level = PRECISIONS.index(precision)
     offsets = None
     if mode == "topk":
-        values, indices, fallbacks = torch.ops.sidechain.topk_encode.default(
-            x, w_enc, b_enc, b_pre, kept, level, guess
+        values, indices, fallbacks = _call(
+            "topk_encode", backend, x, w_enc, b_enc, b_pre, kept, level, guess
         )
     else:
-        values, indices, offsets, fallbacks = torch.ops.sidechain.topk_encode_ragged.default(
-            x, w_enc, b_enc, b_pre, kept, limit, level, guess
+        values, indices, offsets, fallbacks = _call(
+            "topk_encode_ragged", backend, x, w_enc, b_enc, b_pre, kept, limit, level, guess
         )
     if not torch.compiler.is_compiling():
         _count(fallbacks)
     return Codes(values, indices, offsets)
+
+
+def _call(op: str, backend: str, x: Tensor, *rest: Any) -> Any:
+    """Through the dispatcher, which has one kernel a device and knows the gradient."""
+    if backend == "triton" and not x.is_cuda:  # in its interpreter, beside the CPU's own kernel
+        return _library.run(op, backend, x.device, (x, *rest))
+    return getattr(torch.ops.sidechain, op).default(x, *rest)
 
 
 def topk_encode_fallbacks(*, reset: bool = False) -> int:
