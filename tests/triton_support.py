@@ -100,8 +100,7 @@ def _topk(case: TopkEncodeCase, precision: str = "fp32") -> Call:
     def config(size: int) -> Any:
         from sidechain.triton_kernels.topk_encode import launch_config
 
-        flags = (case.mode, precision, case.b_enc, case.b_pre, case.guess is not None)
-        return launch_config(case.features, case.k, size), flags
+        return launch_config(case.features, case.k, size), case.mode, precision
 
     return Call(
         "topk_encode" if case.mode == "topk" else "topk_encode_ragged",
