@@ -37,10 +37,10 @@ class SaeRecipe:
     """Activations and dictionary of one site; what is held out is measured, never trained on.
 
     Steps are normalised one by one: within a run the variance of the outputs falls up to 24-fold.
-    Sites in `longer`, functional however impact is read, train on twice as many tokens.
+    Every recorded token is trained on once.
     """
 
-    prompts: int = 448
+    prompts: int = 1600
     held_out: int = 64
     steps: int = 20
     guidance: float = 3.0
@@ -48,8 +48,7 @@ class SaeRecipe:
     features: int = 1280
     architecture: str = "batch_topk"
     k: int = 16
-    tokens: int = 614_400
-    longer: tuple[str, ...] = ("cross:3", "cross:6")
+    tokens: int = 2_080_000
     batch: int = 2048
     lr: float = 2e-3
     resample: float = 0.05
@@ -83,7 +82,7 @@ def train(source: store.ActivationStore, out: Path, recipe: SaeRecipe) -> Sae:
         source,
         out,
         features=recipe.features,
-        tokens=recipe.tokens * (2 if source.site in recipe.longer else 1),
+        tokens=recipe.tokens,
         architecture=recipe.architecture,
         k=recipe.k,
         batch=recipe.batch,
