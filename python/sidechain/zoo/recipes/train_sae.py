@@ -41,7 +41,7 @@ class SaeRecipe:
     """
 
     prompts: int = 1600
-    held_out: int = 64
+    held_out: int = 256
     steps: int = 20
     guidance: float = 3.0
     batch_prompts: int = 32
