@@ -482,7 +482,7 @@ def _add_bench(commands: Any, run: Command) -> None:
         help="ops or cases with this text; sae, store: or a part",
     )
     parser.add_argument(
-        "--seconds", metavar="X", help="for each candidate (default 0.6; sae: 8; store: 2)"
+        "--seconds", metavar="X", help="for each candidate (default 0.6; sae: 5; store: 2)"
     )
     parser.add_argument(
         "--json", metavar="FILE", help="merge the result into this file, or one in this folder"
