@@ -137,4 +137,6 @@ def _measured(
 def _headline(facts: dict[str, Any]) -> str:
     limits = ", ".join(f"{name} {value}" for name, value in facts["limits"].items())
     threads = f", {facts['threads']} thread(s)" if facts["threads"] else ""
+    bare = facts["device"] == "cpu" and not facts.get("isa", "unknown")
+    threads += ", NO NATIVE KERNELS: the reference runs" if bare else ""
     return f"{facts['name']}{threads}, torch {facts['versions']['torch']}: {limits}"
