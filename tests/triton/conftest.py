@@ -29,7 +29,7 @@ def poison() -> Any:
 
 @pytest.fixture(autouse=True, scope="session")
 def patch_once() -> Any:
-    """Spare the interpreter nine tenths of its time.
+    """Spare the interpreter more than half of its time (42 s to 17 s of a profiled encode).
 
     It patches the language again for every call of a function within a kernel. Once is enough.
     """
