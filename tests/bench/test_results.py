@@ -183,7 +183,7 @@ class TestOps:
         """The path of the GPU host, on the CPU; the case table itself is tested with the op."""
         found = list(module.small("cpu"))
         assert found
-        for case in found[:2]:
+        for case in {id(c): c for c in found[:2] + found[::5]}.values():
             for candidate in case.candidates:
                 case.check(candidate)
 

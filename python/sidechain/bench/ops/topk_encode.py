@@ -47,7 +47,7 @@ def _outputs(args: Args, codes: Any) -> dict[str, Tensor]:
     return found if codes.offsets is None else found | {"offsets": codes.offsets}
 
 
-WORK = Work(OP, _run, eager, _outputs)
+WORK = Work(OP, _run, eager, _outputs, narrow=("guess",))
 
 
 def _exact_sets(args: Args) -> Tensor:
