@@ -182,7 +182,8 @@ def _fill(row: Row, taken: list[float], beside: list[float], method: str) -> Non
     row.tflops = round(row.flops / times[0] / 1e12, 4)
     row.method = method
     step = statistics.median(beside)
-    row.facts |= {"ms beside": round(1e3 * step, 2), "x ours": round(times[0] / step, 3)}
+    # Four digits, wherever the point is: a share of a busy machine's step must not become zero.
+    row.facts |= {"ms beside": round(1e3 * step, 2), "x ours": float(f"{times[0] / step:.4g}")}
 
 
 def compare(rows: list[Row]) -> None:
