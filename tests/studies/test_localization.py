@@ -115,7 +115,8 @@ class TestRun:
         found = loc.run(small).scores.set_index(["preset", "judge"])
         other = loc.run(replace(small, out=tmp_path / how, how=how)).scores
         other = other.set_index(["preset", "judge"])
-        assert found.score["none", "mel"] == other.score["none", "mel"]
+        # Keys of one prompt with values of another are not shared: another order of sums.
+        assert found.score["none", "mel"] == pytest.approx(other.score["none", "mel"], rel=2e-5)
         assert found.score["all", "mel"] != other.score["all", "mel"]
 
     def test_own_prompts(self, model, config):

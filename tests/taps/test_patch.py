@@ -81,7 +81,9 @@ class TestContext:
             out = generate(pipe, CORRUPTED, negative_prompt=negative)
         assert torch.equal(out, generate(pipe, CLEAN, negative_prompt=CLEAN))
 
-    def test_guidance_off(self, pipe: Any, clean: Tensor) -> None:
+    def test_guidance_off(self, pipe: Any) -> None:
+        # Products of fewer rows may round otherwise, those of the text encoder too (AVX-512).
+        clean = sidechain.contexts(pipe, CLEAN, guidance_scale=1.0)
         with sidechain.patch(pipe, "cross:*", context=clean):
             out = generate(pipe, CORRUPTED, guidance_scale=1.0)
         assert torch.equal(out, generate(pipe, CLEAN, guidance_scale=1.0))

@@ -371,7 +371,8 @@ def contexts(
         pipe: diffusers pipeline.
         prompts: one or several.
         site: cross-attention site to ask. None = the first.
-        **call: further arguments of the pipeline call.
+        **call: further arguments of the pipeline call. Where bits matter, those that decide on
+            the rows of a batch (`guidance_scale`): products of fewer rows may round otherwise.
 
     Returns:
         [B, S, C] of the cond pass, float32, as `patch(context=...)` takes it.
