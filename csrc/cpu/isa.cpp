@@ -47,7 +47,7 @@ bool isa_supported(Isa isa) {
     case Isa::kAvx512:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-             isa_supported(Isa::kAvx2);
+             __builtin_cpu_supports("avx512vnni") && isa_supported(Isa::kAvx2);
     case Isa::kBaseline:
       break;
   }

@@ -206,7 +206,7 @@ class Dictionary {
       const Quantised q = kernels_.quantise_feature(values, padded_, salt, codes + 4 * j);
       step_[f] = q.step;
       norm2_[f] = q.norm2;
-      start_[f] = -kZero * q.sum;
+      start_[f] = q.start;
       most.norm2 = std::max(most.norm2, q.norm2);
       most.step2 = std::max(most.step2, q.step * q.step);
       most.slack = std::max(most.slack, kRounding * std::abs(shifted_[f]));

@@ -38,7 +38,7 @@ inline uint32_t kth_largest(std::vector<uint32_t>& orders, int64_t k) {
 constexpr int64_t kBlockRows = kMostRows;
 static_assert(kBlockRows % kRowPanel == 0, "blocks hold whole panels");
 // Candidates from which on raising the cut is worth its time.
-constexpr int64_t kLeastLook = 256;
+constexpr int64_t kLeastLook = 64;
 
 class RowSet {
  public:
@@ -160,8 +160,11 @@ class RowSet {
   void screen_block(int64_t first, int64_t last, int64_t begin, int64_t end,
                     const Raising& raising) {
     const int64_t k = raising.k;
-    std::vector<Found> found((last - first) * d_.panel_features());
-    std::vector<int64_t> look(last - first, std::max(kLeastLook, 8 * k));
+    const int64_t most = (last - first) * d_.panel_features() + kFoundSlack;
+    const std::unique_ptr<float[]> z(new float[most]);
+    const std::unique_ptr<int32_t[]> features(new int32_t[most]), places(new int32_t[most]);
+    const Found found = {z.get(), features.get(), places.get()};
+    std::vector<int64_t> look(last - first, std::max(kLeastLook, 4 * k));
     std::vector<uint32_t> orders;
     const ScreenRows rows = {codes(first),
                              (last - first) / kRowPanel,
@@ -175,15 +178,16 @@ class RowSet {
                              apart_length_.data() + first,
                              d_.aparts()};
     for (int64_t panel = begin; panel < end; ++panel) {
-      const int64_t count = kernels_.screen(rows, d_.panel(panel), found.data());
+      const int64_t count = kernels_.screen(rows, d_.panel(panel), found);
       for (int64_t e = 0; e < count; ++e) {
-        const int64_t i = first + found[e].row;
+        const int32_t place = found.row[e];
+        const int64_t i = first + place;
         if (dropped[i]) continue;
         auto& list = lists[i];
-        list.push_back(found[e].candidate);
-        if (k == 0 || static_cast<int64_t>(list.size()) < look[found[e].row]) continue;
+        list.push_back({found.z[e], found.feature[e]});
+        if (k == 0 || static_cast<int64_t>(list.size()) < look[place]) continue;
         raise(i, raising, orders);
-        look[found[e].row] = std::max<int64_t>(2 * list.size(), look[found[e].row]);
+        look[place] = std::max<int64_t>(2 * list.size(), look[place]);
         if (static_cast<int64_t>(list.size()) > raising.most) {
           dropped[i] = 1;
           cut[i] = std::numeric_limits<float>::infinity();

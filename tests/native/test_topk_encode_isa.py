@@ -42,16 +42,30 @@ def test_parity(case: TopkEncodeCase, precision: str, isa: str) -> None:
         np.testing.assert_array_equal(offsets, want.offsets.numpy())
 
 
-@pytest.mark.parametrize("isa", ISAS)
-def test_int8_screens_alike(isa: str) -> None:
-    """The codes of rows and features are the same on every instruction set."""
-    args = TopkEncodeCase(70, 200, 2000, 12).make(torch.float32)
-    want = topk_encode(**args, precision="int8")
+def int8_sets(isa: str, args: dict[str, Any], k: int) -> np.ndarray:
     arrays = {n: args[n].numpy() for n in ("b_enc", "b_pre")}
     _, indices, _, _ = host.topk_encode(
-        args["x"].numpy(), args["w_enc"].numpy(), isa=isa, k=12, precision=2, **arrays
+        args["x"].numpy(), args["w_enc"].numpy(), isa=isa, k=k, precision=2, **arrays
     )
-    assert (indices == want.indices.numpy()).mean() > 0.999
+    return np.asarray(indices)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_int8_recalls(isa: str) -> None:
+    """Codes of x are 7.25 bits wide on AVX2, whose sums of products have 16, and 8 elsewhere."""
+    args = TopkEncodeCase(70, 200, 2000, 12).make(torch.float32)
+    exact = topk_encode(**args).indices.numpy()
+    found = int8_sets(isa, args, 12)
+    recall = (found[:, :, None] == exact[:, None]).any(-1).mean()
+    assert recall > (0.997 if isa == "avx2" else 0.998)
+
+
+@pytest.mark.skipif("avx512" not in ISAS, reason="no AVX-512 on this machine")
+def test_int8_screens_alike() -> None:
+    """Sums in 32 bits are exact: what the processor adds is what plain C++ adds."""
+    args = TopkEncodeCase(70, 200, 2000, 12).make(torch.float32)
+    same = int8_sets("avx512", args, 12) == int8_sets("baseline", args, 12)
+    assert same.mean() > 0.999  # the norms of rows are summed in another order
 
 
 @pytest.mark.parametrize(

@@ -10,113 +10,11 @@
 namespace sidechain::cpu::SIDECHAIN_ISA_NAMESPACE {
 namespace {
 
-// clang-format off: the second uses the first.
+// clang-format off: each uses those before it.
 #include "cpu/kernels/vec-inl.h"
 #include "cpu/kernels/topk_screen-inl.h"
+#include "cpu/kernels/topk_codes-inl.h"
 // clang-format on
-
-// Eight elements, the unit of quantisation, whatever the width of the instruction set.
-typedef float Float8 __attribute__((vector_size(32)));
-typedef int32_t Int8 __attribute__((vector_size(32)));
-typedef uint32_t Uint8 __attribute__((vector_size(32)));
-static_assert(kGroup == 16, "a group fills two Float8");
-
-inline Float8 load8(const float* p) {
-  Float8 v;
-  __builtin_memcpy(&v, p, sizeof(v));
-  return v;
-}
-inline Float8 max8(Float8 a, Float8 b) { return a > b ? a : b; }
-inline Float8 min8(Float8 a, Float8 b) { return a < b ? a : b; }
-inline float largest(Float8 v) {
-  float most = v[0];
-  for (int i = 1; i < 8; ++i) most = v[i] > most ? v[i] : most;
-  return most;
-}
-inline float total(Float8 v) {
-  return ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7]));
-}
-
-// The sums of the elements that share a 16-bit lane, each twice.
-inline Float8 lane_sums(Float8 v) {
-  const Float8 halves = v + __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3);
-  return halves + __builtin_shufflevector(halves, halves, 1, 0, 3, 2, 5, 4, 7, 6);
-}
-
-// The coins of one row or feature: uniform numbers between 0 and 1 from a counter (the finalizer of
-// MurmurHash3, two of 16 bits from each), or 1/2 for rounding to nearest.
-struct Coins {
-  uint32_t seed, twist;
-  bool stochastic;
-
-  explicit Coins(int64_t salt) : stochastic(salt >= 0) {
-    uint64_t s = (static_cast<uint64_t>(salt) + 1) * 0x9e3779b97f4a7c15u;
-    s = (s ^ (s >> 29)) * 0xbf58476d1ce4e5b9u;
-    seed = static_cast<uint32_t>(s);
-    twist = static_cast<uint32_t>(s >> 32);
-  }
-  void toss(int64_t group, Float8& low, Float8& high) const {
-    if (!stochastic) {
-      low = high = Float8{} + 0.5f;
-      return;
-    }
-    const Uint8 lane = {0, 1, 2, 3, 4, 5, 6, 7};
-    Uint8 h = (lane + 8 * static_cast<uint32_t>(group)) * 0x9e3779b1u + seed;
-    h = (h ^ (h >> 16)) * 0x85ebca6bu + twist;
-    h = (h ^ (h >> 13)) * 0xc2b2ae35u;
-    h ^= h >> 16;
-    low = uniform(h & 0xffffu);
-    high = uniform(h >> 16);
-  }
-  static Float8 uniform(Uint8 bits) {
-    return (__builtin_convertvector(bits_as<Int8>(bits), Float8) + 0.5f) * 0x1p-16f;
-  }
-};
-
-// Values 0 to 255 as bytes, four to `even` and four to `odd`.
-inline void store_bytes(Int8 v, void* even, void* odd) {
-#if SIDECHAIN_ISA_LEVEL > 0
-  const __m256i words = _mm256_packus_epi32(bits_as<__m256i>(v), bits_as<__m256i>(v));
-  const __m256i bytes = _mm256_packus_epi16(words, words);
-  const int low = _mm_cvtsi128_si32(_mm256_castsi256_si128(bytes));
-  const int high = _mm_cvtsi128_si32(_mm256_extracti128_si256(bytes, 1));
-  __builtin_memcpy(even, &low, 4);
-  __builtin_memcpy(odd, &high, 4);
-#else
-  for (int i = 0; i < 4; ++i) {
-    static_cast<uint8_t*>(even)[i] = static_cast<uint8_t>(v[i]);
-    static_cast<uint8_t*>(odd)[i] = static_cast<uint8_t>(v[4 + i]);
-  }
-#endif
-}
-
-// Writes (v / step + zero) rounded by the coins, within [0, most], less `shift` as signed bytes.
-inline int32_t write_codes(const float* v, int64_t n, int64_t salt, float step, float zero,
-                           float most, int shift, int64_t stride, uint8_t* codes) {
-  const Coins coins(salt);
-  const float inverse = 1.0f / step;
-  Int8 sums = {};
-  for (int64_t i = 0; i < n; i += kGroup) {
-    Float8 coin[2];
-    coins.toss(i / kGroup, coin[0], coin[1]);
-#pragma GCC unroll 2
-    for (int half = 0; half < 2; ++half) {
-      Float8 y = load8(v + i + 8 * half) * inverse + (coin[half] + zero);
-      y = min8(max8(y, Float8{}), Float8{} + most);
-      const Int8 code = __builtin_convertvector(y, Int8) - shift;
-      sums += code;
-      uint8_t* to = codes + (i / 4 + 2 * half) * stride;
-      store_bytes(code & 255, to, to + stride);
-    }
-  }
-  int32_t sum = 0;
-  for (int i = 0; i < 8; ++i) sum += sums[i];
-  return sum;
-}
-
-inline void zero_codes(int64_t n, int fill, int64_t stride, uint8_t* codes) {
-  for (int64_t i = 0; i < n; i += 4) __builtin_memset(codes + i / 4 * stride, fill, 4);
-}
 
 // Groups of one pass over the rows of a block: their features take 12 KB of the first-level cache
 // with AVX2, 24 KB with AVX-512.
@@ -160,7 +58,7 @@ void exact_rows(const double* w, const float* x, int64_t x_row, const int32_t* w
 // limit of the row.
 template <bool kAparts>
 int64_t collect(const ScreenRows& rows, const FeaturePanel& panel, const I32* sums,
-                const float* limit, Found* found) {
+                const float* limit, const Found& found) {
   F32 step[kVectors], bias[kVectors];
   for (int v = 0; v < kVectors; ++v) {
     step[v] = load(panel.step + v * kLanes);
@@ -168,11 +66,11 @@ int64_t collect(const ScreenRows& rows, const FeaturePanel& panel, const I32* su
   }
   const int64_t count = rows.panels * kRowPanel;
   const uint64_t real = panel.count < kPanel ? (uint64_t{1} << panel.count) - 1 : ~uint64_t{0};
-  Found* next = found;
+  int64_t next = 0;
   for (int64_t row = 0; row < count; ++row) {
     const float inverse = rows.inverse[row], most = limit[row];
     F32 value[kVectors];
-    uint64_t reached = 0;
+    uint32_t reached[kVectors], any = 0;
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) {
       F32 rest = bias[v];
@@ -182,18 +80,17 @@ int64_t collect(const ScreenRows& rows, const FeaturePanel& panel, const I32* su
         }
       }
       value[v] = __builtin_convertvector(sums[row * kVectors + v], F32) * step[v] + rest * inverse;
-      reached |= static_cast<uint64_t>(not_below(value[v], most)) << (v * kLanes);
+      reached[v] = not_below(value[v], most) & static_cast<uint32_t>(real >> (v * kLanes));
+      any |= reached[v];
     }
-    reached &= real;
-    if (reached == 0) continue;
-    float z[kPanel];
-    for (int v = 0; v < kVectors; ++v) store(z + v * kLanes, value[v] * rows.step[row]);
-    for (; reached != 0; reached &= reached - 1) {
-      const int at = __builtin_ctzll(reached);
-      *next++ = {{z[at], panel.first + at}, static_cast<int32_t>(row)};
+    if (any == 0) continue;
+#pragma GCC unroll 2
+    for (int v = 0; v < kVectors; ++v) {
+      next = append(reached[v], value[v] * rows.step[row], panel.first + v * kLanes,
+                    static_cast<int32_t>(row), found, next);
     }
   }
-  return next - found;
+  return next;
 }
 
 template <bool kRound>
@@ -281,51 +178,33 @@ void load_row(const void* from, Dtype dtype, int64_t n, const float* minus, bool
 }
 
 Quantised quantise_row(const float* v, int64_t n, int64_t salt, uint8_t* codes) {
-  Float8 most = {}, squares = {};
-  for (int64_t i = 0; i < n; i += 8) {
-    const Float8 x = load8(v + i);
-    most = max8(most, max8(x, -x));
-    squares += x * x;
-  }
-  const float norm2 = total(squares);
-  if (!(norm2 < __builtin_inff())) {
+  const Size size = size_of(v, n);
+  if (!(size.norm2 < __builtin_inff())) {
     zero_codes(n, kZero, 4 * kRowPanel, codes);
     return {kLeastStep, __builtin_inff(), 0};
   }
-  float step = largest(most) / kZero;
+  float step = size.largest / kZero;
   step = step > kLeastStep ? step : kLeastStep;
-  const int32_t sum = write_codes(v, n, salt, step, kZero, 2 * kZero, 0, 4 * kRowPanel, codes);
-  return {step, norm2, sum};
+  write_codes(v, n, salt, step, kZero, 2 * kZero, 0, 4 * kRowPanel, codes);
+  return {step, size.norm2, 0};
 }
 
 Quantised quantise_feature(const float* v, int64_t n, int64_t salt, int8_t* codes) {
-  Float8 most = {}, squares = {}, lanes = {};
-  for (int64_t i = 0; i < n; i += kGroup) {
-    const Float8 w = load8(v + i), next = load8(v + i + 8);
-    most = max8(most, max8(max8(w, -w), max8(next, -next)));
-    squares += w * w + next * next;
-    const Float8 above = max8(w, Float8{}) + max8(next, Float8{});
-    const Float8 below = above - (w + next);
-    lanes = max8(lanes, max8(lane_sums(above), lane_sums(below)));
-  }
-  const float norm2 = total(squares);
+  const Size size = size_of(v, n);
   auto* bytes = reinterpret_cast<uint8_t*>(codes);
-  if (!(norm2 < __builtin_inff())) {
+  if (!(size.norm2 < __builtin_inff())) {
     zero_codes(n, 0, 4 * kPanel, bytes);
     return {0.0f, __builtin_inff(), 0};
   }
-  // Eight elements times at most 2 kZero stay within 16 bits, each rounded up by one at most, with
-  // a little for the rounding of the sums themselves.
-  constexpr float kLaneSum = 32767.0f / (2 * kZero) - 8.5f;
-  float step = largest(most) / 127.0f;
-  const float by_lane = largest(lanes) / kLaneSum;
-  step = step > by_lane ? step : by_lane;
+  float step = size.largest / 127.0f;
+  const float by_sums = least_feature_step(v, n);
+  step = step > by_sums ? step : by_sums;
   step = step > kLeastStep ? step : kLeastStep;
   const int32_t sum = write_codes(v, n, salt, step, 128.0f, 255.0f, 128, 4 * kPanel, bytes);
-  return {step, norm2, sum};
+  return {step, size.norm2, -kZero * sum};
 }
 
-int64_t screen(const ScreenRows& rows, const FeaturePanel& panel, Found* found) {
+int64_t screen(const ScreenRows& rows, const FeaturePanel& panel, const Found& found) {
   float limit[kMostRows];
   for (int64_t i = 0; i < rows.panels * kRowPanel; ++i) {
     const float error =

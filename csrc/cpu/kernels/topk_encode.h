@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Per-ISA entries of topk_encode: quantise and pack, screen in 8 bits, value exactly, sum rows.
 //
-// The screen. A row x is stored as x ~ p * (a - kZero) with unsigned bytes a, a feature as
-// w ~ q * b with signed bytes b. Products of bytes are added in 16 bits over the eight elements
-// that share a lane, then in 32 bits: `quantise_feature` picks q so that the 16 bits never
-// overflow. Rounding is stochastic, so the error of a dot product is a sum of independent terms of
-// mean zero, each within a range of p |w_i| or q |a_i|, and by Hoeffding's inequality
+// The screen. A row x is stored as x ~ p * (a - zero) with unsigned bytes a, a feature as
+// w ~ q * b with signed bytes b. Products of bytes are added in 32 bits, or, where the instruction
+// set has no such product (AVX2), first in 16 bits over the eight elements that share a lane: there
+// `zero` is smaller and `quantise_feature` picks q so that the 16 bits never overflow. Rounding is
+// stochastic, so the error of a dot product is a sum of independent terms of mean zero, each within
+// a range of p |w_i| or q |a_i|, and by Hoeffding's inequality
 //   P(z - screened z > c sqrt(p^2 |w|^2 + q^2 |x'|^2)) <= exp(-2 c^2)
 // for every pair, whatever the data: the coins are the algorithm's own.
 #pragma once
@@ -15,11 +16,8 @@
 namespace sidechain::cpu {
 
 constexpr int64_t kRowPanel = 6;   // rows that share each load of packed features
-constexpr int64_t kGroup = 16;     // elements of a row that meet in one 16-bit sum, in two lanes
+constexpr int64_t kGroup = 16;     // unit of a row: what meets in one 16-bit sum, in two lanes
 constexpr int64_t kMostRows = 96;  // rows of one call of `screen`
-// Codes of x run from 0 to 2 kZero. More would leave fewer bits to w in the 16-bit sums: about 76
-// minimises the sum of both errors for normal data.
-constexpr int kZero = 76;
 
 // Share of a float32 sum of at most kMostApart products, a bias or a cut that rounding may change.
 constexpr float kRounding = 1e-6f;
@@ -29,23 +27,25 @@ struct Candidate {
   float z;
   int32_t feature;
 };
-// What the screen lets pass, in the order of its loops.
+// What the screen lets pass, in the order of its loops; arrays of `rows * panel + kFoundSlack`.
 struct Found {
-  Candidate candidate;
-  int32_t row;
+  float* z;
+  int32_t* feature;
+  int32_t* row;
 };
+constexpr int64_t kFoundSlack = 16;  // whole vectors are written
 
 // Scales of a quantised row or feature.
 struct Quantised {
-  float step;   // p or q
-  float norm2;  // |v|^2 before rounding; infinite where an element is not finite
-  int32_t sum;  // of the codes
+  float step;     // p or q
+  float norm2;    // |v|^2 before rounding; infinite where an element is not finite
+  int32_t start;  // -zero * sum of the codes: what the sums of a feature begin with
 };
 
 // Packed features [kGroup-padded width / 4][panel][4] and their scales.
 struct FeaturePanel {
   const int8_t* codes;
-  const int32_t* start;  // -kZero * sum of codes
+  const int32_t* start;  // of `Quantised`
   const float* step;     // q
   const float* bias;
   int32_t first;       // index of the first feature
@@ -86,7 +86,7 @@ struct ScreenRows {
   Quantised quantise_feature(const float* v, int64_t n, int64_t salt, int8_t* codes);            \
   /* Writes the pairs whose z may reach the cut of the row, in the worst case all of them, and   \
      returns their number. */                                                                    \
-  int64_t screen(const ScreenRows& rows, const FeaturePanel& panel, Found* found);               \
+  int64_t screen(const ScreenRows& rows, const FeaturePanel& panel, const Found& found);         \
   /* out[i] = <w, x + which[i] * x_row> summed in float64; `wide` holds n doubles. */            \
   void exact(const float* w, const float* x, int64_t x_row, const int32_t* which, int64_t count, \
              int64_t n, double* wide, double* out);                                              \

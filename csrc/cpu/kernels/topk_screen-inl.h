@@ -2,40 +2,108 @@
 // The product of packed bytes, six rows by one panel of features, per instruction set. Included
 // INSIDE an ISA namespace, after vec-inl.h.
 //
+// AVX-512 VNNI adds four products of bytes to a 32-bit sum in one instruction: twelve vectors of
+// sums stay in registers over all groups, and both operands use their eight bits.
+//
 // AVX2 multiplies 32 pairs of bytes an instruction, twice what 16-bit and four times what float32
 // products do; adding them in 16 bits costs as much again, so sums are widened only once a group.
 // Two vectors of twelve 16-bit sums, two of features and two of products fill the 16 registers; the
 // 32-bit sums live in the first-level cache.
 
-#if SIDECHAIN_ISA_LEVEL > 0
 constexpr int kVectors = 2;
+constexpr int kPanel = kVectors * kLanes;
+static_assert(kLanes <= kFoundSlack, "what `append` writes");
+
 #if SIDECHAIN_ISA_LEVEL == 2
-typedef __m512i Packed;
-inline Packed load_packed(const void* p) { return _mm512_loadu_si512(p); }
-inline Packed broadcast(int32_t four) { return _mm512_set1_epi32(four); }
-inline Packed multiply_bytes(Packed a, Packed b) { return _mm512_maddubs_epi16(a, b); }
-inline Packed add_words(Packed a, Packed b) { return _mm512_add_epi16(a, b); }
-inline Packed widen_words(Packed a) { return _mm512_madd_epi16(a, _mm512_set1_epi16(1)); }
+// Codes of x run from 0 to 2 kZero.
+constexpr int kZero = 127;
+
+// The least step of a feature at which no sum overflows.
+inline float least_feature_step(const float*, int64_t) { return 0.0f; }
+
 inline uint32_t not_below(F32 v, float limit) {
   return _mm512_cmp_ps_mask(bits_as<__m512>(v), _mm512_set1_ps(limit), _CMP_NLT_UQ);
 }
-#else
+
+// Writes the lanes of a mask to `found` from slot `next` on; returns the next slot.
+inline int64_t append(uint32_t reached, F32 z, int32_t first, int32_t row, const Found& found,
+                      int64_t next) {
+  const auto mask = static_cast<__mmask16>(reached);
+  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  const __m512i feature = _mm512_add_epi32(lane, _mm512_set1_epi32(first));
+  _mm512_storeu_ps(found.z + next, _mm512_maskz_compress_ps(mask, bits_as<__m512>(z)));
+  _mm512_storeu_si512(found.feature + next, _mm512_maskz_compress_epi32(mask, feature));
+  _mm512_storeu_si512(found.row + next, _mm512_set1_epi32(row));
+  return next + __builtin_popcount(reached);
+}
+
+// In assembly because GCC 12 copies the sums twice around its intrinsic.
+inline void add_products(__m512i& sum, __m512i x, __m512i w) {
+  asm("vpdpbusd %[w], %[x], %[sum]" : [sum] "+v"(sum) : [x] "v"(x), [w] "v"(w));
+}
+
+// sums[row][vector] += <row, features> over `groups`.
+__attribute__((noinline)) void multiply(const uint8_t* x, const int8_t* w, int64_t groups,
+                                        I32* sums) {
+  __m512i sum[kRowPanel][kVectors];
+#pragma GCC unroll 12
+  for (int i = 0; i < kRowPanel * kVectors; ++i) {
+    sum[i / kVectors][i % kVectors] = bits_as<__m512i>(sums[i]);
+  }
+  for (const int8_t* end = w + groups * kGroup * kPanel; w != end; w += 4 * kPanel) {
+    const __m512i low = _mm512_load_si512(w), high = _mm512_load_si512(w + 64);
+#pragma GCC unroll 6
+    for (int r = 0; r < kRowPanel; ++r) {
+      int32_t four;
+      __builtin_memcpy(&four, x + 4 * r, 4);
+      const __m512i row = _mm512_set1_epi32(four);
+      add_products(sum[r][0], row, low);
+      add_products(sum[r][1], row, high);
+    }
+    x += 4 * kRowPanel;
+  }
+#pragma GCC unroll 12
+  for (int i = 0; i < kRowPanel * kVectors; ++i) {
+    sums[i] = bits_as<I32>(sum[i / kVectors][i % kVectors]);
+  }
+}
+
+#elif SIDECHAIN_ISA_LEVEL == 1
+// More would leave fewer bits to w in the 16-bit sums: about 76 minimises the sum of both errors
+// for normal data.
+constexpr int kZero = 76;
+
+// The sums of the elements that share a 16-bit lane, each twice.
+inline F32 lane_sums(F32 v) {
+  const F32 halves = v + __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3);
+  return halves + __builtin_shufflevector(halves, halves, 1, 0, 3, 2, 5, 4, 7, 6);
+}
+
+inline float least_feature_step(const float* v, int64_t n) {
+  F32 lanes = {};
+  for (int64_t i = 0; i < n; i += kGroup) {
+    const F32 w = load(v + i), next = load(v + i + kLanes);
+    const F32 above = (w > 0.0f ? w : F32{}) + (next > 0.0f ? next : F32{});
+    const F32 sums = lane_sums(above), negative = lane_sums(above - (w + next));
+    lanes = lanes > sums ? lanes : sums;
+    lanes = lanes > negative ? lanes : negative;
+  }
+  float most = 0.0f;
+  for (int i = 0; i < kLanes; ++i) most = lanes[i] > most ? lanes[i] : most;
+  // Eight elements times at most 2 kZero stay within 16 bits, each rounded up by one at most, with
+  // a little for the rounding of the sums themselves.
+  return most / (32767.0f / (2 * kZero) - 8.5f);
+}
+
 typedef __m256i Packed;
 inline Packed load_packed(const void* p) {
   return _mm256_loadu_si256(static_cast<const __m256i*>(p));
 }
-inline Packed broadcast(int32_t four) { return _mm256_set1_epi32(four); }
-inline Packed multiply_bytes(Packed a, Packed b) { return _mm256_maddubs_epi16(a, b); }
-inline Packed add_words(Packed a, Packed b) { return _mm256_add_epi16(a, b); }
-inline Packed widen_words(Packed a) { return _mm256_madd_epi16(a, _mm256_set1_epi16(1)); }
 inline uint32_t not_below(F32 v, float limit) {
   return static_cast<uint32_t>(
       _mm256_movemask_ps(_mm256_cmp_ps(bits_as<__m256>(v), _mm256_set1_ps(limit), _CMP_NLT_UQ)));
 }
-#endif
-constexpr int kPanel = kVectors * kLanes;
 
-#if SIDECHAIN_ISA_LEVEL == 1
 alignas(32) constexpr int16_t kOnes[16] = {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
 
 // One step of a group: two vectors of features by six rows of four elements, at x and w. Written
@@ -89,34 +157,6 @@ inline void multiply_group(const uint8_t* x, const int8_t* w, I32* sums) {
         : [ones] "m"(kOnes));
   }
 }
-#else
-inline void multiply_group(const uint8_t* x, const int8_t* w, I32* sums) {
-  Packed words[kRowPanel][kVectors];
-#pragma GCC unroll 4
-  for (int step = 0; step < 4; ++step) {
-    Packed features[kVectors];
-    for (int v = 0; v < kVectors; ++v) {
-      features[v] = load_packed(w + step * 4 * kPanel + v * 4 * kLanes);
-    }
-#pragma GCC unroll 6
-    for (int r = 0; r < kRowPanel; ++r) {
-      int32_t four;
-      __builtin_memcpy(&four, x + (step * kRowPanel + r) * 4, 4);
-      const Packed row = broadcast(four);
-#pragma GCC unroll 2
-      for (int v = 0; v < kVectors; ++v) {
-        const Packed product = multiply_bytes(row, features[v]);
-        words[r][v] = step == 0 ? product : add_words(words[r][v], product);
-      }
-    }
-  }
-#pragma GCC unroll 12
-  for (int i = 0; i < kVectors * kRowPanel; ++i) {
-    sums[i] += bits_as<I32>(widen_words(words[i / kVectors][i % kVectors]));
-  }
-}
-#endif
-
 // sums[row][vector] += <row, features> over `groups`.
 __attribute__((noinline)) void multiply(const uint8_t* x, const int8_t* w, int64_t groups,
                                         I32* sums) {
@@ -128,8 +168,9 @@ __attribute__((noinline)) void multiply(const uint8_t* x, const int8_t* w, int64
 }
 
 #else
-constexpr int kVectors = 2;
-constexpr int kPanel = kVectors * kLanes;
+constexpr int kZero = 127;
+
+inline float least_feature_step(const float*, int64_t) { return 0.0f; }
 
 inline uint32_t not_below(F32 v, float limit) {
   uint32_t mask = 0;
@@ -149,5 +190,18 @@ inline void multiply(const uint8_t* x, const int8_t* w, int64_t groups, I32* sum
     x += 4 * kRowPanel;
     w += 4 * kPanel;
   }
+}
+#endif
+
+#if SIDECHAIN_ISA_LEVEL < 2
+inline int64_t append(uint32_t reached, F32 z, int32_t first, int32_t row, const Found& found,
+                      int64_t next) {
+  for (; reached != 0; reached &= reached - 1, ++next) {
+    const int at = __builtin_ctz(reached);
+    found.z[next] = z[at];
+    found.feature[next] = first + at;
+    found.row[next] = row;
+  }
+  return next;
 }
 #endif

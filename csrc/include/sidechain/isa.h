@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Instruction sets that the CPU kernels are compiled for, and the choice among them at run time.
+// avx512 means F, BW, DQ, VL and VNNI (Cascade Lake, Ice Lake, Zen 4 and later); the few processors
+// with AVX-512 but without VNNI run avx2.
 #pragma once
 
 #if defined(__x86_64__)
