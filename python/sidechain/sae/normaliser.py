@@ -105,7 +105,7 @@ class Normaliser(nn.Module):
     def normalise(self, x: Tensor, step: int | Tensor | None = None) -> Tensor:
         """Return (x - mean) / scale [N, d] float32 for x [N, d] of any float dtype."""
         mean, scale = self._rows(step)
-        return (x.to(mean.dtype) - mean) / scale
+        return (x.to(mean.dtype) - mean).div_(scale)  # one new tensor, not two
 
     def restore(self, y: Tensor, step: int | Tensor | None = None) -> Tensor:
         """Return y * scale + mean [N, d]."""
