@@ -30,7 +30,7 @@ else
 INSTALLED := $(VENV)/.installed-native
 endif
 
-.PHONY: demo test test-python test-native lint types bench bench-ops bench-hooks bench-sae peers kernels-report zoo-music zoo-sae install clean
+.PHONY: demo test test-python test-native lint types bench bench-ops bench-hooks bench-sharing bench-sae peers kernels-report zoo-music zoo-sae install clean
 
 install: $(INSTALLED)
 
@@ -62,10 +62,14 @@ test-python: $(INSTALLED)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton $(PYTEST_FLAGS)
 
 # One result file for each machine; a newer run replaces the older one of the same work.
-bench: bench-ops bench-hooks
+bench: bench-ops bench-hooks bench-sharing
 
 bench-ops bench-hooks: bench-%: $(INSTALLED)
 	$(BIN)/sidechain bench $* --threads 1 --json bench/results
+
+# Whole generations: with all threads, as a study runs.
+bench-sharing: $(INSTALLED)
+	$(BIN)/sidechain bench sharing --json bench/results
 
 # Peers want packages that a user of sidechain does not: an environment on top of ours.
 bench-sae: $(PEERS)/.installed

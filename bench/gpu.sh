@@ -8,7 +8,7 @@
 #       --again                        measure what is already there for this commit, too
 #       --budget SECONDS               start nothing after this long (default 460)
 #
-# Sections: correctness tests sanitizer ops hooks sae (default: all). Each is merged into
+# Sections: correctness tests sanitizer ops hooks sae sharing (default: all). Each is merged into
 # $OUT/<gpu>.json (OUT: default bench/results) as soon as it ends, so a run that was cut off goes on
 # where it stopped. No pip, no network. The two _C*.abi3.so files serve any Python and torch >= 2.11.
 set -euo pipefail
@@ -21,6 +21,10 @@ build() {
   mkdir -p build/gpu
   cp python/sidechain/_C.abi3.so python/sidechain/_C_cuda.abi3.so build/gpu/
   git describe --always --dirty >build/gpu/COMMIT
+  # Plain Python, for the sections that run a pipeline; transformers and pandas are the host's.
+  .venv/bin/python -m pip download -q --no-deps --only-binary=:all: -d build/gpu/wheels \
+    "diffusers==$(.venv/bin/python -c 'import diffusers; print(diffusers.__version__)')" \
+    importlib_metadata zipp
   ls -l build/gpu
 }
 
@@ -38,7 +42,10 @@ run() {
   tar -C "$root/python/sidechain" --exclude='*.so' --exclude=__pycache__ -cf - . |
     tar -C "$site/sidechain" -xf -
   cp -r "$root/triton_kernels" "$site/sidechain/triton_kernels"
-  cp "$root"/build/gpu/* "$site/sidechain/"
+  cp "$root"/build/gpu/{_C.abi3.so,_C_cuda.abi3.so,COMMIT} "$site/sidechain/"
+  for wheel in "$root"/build/gpu/wheels/*.whl; do
+    if [ -f "$wheel" ]; then "$python" -m zipfile -e "$wheel" "$site"; fi
+  done
   export PYTHONPATH=$site PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1
   "$python" "$root/bench/gpu_sections.py" --out "${OUT:-$root/bench/results}" "$@"
 }

@@ -147,7 +147,7 @@ def sanitizer(session: Session, unit: Unit, limit: float) -> dict[str, Any]:
 
 def bench(session: Session, unit: Unit, limit: float) -> dict[str, Any] | None:
     """One run of the command `bench`, which stores its rows itself."""
-    if unit.section == "hooks" and importlib.util.find_spec("diffusers") is None:
+    if unit.section in ("hooks", "sharing") and importlib.util.find_spec("diffusers") is None:
         return {"status": "skipped", "log": ["diffusers is not here"]}
     options = ["--device", session.device, "--json", str(session.path), "--seconds", "0.25"]
     if session.device == "cpu":
@@ -177,6 +177,7 @@ def units() -> list[Unit]:
         Unit("tests", None, 120, tests),
         *(Unit("sanitizer", op, 90, sanitizer) for op in names),
         Unit("hooks", None, 60, bench),
+        Unit("sharing", None, 60, bench),
     ]
 
 

@@ -13,7 +13,7 @@ from sidechain._version import __version__
 Command = Callable[[argparse.Namespace], int]
 
 BAD_INPUT = 2
-BENCHES = ("ops", "hooks", "sae", "store")
+BENCHES = ("ops", "hooks", "sae", "store", "sharing")
 ARMS = ("localized", "all", "ablated", "random")
 ACTIVATIONS = ("open", "kept")
 SCORES = ("tada", "diff", "ratio", "mean_pos", "cohens_d", "logistic")
@@ -470,7 +470,7 @@ def _add_bench(commands: Any, run: Command) -> None:
         nargs="?",
         choices=BENCHES,
         default="ops",
-        metavar="ops|hooks|sae|store",
+        metavar="ops|hooks|sae|store|sharing",
         help="what to time (default %(default)s)",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")

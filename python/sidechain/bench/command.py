@@ -14,7 +14,7 @@ from .cases import Row, run_case
 from .machine import Machine
 
 # Section -> seconds for each candidate, where nothing else is asked for.
-SECTIONS = {"ops": 0.6, "hooks": 0.6, "sae": 5.0, "store": 2.0}
+SECTIONS = {"ops": 0.6, "hooks": 0.6, "sae": 5.0, "store": 2.0, "sharing": 6.0}
 Kept = dict[tuple[str, str], Row]  # case, provider -> row that is there already
 
 
@@ -35,11 +35,12 @@ def run(
         section: "ops", every op against plain torch, eager and compiled; "hooks", taps against
             hand-written hooks; "sae", training steps and encoders of dictionaries and what a step
             needs, against plain torch and other packages; "store", reading and writing activations
-            against plain copies and one file per tensor.
+            against plain copies and one file per tensor; "sharing", sweeps in one batch against
+            one generation each.
         device: "cpu" or "cuda".
         threads: of torch on the CPU. None = as they are.
         only: ops: those whose name holds this text; hooks: cases likewise; sae: shapes, or one of
-            "steps", "encode", "memory"; store: sites, "read" or "write".
+            "steps", "encode", "memory"; store: sites, "read" or "write"; sharing: sweeps.
         seconds: time for each candidate; at least a few calls are timed. None = as the section has
             it.
         json: result file to merge the runs into, or a folder for `<machine>.json`. It is written
@@ -125,6 +126,10 @@ def _measured(
         from . import hooks
 
         yield None, {}, hooks.rows(machine, only=only, seconds=seconds)
+    elif section == "sharing":
+        from . import sharing
+
+        yield None, {}, sharing.rows(machine, only=only, seconds=seconds)
     else:
         from . import sae, store
 

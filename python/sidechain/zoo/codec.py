@@ -4,18 +4,18 @@
 Four mel frames are one latent step: PCA of the stacked 4 x 64 values to 64 numbers, each scaled by
 (standard deviation)^-1/2 (partial whitening), the whole to unit mean variance. The decoder is the
 transpose. It takes the place of a VAE and has the same interface.
+
+librosa, which takes a second to import, is imported where audio is: latents need none of it.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import librosa
 import numpy as np
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
-from librosa.filters import mel as mel_filters
 from torch import Tensor
 
 FLOOR = 1e-2  # smallest mel magnitude; 60-70 dB below the loudest partials
@@ -31,6 +31,8 @@ def log_mel(
     n_mels: int = 64,
 ) -> np.ndarray:
     """Log-mel magnitudes of `audio` [..., samples] as [..., samples // hop, n_mels] float32."""
+    import librosa
+
     mel = librosa.feature.melspectrogram(
         y=audio,
         sr=sample_rate,
@@ -114,8 +116,10 @@ class LinearMelCodec(ModelMixin, ConfigMixin):  # type: ignore[misc, unused-igno
         The linear spectrum is the non-negative part of the mel filters' pseudo-inverse; phases come
         from librosa's Griffin-Lim with a fixed seed, so equal mels give equal audio.
         """
+        import librosa
+
         config: Any = self.config
-        filters = mel_filters(
+        filters = librosa.filters.mel(
             sr=config.sample_rate, n_fft=config.n_fft, n_mels=config.n_mels, fmin=30.0, norm=None
         )
         values = mels.detach().to("cpu", torch.float32).numpy().clip(-4.0, 4.0)

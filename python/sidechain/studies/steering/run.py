@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import soundfile
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -271,6 +270,8 @@ def _read(
 
 
 def _write_audio(out: Path, pipe: Any, latents: Tensor, rows: Sequence[Row]) -> None:
+    import soundfile
+
     folder = out / "audio"
     folder.mkdir(exist_ok=True)
     waves = pipe.codec.audio(pipe.codec.decode(latents))

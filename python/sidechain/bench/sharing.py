@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A whole patching sweep and a whole strength sweep: one shared batch against one run each.
+
+Baselines use plain PyTorch hooks on the same pipeline, written as well as they can be:
+- `hooks`: one generation a preset (or strength), the clean context known beforehand;
+- `hooks, published protocol`: as the public code of arXiv 2602.11910 does it, a clean generation
+  for every preset to record what its sites see, then the patched one.
+End to end: text encoding, generation, reading by both judges. Results must agree first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .cases import Row
+from .machine import Machine
+
+LOCALIZATION, STRENGTH = "localization", "strength sweep"
+STEPS = 12
+LEAST, MOST = 3, 9  # timed rounds
+STRENGTHS = (-2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
+# Largest difference of latents, as a share of the largest one: rows of a batch meet other matrix
+# products than rows alone, for twelve steps.
+AGREEMENT = 1e-3
+
+
+@contextlib.contextmanager
+def context_hooks(modules: Sequence[nn.Module], clean: Tensor) -> Iterator[None]:
+    """Swap the conditional row's context at some modules: a plain forward pre-hook on each."""
+
+    def swap(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        context = kwargs["encoder_hidden_states"].clone()
+        context[1:] = clean
+        return args, {**kwargs, "encoder_hidden_states": context}
+
+    with _removed(m.register_forward_pre_hook(swap, with_kwargs=True) for m in modules):
+        yield
+
+
+@contextlib.contextmanager
+def recording_hooks(
+    modules: Sequence[nn.Module], store: dict[nn.Module, list[Tensor]]
+) -> Iterator[None]:
+    """Record what each module sees, at every step, as a clean run for patching does."""
+
+    def record(module: nn.Module, args: Any, kwargs: Any) -> None:
+        store.setdefault(module, []).append(kwargs["encoder_hidden_states"].detach().clone())
+
+    with _removed(m.register_forward_pre_hook(record, with_kwargs=True) for m in modules):
+        yield
+
+
+@contextlib.contextmanager
+def steering_hooks(vectors: Mapping[nn.Module, Tensor], strength: float) -> Iterator[None]:
+    """Add strength x vector of the step to the conditional row: a plain forward hook on each."""
+    calls = dict.fromkeys(vectors, 0)
+
+    def add(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        step = calls[module]
+        calls[module] += 1
+        output[1:] += strength * vectors[module][step]
+        return output
+
+    with _removed(m.register_forward_hook(add) for m in vectors):
+        yield
+
+
+@contextlib.contextmanager
+def _removed(hooks: Iterator[Any]) -> Iterator[None]:
+    handles = list(hooks)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class Localize:
+    """All sites one by one, none and all, for one prompt pair."""
+
+    def __init__(self, pipe: Any, judges: Mapping[str, Any]) -> None:
+        from sidechain import sites
+        from sidechain.studies import localization
+        from sidechain.studies.localization.presets import single_presets
+        from sidechain.studies.localization.run import pairs_of
+
+        self.pipe, self.judges = pipe, judges
+        self.config = localization.LocalizationConfig(out=Path("unused"), pairs=1, steps=STEPS)
+        self.pair = pairs_of(self.config, "drums")[0]
+        self.modules = {site.alias: site.module for site in sites(pipe, "cross:*")}
+        self.presets = single_presets(list(self.modules))
+        self.name = f"{LOCALIZATION}, {len(self.presets)} presets"
+        self.ways = {
+            "shared": self.shared, "hooks": self.hooks, "hooks, published protocol": self.protocol
+        }  # fmt: skip
+
+    def shared(self) -> Tensor:
+        """One batch, as the study runs it."""
+        from sidechain import contexts
+        from sidechain.studies import common
+        from sidechain.studies.localization.run import _generate
+
+        count = len(self.presets)
+        clean = contexts(self.pipe, [self.pair.clean]).expand(count, -1, -1)
+        corrupted = self.pipe.encode_prompt([self.pair.corrupted]).expand(count, -1, -1)
+        jobs = [(self.pair, preset) for preset in self.presets]
+        latents = _generate(self.config, self.pipe, jobs, clean, corrupted, 0)
+        common.readings(self.judges, latents)
+        return latents
+
+    def hooks(self) -> Tensor:
+        """One generation a preset."""
+        from sidechain import contexts
+
+        clean = contexts(self.pipe, [self.pair.clean])
+        return torch.cat([self._patched(preset, clean) for preset in self.presets])
+
+    def protocol(self) -> Tensor:
+        """A clean and a patched generation a preset."""
+        rows = []
+        for preset in self.presets:
+            chosen = [self.modules[name] for name in preset.sites]
+            store: dict[nn.Module, list[Tensor]] = {}
+            with recording_hooks(chosen, store):
+                _one(self.pipe, self.pair.clean)
+            clean = store[chosen[0]][0][1:] if chosen else torch.empty(0)
+            rows.append(self._patched(preset, clean))
+        return torch.cat(rows)
+
+    def _patched(self, preset: Any, clean: Tensor) -> Tensor:
+        from sidechain.studies import common
+
+        with context_hooks([self.modules[name] for name in preset.sites], clean):
+            latents = _one(self.pipe, self.pair.corrupted)
+        common.readings(self.judges, latents)
+        return latents
+
+
+class Sweep:
+    """Ten strengths of one vector at two sites, for one prompt."""
+
+    def __init__(self, pipe: Any, judges: Mapping[str, Any]) -> None:
+        from sidechain import sites
+        from sidechain.data.concepts import concept
+        from sidechain.studies.steering import SteeringConfig
+        from sidechain.studies.steering.run import test_prompts
+        from sidechain.studies.vectors import VectorConfig, build
+
+        self.pipe, self.judges = pipe, judges
+        self.config = SteeringConfig(out=Path("unused"), concept="drums", steps=STEPS)
+        setup = VectorConfig(concept="drums", pairs=2, steps=STEPS)
+        self.vector = build(pipe, setup, progress=False)
+        self.sites = ["cross:2", "cross:3"]
+        self.prompts = test_prompts(self.config, concept("drums"))[:1]
+        self.vectors = {
+            site.module: self.vector[site.name, "cond"].to(pipe.device)
+            for site in sites(pipe, self.sites)
+        }
+        self.name = f"{STRENGTH}, {len(STRENGTHS)} strengths"
+        self.ways = {"shared": self.shared, "hooks": self.hooks}
+
+    def shared(self) -> Tensor:
+        """One batch, as the study runs it."""
+        from sidechain.studies import common
+        from sidechain.studies.steering.run import Row as Job
+        from sidechain.studies.steering.run import generate_rows
+
+        jobs = [Job(0, "localized", strength) for strength in STRENGTHS]
+        latents = generate_rows(
+            self.config, self.pipe, self.vector, self.sites, self.prompts, jobs
+        )  # fmt: skip
+        common.readings(self.judges, latents)
+        return latents
+
+    def hooks(self) -> Tensor:
+        """One generation a strength."""
+        from sidechain.studies import common
+
+        rows = []
+        for strength in STRENGTHS:
+            with steering_hooks(self.vectors, strength):
+                latents = _one(self.pipe, self.prompts[0])
+            common.readings(self.judges, latents)
+            rows.append(latents)
+        return torch.cat(rows)
+
+
+def _one(pipe: Any, prompt: str) -> Tensor:
+    """One clip as a pipeline call makes it, without sharing."""
+    latents: Tensor = pipe(
+        prompt_embeds=pipe.encode_prompt([prompt]),
+        generator=[_noise()],
+        num_inference_steps=STEPS,
+        guidance_scale=3.0,
+        output_type="latent",
+    ).audios
+    return latents
+
+
+def _noise() -> torch.Generator:
+    from sidechain.studies import common
+
+    return torch.Generator().manual_seed(common.noise_seed(0, 0))
+
+
+def rows(machine: Machine, *, only: str = "", seconds: float = 6.0) -> Iterator[list[Row]]:
+    """Measure both sweeps.
+
+    Args:
+        machine: where.
+        only: part of the name of a sweep.
+        seconds: for the shared batch of a sweep; as many rounds of all ways as it takes, within
+            limits.
+
+    Yields:
+        The rows of a sweep. Fact `x shared`: how many times longer than the shared batch.
+
+    Raises:
+        AssertionError: a way whose results differ from the shared batch.
+        ValueError: no sweep has this name.
+    """
+    from sidechain import zoo
+    from sidechain.studies import common
+
+    pipe, _ = common.load("zoo:music")
+    pipe.to(machine.device)
+    judges = zoo.judges(machine.device)
+    names: dict[str, type[Localize] | type[Sweep]] = {LOCALIZATION: Localize, STRENGTH: Sweep}
+    chosen = [make for name, make in names.items() if only in name]
+    if not chosen:
+        raise ValueError(
+            f"bench: expected part of the name of a sweep [{', '.join(names)}], got {only!r}"
+        )
+    for make in chosen:
+        sweep = make(pipe, judges)
+        yield _measured(sweep.name, sweep.ways, seconds)
+
+
+def _measured(name: str, ways: Mapping[str, Callable[[], Tensor]], seconds: float) -> list[Row]:
+    """Median of each way, taken in turns, after one run each whose results must agree."""
+    results = {way: run() for way, run in ways.items()}
+    reference = results["shared"]
+    for way, found in results.items():
+        error = float((found - reference).abs().max() / reference.abs().max())
+        assert error <= AGREEMENT, f"{name}, {way}: differs from the shared batch by {error:.1e}"
+    taken: dict[str, list[float]] = {way: [] for way in ways}
+    while len(taken["shared"]) < LEAST or (
+        sum(taken["shared"]) < seconds and len(taken["shared"]) < MOST
+    ):
+        for way, run in ways.items():
+            begun = time.perf_counter()
+            run()  # readings wait for the device
+            taken[way].append(time.perf_counter() - begun)
+    made = []
+    shared = statistics.median(taken["shared"])
+    for way, times in taken.items():
+        row = Row(name, "f32", way, "ours" if way == "shared" else "plain", 0, 0)
+        cuts = statistics.quantiles(times, n=5)
+        middle = statistics.median(times)
+        row.median_us, row.p20_us, row.p80_us = (
+            round(1e6 * t, 1) for t in (middle, cuts[0], cuts[3])
+        )  # fmt: skip
+        row.method, row.facts = "rounds in turns", {"x shared": round(middle / shared, 2)}
+        made.append(row)
+    return made
