@@ -261,16 +261,54 @@ def _gpu_row(op: str, row: dict) -> str:
 
 
 def runs(section: str, op: str | None, device: str) -> list[dict]:
-    """Stored runs of a section; None as op stands for all."""
+    """Stored runs of a section; None as op stands for all. Of several CPUs the newest run."""
+    found = stored(section, op, device)
+    if device != "cpu":
+        return found
+    newest: dict = {}
+    for run in found:
+        before = newest.get(run["op"])
+        if before is None or run["date"] >= before["date"]:
+            newest[run["op"]] = run
+    return list(newest.values())
+
+
+def stored(section: str, op: str | None, device: str) -> list[dict]:
+    """The runs of all result files, each with the `file` it is in."""
     found = []
     for path in sorted(RESULTS.glob("*.json")):
         record = json.loads(path.read_text())
         found += [
-            run
+            {**run, "file": path.name}
             for run in record.get("runs", [])
             if run["section"] == section and op in (None, run["op"]) and run["device"] == device
         ]
     return found
+
+
+def elsewhere() -> list[str]:
+    """Training steps on CPUs that are not in the tables: ours against the best package."""
+    shown = {run["file"] for run in runs("sae", "steps", "cpu")}
+    lines = []
+    for run in stored("sae", "steps", "cpu"):
+        if run["file"] in shown:
+            continue
+        best = {
+            row["provider"]: []
+            for row in run["rows"]
+            if row["provider"] in ("ours fp32", "ours int8")
+        }
+        for row in run["rows"]:
+            if row["provider"] in best:
+                best[row["provider"]].append(_times(row["facts"].get("x peer")))
+        told = "; ".join(f"{name} {', '.join(times)}" for name, times in best.items())
+        lines += [
+            f"Training steps on {run['name']} {run['isa']} ({run['date']}, commit "
+            f"{run['commit']}), shape by shape against the best package: {told}. All of that "
+            f"machine is in `bench/results/{run['file']}`.",
+            "",
+        ]
+    return lines
 
 
 def sharing_table() -> list[str]:
@@ -461,6 +499,7 @@ def main() -> int:
         *gpu_table(),
         *hooks_table(),
         *sae_table(),
+        *elsewhere(),
         *store_table(),
         *sharing_table(),
         *localization_table(),
