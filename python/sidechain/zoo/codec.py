@@ -117,9 +117,10 @@ class LinearMelCodec(ModelMixin, ConfigMixin):  # type: ignore[misc, unused-igno
         from librosa's Griffin-Lim with a fixed seed, so equal mels give equal audio.
         """
         import librosa
+        from librosa.filters import mel as mel_filters
 
         config: Any = self.config
-        filters = librosa.filters.mel(
+        filters = mel_filters(
             sr=config.sample_rate, n_fft=config.n_fft, n_mels=config.n_mels, fmin=30.0, norm=None
         )
         values = mels.detach().to("cpu", torch.float32).numpy().clip(-4.0, 4.0)
