@@ -177,7 +177,7 @@ def units() -> list[Unit]:
         Unit("tests", None, 120, tests),
         *(Unit("sanitizer", op, 90, sanitizer) for op in names),
         Unit("hooks", None, 60, bench),
-        Unit("sharing", None, 60, bench),
+        Unit("sharing", None, 120, bench),
     ]
 
 

@@ -69,8 +69,8 @@ __attribute__((noinline)) void multiply(const uint8_t* x, const int8_t* w, int64
 }
 
 #elif SIDECHAIN_ISA_LEVEL == 1
-// More would leave fewer bits to w in the 16-bit sums: about 76 minimises the sum of both errors
-// for normal data.
+// Codes of x run from 0 to 2 kZero. More would leave fewer bits to w in the 16-bit sums: about 76
+// minimises the sum of both errors for normal data.
 constexpr int kZero = 76;
 
 // The sums of the elements that share a 16-bit lane, each twice.
@@ -157,6 +157,7 @@ inline void multiply_group(const uint8_t* x, const int8_t* w, I32* sums) {
         : [ones] "m"(kOnes));
   }
 }
+
 // sums[row][vector] += <row, features> over `groups`.
 __attribute__((noinline)) void multiply(const uint8_t* x, const int8_t* w, int64_t groups,
                                         I32* sums) {

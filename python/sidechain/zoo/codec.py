@@ -5,7 +5,8 @@ Four mel frames are one latent step: PCA of the stacked 4 x 64 values to 64 numb
 (standard deviation)^-1/2 (partial whitening), the whole to unit mean variance. The decoder is the
 transpose. It takes the place of a VAE and has the same interface.
 
-librosa, which takes a second to import, is imported where audio is: latents need none of it.
+librosa is imported where audio is: latents need none of it, and a host that keeps to them may lack
+it.
 """
 
 from __future__ import annotations
