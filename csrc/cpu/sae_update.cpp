@@ -26,7 +26,7 @@ using Square = void (*)(const SaeGradientParams&, const float*, const FeatureLis
                         int64_t, FeatureScratch&);
 
 struct Kernels {
-  Update update;
+  Update encoders, decoders;
   Square square;
 };
 
@@ -34,7 +34,7 @@ Kernels kernels(Isa isa) {
   switch (isa) {
 #define SIDECHAIN_CASE(ID, NAME) \
   case Isa::ID:                  \
-    return {NAME::update_features, NAME::square_features};
+    return {NAME::update_encoders, NAME::update_decoders, NAME::square_features};
     SIDECHAIN_FOR_EACH_ISA(SIDECHAIN_CASE)
 #undef SIDECHAIN_CASE
     default:
@@ -58,7 +58,13 @@ class Job {
   void update(const SaeUpdateParams& p, const AdamStep& adam, ParallelFor parallel_for) {
     update_ = &p, adam_ = &adam;
     if (p.b_pre_grad != nullptr) b_pre_.reset(new float[pieces() * p_.d_in]());
-    run(parallel_for);
+    // All encoder rows, then all decoder rows: the rows of x, after them those of the error, have
+    // the last-level cache to themselves. Of 32 MB, at N, d, F, k = 1024, 2560, 10240, 64 on Zen 4:
+    // 78 -> 63 ms.
+    for (Update half : {kernel_.encoders, kernel_.decoders}) {
+      half_ = half;
+      run(parallel_for);
+    }
     if (p.grad_square != nullptr) *p.grad_square = total();
     if (p.b_pre_grad == nullptr) return;
     for (int64_t c = 0; c < p_.d_in; ++c) p.b_pre_grad[c] = 0.0f;
@@ -98,7 +104,7 @@ class Job {
   }
 
   void run(ParallelFor parallel_for) {
-    squares_.assign(pieces(), 0.0);
+    squares_.resize(pieces(), 0.0);
     const int64_t widths = std::max<int64_t>(1, p_.d_in + p_.d_out);
     const int64_t elements = std::max<int64_t>(1, p_.features / std::max<int64_t>(1, pieces()));
     // Below 32k elements a thread costs more than it saves (the grain of torch's own kernels).
@@ -110,16 +116,15 @@ class Job {
   }
 
   void run_pieces(int64_t begin, int64_t end) {
-    const std::unique_ptr<float[]> rows(new float[p_.d_in + p_.d_out]);
+    const std::unique_ptr<float[]> row(new float[std::max(p_.d_in, p_.d_out)]);
     for (int64_t i = begin; i < end; ++i) {
-      FeatureScratch scratch = {rows.get(), rows.get() + p_.d_in,
-                                b_pre_ ? b_pre_.get() + i * p_.d_in : nullptr, 0.0};
+      FeatureScratch scratch = {row.get(), b_pre_ ? b_pre_.get() + i * p_.d_in : nullptr, 0.0};
       if (update_ != nullptr) {
-        kernel_.update(*update_, lists_, *adam_, bounds_[i], bounds_[i + 1], scratch);
+        half_(*update_, lists_, *adam_, bounds_[i], bounds_[i + 1], scratch);
       } else {
         kernel_.square(p_, w_dec_, lists_, bounds_[i], bounds_[i + 1], scratch);
       }
-      squares_[i] = scratch.square;
+      squares_[i] += scratch.square;
     }
   }
 
@@ -137,6 +142,7 @@ class Job {
   std::vector<double> squares_;     // of every piece
   std::unique_ptr<float[]> b_pre_;  // [pieces, d_in]
   const SaeUpdateParams* update_ = nullptr;
+  Update half_ = nullptr;  // of the update that runs
   const AdamStep* adam_ = nullptr;
   const float* w_dec_ = nullptr;
 };

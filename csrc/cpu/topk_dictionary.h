@@ -118,12 +118,8 @@ class Dictionary {
     return to;
   }
 
-  // Starts reading a feature that row() will soon be asked for.
-  void prefetch(int64_t feature) const {
-    const char* from = static_cast<const char*>(row_of(p_.w_enc, feature));
-    const int64_t bytes = p_.width * (p_.w_enc.dtype == Dtype::kFloat32 ? 4 : 2);
-    for (int64_t b = 0; b < bytes; b += FreeCodes::kCodeAlignment) __builtin_prefetch(from + b);
-  }
+  // Where row() will read a feature from.
+  const void* source(int64_t feature) const { return row_of(p_.w_enc, feature); }
 
   // Packs all features, the elements `apart` of each as float32 beside the codes.
   void pack(std::vector<int32_t> apart) {
@@ -131,13 +127,11 @@ class Dictionary {
     const int64_t slots = panels_ * panel_;
     codes_.reset(allocate_codes(slots * padded_));
     step_.assign(slots, 0.0f);
-    norm2_.assign(slots, 0.0f);
     start_.assign(slots, 0);
     shifted_ = bias_;
     for (size_t f = 0; f < limit_.size(); ++f) shifted_[f] -= limit_[f];
     bounds_.resize(panels_);
     apart_weights_.assign(slots * aparts(), 0.0f);
-    apart_length_.assign(slots, 0.0f);
     parallel(parallel_for_, panels_, 4, [&](int64_t begin, int64_t end) {
       std::vector<float> copy(padded_);
       for (int64_t panel = begin; panel < end; ++panel) pack_panel(panel, copy.data());
@@ -172,14 +166,6 @@ class Dictionary {
     return std::sqrt(norm2);
   }
 
-  // How far z may lie from its screened value; `reach` is |x'|^2 / step^2 of the row,
-  // `apart_length` that of its elements kept apart.
-  float error(int32_t f, float row_step, float reach, float apart_length) const {
-    const float spread = norm2_[f] + step_[f] * step_[f] * reach;
-    const float rounded = std::abs(shifted_[f]) + 2.0f * apart_length * apart_length_[f];
-    return confidence_ * row_step * std::sqrt(spread) + kRounding * rounded;
-  }
-
  private:
   struct Bounds {
     float norm2, step2, slack, apart_length;
@@ -196,16 +182,14 @@ class Dictionary {
         std::copy(values, values + padded_, copy);
         values = copy;
         float weights[kMostApart];
-        apart_length_[f] = set_apart(copy, weights);
+        most.apart_length = std::max(most.apart_length, set_apart(copy, weights));
         float* to = apart_weights_.data() + panel * panel_ * aparts() + j;
         for (int64_t a = 0; a < aparts(); ++a) to[a * panel_] = weights[a];
-        most.apart_length = std::max(most.apart_length, apart_length_[f]);
       }
       // Odd salts: the rows of x have the even ones.
       const int64_t salt = certified() ? 2 * f + 1 : -1;
       const Quantised q = kernels_.quantise_feature(values, padded_, salt, codes + 4 * j);
       step_[f] = q.step;
-      norm2_[f] = q.norm2;
       start_[f] = q.start;
       most.norm2 = std::max(most.norm2, q.norm2);
       most.step2 = std::max(most.step2, q.step * q.step);
@@ -220,7 +204,7 @@ class Dictionary {
   int64_t padded_, panel_, panels_;
   float confidence_;
   std::vector<int32_t> apart_;
-  std::vector<float> bias_, limit_, shifted_, step_, norm2_, apart_weights_, apart_length_;
+  std::vector<float> bias_, limit_, shifted_, step_, apart_weights_;
   std::vector<int32_t> start_;
   std::vector<Bounds> bounds_;
   Codes codes_;

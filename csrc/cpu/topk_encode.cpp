@@ -38,10 +38,11 @@ constexpr int64_t kSampledRows = 128;
 constexpr int64_t kFullRows = 16;
 constexpr int64_t kFeatureGrain = 32;
 
-bool better(const Candidate& a, const Candidate& b) {
+// A lambda, not a function: algorithms inline it.
+constexpr auto better = [](const Candidate& a, const Candidate& b) {
   const uint32_t left = order_of(a.z), right = order_of(b.z);
   return left != right ? left > right : a.feature < b.feature;
-}
+};
 
 using List = std::vector<Candidate>;
 
@@ -214,10 +215,9 @@ class Encoder {
     const auto last = list.begin() + (p_.k - 1);
     std::nth_element(list.begin(), last, list.end(), better);
     if (!dictionary_.certified()) return p_.k;
-    const float bound = last->z - kLikelyShare * set.error(i, last->feature);
-    const auto end = std::partition(last + 1, list.end(), [&](const Candidate& c) {
-      return !(c.z + set.error(i, c.feature) < bound);
-    });
+    const float bound = last->z - kLikelyShare * last->error;
+    const auto end = std::partition(last + 1, list.end(),
+                                    [&](const Candidate& c) { return !(c.z + c.error < bound); });
     return end - list.begin();
   }
 
@@ -280,9 +280,8 @@ class Encoder {
   // the others and returns how many the list holds.
   static int64_t keep_reaching(RowSet& set, int64_t i, int64_t first, float bound) {
     List& list = set.lists[i];
-    const auto end = std::partition(list.begin() + first, list.end(), [&](const Candidate& c) {
-      return !(c.z + set.error(i, c.feature) < bound);
-    });
+    const auto end = std::partition(list.begin() + first, list.end(),
+                                    [&](const Candidate& c) { return !(c.z + c.error < bound); });
     list.erase(end, list.end());
     return static_cast<int64_t>(list.size());
   }
@@ -329,13 +328,12 @@ class Encoder {
       std::vector<double> wide(dictionary_.padded());
       for (int64_t f = skip_idle(begin), next; f < end; f = next) {
         next = skip_idle(f + 1);
-        if (next < end) dictionary_.prefetch(next);
         const int64_t count = at[f + 1] - at[f];
         which.resize(count);
         z.resize(count);
         const Entry* entry = entries.data() + at[f];
         for (int64_t e = 0; e < count; ++e) which[e] = set.id(entry[e].row);
-        products(f, which, weights.data(), wide.data(), z.data());
+        products(f, next < end ? next : f, which, weights.data(), wide.data(), z.data());
         for (int64_t e = 0; e < count; ++e) {
           set.lists[entry[e].row][entry[e].slot].z = static_cast<float>(z[e]);
         }
@@ -343,12 +341,13 @@ class Encoder {
     });
   }
 
-  void products(int64_t f, const std::vector<int32_t>& which, float* weights, double* wide,
-                double* z) const {
+  // The exact values of feature f in rows `which`, while feature `next` is on its way.
+  void products(int64_t f, int64_t next, const std::vector<int32_t>& which, float* weights,
+                double* wide, double* z) const {
     const int64_t count = static_cast<int64_t>(which.size());
     const float* w = dictionary_.row(f, weights);
     kernels_.exact(w, x_.get(), dictionary_.padded(), which.data(), count, dictionary_.padded(),
-                   wide, z);
+                   dictionary_.source(next), wide, z);
     for (int64_t e = 0; e < count; ++e) z[e] += dictionary_.bias(static_cast<int32_t>(f));
   }
 
@@ -362,7 +361,7 @@ class Encoder {
         std::vector<float> weights(dictionary_.padded());
         std::vector<double> wide(dictionary_.padded()), out(which.size());
         for (int64_t f = first; f < last; ++f) {
-          products(f, which, weights.data(), wide.data(), out.data());
+          products(f, f + 1 < last ? f + 1 : f, which, weights.data(), wide.data(), out.data());
           for (size_t i = 0; i < which.size(); ++i) {
             z[i * p_.features + f] = static_cast<float>(out[i]);
           }
@@ -370,7 +369,7 @@ class Encoder {
       });
       for (size_t i = 0; i < which.size(); ++i) {
         for (int64_t f = 0; f < p_.features; ++f) {
-          const Candidate c = {z[i * p_.features + f], static_cast<int32_t>(f)};
+          const Candidate c = {z[i * p_.features + f], static_cast<int32_t>(f), 0.0f};
           if (order_of(c.z) > 0) lists[which[i]].push_back(c);
         }
       }
@@ -384,9 +383,9 @@ class Encoder {
       for (int64_t i = begin; i < end; ++i) {
         List& list = lists[i];
         if (p_.mode == TopkMode::kRows) {
-          const auto k = std::min<int64_t>(p_.k, list.size());
-          std::partial_sort(list.begin(), list.begin() + k, list.end(), better);
-          list.resize(k);
+          // The lists are hardly longer than k: a partial sort, by a heap, takes twice as long.
+          std::sort(list.begin(), list.end(), better);
+          if (static_cast<int64_t>(list.size()) > p_.k) list.resize(p_.k);
           while (!list.empty() && order_of(list.back().z) == 0) list.pop_back();
           continue;
         }

@@ -71,10 +71,6 @@ class RowSet {
 
   float length(int64_t i) const { return length_[i]; }  // |x|
 
-  float error(int64_t i, int32_t feature) const {
-    return d_.error(feature, step_[i], reach_[i], apart_length_[i]);
-  }
-
   // Screens panels [begin, end). With k > 0 the cut of a row rises to the k-th largest of
   // z - share * error seen so far: a proven bound for share = 1, a guess below; a row whose list
   // outgrows `most` is dropped.
@@ -90,7 +86,7 @@ class RowSet {
     size_t kept = 0;
     for (const Candidate& c : list) {
       list[kept] = c;
-      kept += !(c.z + error(i, c.feature) < cut[i]);
+      kept += !(c.z + c.error < cut[i]);
     }
     list.resize(kept);
   }
@@ -98,7 +94,7 @@ class RowSet {
   // Appends the orders of z - share * error of the candidates of row i.
   void lower_bounds(int64_t i, float share, std::vector<uint32_t>& orders) const {
     for (const Candidate& c : lists[i]) {
-      const float bound = c.z - share * error(i, c.feature);
+      const float bound = c.z - share * c.error;
       orders.push_back(bound == bound ? order_of(bound) : 0);
     }
   }
@@ -162,9 +158,9 @@ class RowSet {
                     const Raising& raising) {
     const int64_t k = raising.k;
     const int64_t slots = (last - first) * d_.panel_features() + kFoundSlack;
-    const std::unique_ptr<float[]> z(new float[slots]);
+    const std::unique_ptr<float[]> z(new float[slots]), errors(new float[last - first]);
     const std::unique_ptr<int32_t[]> features(new int32_t[slots]), places(new int32_t[slots]);
-    const Found found = {z.get(), features.get(), places.get()};
+    const Found found = {z.get(), features.get(), places.get(), errors.get()};
     std::vector<int64_t> look(last - first, std::max(kLeastLook, 4 * k));
     std::vector<uint32_t> orders;
     const ScreenRows rows = {codes(first),
@@ -185,7 +181,7 @@ class RowSet {
         const int64_t i = first + place;
         if (dropped[i]) continue;
         auto& list = lists[i];
-        list.push_back({found.z[e], found.feature[e]});
+        list.push_back({found.z[e], found.feature[e], found.error[place]});
         if (k == 0 || static_cast<int64_t>(list.size()) < look[place]) continue;
         raise(i, raising, orders);
         look[place] = std::max<int64_t>(2 * list.size(), look[place]);

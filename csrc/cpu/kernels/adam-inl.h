@@ -99,10 +99,10 @@ RowNorms adam_row(const AdamRow<M>& row, const AdamStep& step) {
   return norms;
 }
 
-// weight /= norm
-inline void divide_row(float* weight, int64_t width, float norm) {
+// weight *= scale
+inline void scale_row(float* weight, int64_t width, float scale) {
   for_vectors(0, width, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
-    store_upto(weight + c, load_upto(weight + c, n) / norm, n);
+    store_upto(weight + c, scale * load_upto(weight + c, n), n);
   });
 }
 

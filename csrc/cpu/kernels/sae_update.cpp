@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Loop bodies of sae_update_, compiled once per instruction set. A feature gathers the rows of x
-// and of the error from its list into two rows that stay in the first-level cache, then Adam
-// streams over its weights and moments: those come from memory and set the pace.
+// Loop bodies of sae_update_, compiled once per instruction set. A feature gathers the rows of x,
+// or of the error, from its list into a row that stays in the first-level cache, then Adam streams
+// over its weights and moments: those come from memory and set the pace.
 #include "cpu/kernels/sae_update.h"
 
 #include <cstdint>
@@ -25,31 +25,48 @@ int error_level(const SaeGradientParams& p, int64_t feature) {
   return level;
 }
 
-struct Gradient {
-  float bias;
-  int64_t count;  // entries of all groups
-};
-
-// Sums the rows of a feature's list into scratch.enc and scratch.dec.
-template <class T>
-Gradient gather(const SaeGradientParams& p, const FeatureLists& lists, int64_t feature,
-                FeatureScratch& scratch) {
-  Gradient g = {0.0f, 0};
-  const int level = error_level(p, feature);
+int64_t entries_of(const SaeGradientParams& p, const FeatureLists& lists, int64_t feature) {
+  int64_t count = 0;
   for (int32_t i = 0; i < p.group_count; ++i) {
-    const CodeGroup& group = p.groups[i];
-    const CscEntry* entries = lists.entries[i] + lists.start[i][feature];
-    const int64_t count = lists.start[i][feature + 1] - lists.start[i][feature];
-    if (i > 0 && count == 0) continue;
-    add_entries<float, false>(scratch.dec, p.d_out, entries, count,
-                              group.error + level * group.error_level, group.error_row, nullptr,
-                              i == 0);
-    add_entries<T, true>(scratch.enc, p.d_in, entries, count, static_cast<const T*>(p.x), p.x_row,
-                         p.b_pre, i == 0);
-    for (int64_t j = 0; j < count; ++j) g.bias += entries[j].dvalue;
-    g.count += count;
+    count += lists.start[i][feature + 1] - lists.start[i][feature];
   }
-  return g;
+  return count;
+}
+
+// add(entries, count, group, first) for the groups of a feature's list that have entries, and for
+// the first one, which starts the sums, in any case.
+template <class Add>
+void for_groups(const SaeGradientParams& p, const FeatureLists& lists, int64_t feature, Add add) {
+  for (int32_t i = 0; i < p.group_count; ++i) {
+    const int64_t begin = lists.start[i][feature], count = lists.start[i][feature + 1] - begin;
+    if (i == 0 || count > 0) add(lists.entries[i] + begin, count, p.groups[i], i == 0);
+  }
+}
+
+// Sums a feature's list into the gradient of its encoder row; returns that of its bias.
+template <class T>
+float gather_enc(const SaeGradientParams& p, const FeatureLists& lists, int64_t feature,
+                 float* sum) {
+  float bias = 0.0f;
+  for_groups(p, lists, feature,
+             [&](const CscEntry* entries, int64_t count, const CodeGroup&, bool first) {
+               add_entries<T, true>(sum, p.d_in, entries, count, static_cast<const T*>(p.x),
+                                    p.x_row, p.b_pre, first);
+               for (int64_t j = 0; j < count; ++j) bias += entries[j].dvalue;
+             });
+  return bias;
+}
+
+// The same into the gradient of its decoder row.
+void gather_dec(const SaeGradientParams& p, const FeatureLists& lists, int64_t feature,
+                float* sum) {
+  const int level = error_level(p, feature);
+  for_groups(p, lists, feature,
+             [&](const CscEntry* entries, int64_t count, const CodeGroup& group, bool first) {
+               add_entries<float, false>(sum, p.d_out, entries, count,
+                                         group.error + level * group.error_level, group.error_row,
+                                         nullptr, first);
+             });
 }
 
 // <gradient, w> / <w, w>, 0 for w = 0.
@@ -84,74 +101,100 @@ void update_bias(const SaeState& s, const AdamStep& a, int64_t f, float gradient
   s.b_enc[f] -= a.size * (mean / (__builtin_sqrtf(square) * a.correction + a.eps));
 }
 
-template <class T, class M>
-void update_feature(const SaeUpdateParams& p, const FeatureLists& lists, const AdamStep& a,
-                    int64_t f, FeatureScratch& scratch) {
-  const SaeGradientParams& q = p.gradient;
-  const SaeState& s = p.state;
-  const Gradient g = gather<T>(q, lists, f, scratch);
-  if (p.row_step != nullptr && g.count == 0) return;  // asleep
+// What Adam lost of a feature while it slept, with this step.
+struct Woken {
+  float wake1, wake2, decay;
+};
 
+Woken woken(const SaeUpdateParams& p, const AdamStep& a, int64_t f) {
   int64_t slept = p.row_step != nullptr ? a.step - p.row_step[f] - 1 : 0;
   slept = slept < 0 ? 0 : slept;
-  const float wake1 = static_cast<float>(power(a.beta1, slept));
-  const float wake2 = static_cast<float>(power(a.beta2, slept + 1));
-  const float decay = static_cast<float>(power(1.0 - a.lr * a.weight_decay, slept + 1));
-  if (p.row_step != nullptr) p.row_step[f] = a.step;
+  return {static_cast<float>(power(a.beta1, slept)), static_cast<float>(power(a.beta2, slept + 1)),
+          static_cast<float>(power(1.0 - a.lr * a.weight_decay, slept + 1))};
+}
 
-  const int64_t id = q.first_feature + f;
-  const uint32_t key = 2 * static_cast<uint32_t>(id);
+bool asleep(const SaeUpdateParams& p, const FeatureLists& lists, int64_t f) {
+  return p.row_step != nullptr && entries_of(p.gradient, lists, f) == 0;
+}
+
+// The encoder row and the bias.
+template <class T, class M>
+void update_enc(const SaeUpdateParams& p, const FeatureLists& lists, const AdamStep& a, int64_t f,
+                FeatureScratch& scratch) {
+  const SaeGradientParams& q = p.gradient;
+  const SaeState& s = p.state;
+  const float bias = gather_enc<T>(q, lists, f, scratch.row);
+  const Woken woke = woken(p, a, f);
   float* w_enc = s.w_enc + f * q.d_in;
-  const AdamRow<M> enc = {w_enc,
+  const AdamRow<M> row = {w_enc,
                           static_cast<M*>(s.enc_mean) + f * q.d_in,
                           static_cast<M*>(s.enc_square) + f * q.d_in,
-                          scratch.enc,
+                          scratch.row,
                           q.d_in,
                           0.0f,
-                          wake1,
-                          wake2,
-                          decay,
-                          mix(a.noise ^ key),
-                          -g.bias,
+                          woke.wake1,
+                          woke.wake2,
+                          woke.decay,
+                          mix(a.noise ^ (2 * static_cast<uint32_t>(q.first_feature + f))),
+                          -bias,
                           scratch.b_pre};
-  const bool shift = scratch.b_pre != nullptr && g.bias != 0.0f;
-  const RowNorms of_enc = shift ? adam_row<M, true>(enc, a) : adam_row<M, false>(enc, a);
+  const bool shift = scratch.b_pre != nullptr && bias != 0.0f;
+  const RowNorms norms = shift ? adam_row<M, true>(row, a) : adam_row<M, false>(row, a);
   write_copy(p.enc_copy, p.enc_copy_dtype, f, w_enc, q.d_in);
-
-  float* w_dec = s.w_dec + f * q.d_out;
-  const bool project = q.project && g.count > 0;
-  const AdamRow<M> dec = {w_dec,
-                          static_cast<M*>(s.dec_mean) + f * q.d_out,
-                          static_cast<M*>(s.dec_square) + f * q.d_out,
-                          scratch.dec,
-                          q.d_out,
-                          project ? projection(scratch.dec, w_dec, q.d_out) : 0.0f,
-                          wake1,
-                          wake2,
-                          decay,
-                          mix(a.noise ^ (key + 1)),
-                          0.0f,
-                          nullptr};
-  const RowNorms of_dec = adam_row<M, false>(dec, a);
-  if (p.unit_norm) {
-    const float norm = __builtin_sqrtf(sum_lanes(of_dec.weight));
-    if (norm != 0.0f) divide_row(w_dec, q.d_out, norm);
-  }
-  write_copy(p.dec_copy, p.dec_copy_dtype, f, w_dec, q.d_out);
-
-  scratch.square += sum_lanes(of_enc.grad);
-  scratch.square += sum_lanes(of_dec.grad);
+  scratch.square += sum_lanes(norms.grad);
   if (s.b_enc != nullptr) {
-    update_bias(s, a, f, g.bias, wake1, wake2);
-    scratch.square += static_cast<double>(g.bias) * g.bias;
+    update_bias(s, a, f, bias, woke.wake1, woke.wake2);
+    scratch.square += static_cast<double>(bias) * bias;
   }
 }
 
+// The decoder row.
+template <class M>
+void update_dec(const SaeUpdateParams& p, const FeatureLists& lists, const AdamStep& a, int64_t f,
+                FeatureScratch& scratch) {
+  const SaeGradientParams& q = p.gradient;
+  const SaeState& s = p.state;
+  gather_dec(q, lists, f, scratch.row);
+  const Woken woke = woken(p, a, f);
+  float* w_dec = s.w_dec + f * q.d_out;
+  const bool project = q.project && entries_of(q, lists, f) > 0;
+  const AdamRow<M> row = {w_dec,
+                          static_cast<M*>(s.dec_mean) + f * q.d_out,
+                          static_cast<M*>(s.dec_square) + f * q.d_out,
+                          scratch.row,
+                          q.d_out,
+                          project ? projection(scratch.row, w_dec, q.d_out) : 0.0f,
+                          woke.wake1,
+                          woke.wake2,
+                          woke.decay,
+                          mix(a.noise ^ (2 * static_cast<uint32_t>(q.first_feature + f) + 1)),
+                          0.0f,
+                          nullptr};
+  const RowNorms norms = adam_row<M, false>(row, a);
+  if (p.unit_norm) {
+    const float norm = __builtin_sqrtf(sum_lanes(norms.weight));
+    if (norm != 0.0f) scale_row(w_dec, q.d_out, 1.0f / norm);
+  }
+  write_copy(p.dec_copy, p.dec_copy_dtype, f, w_dec, q.d_out);
+  scratch.square += sum_lanes(norms.grad);
+}
+
 template <class T, class M>
-void update_range(const SaeUpdateParams& p, const FeatureLists& lists, const AdamStep& a,
-                  int64_t begin, int64_t end, FeatureScratch& scratch) {
+void update_enc_range(const SaeUpdateParams& p, const FeatureLists& lists, const AdamStep& a,
+                      int64_t begin, int64_t end, FeatureScratch& scratch) {
   for (int64_t f = begin; f < end; ++f) {
-    update_feature<T, M>(p, lists, a, f, scratch);
+    if (!asleep(p, lists, f)) update_enc<T, M>(p, lists, a, f, scratch);
+  }
+}
+
+template <class M>
+void update_dec_range(const SaeUpdateParams& p, const FeatureLists& lists, const AdamStep& a,
+                      int64_t begin, int64_t end, FeatureScratch& scratch) {
+  for (int64_t f = begin; f < end; ++f) {
+    if (!asleep(p, lists, f)) {
+      update_dec<M>(p, lists, a, f, scratch);
+      if (p.row_step != nullptr) p.row_step[f] = a.step;
+    }
     const int64_t fired = lists.start[0][f + 1] - lists.start[0][f];
     if (p.last_fired != nullptr && fired > 0) p.last_fired[f] = a.step;
     if (p.fire_count != nullptr) p.fire_count[f] += fired;
@@ -159,12 +202,12 @@ void update_range(const SaeUpdateParams& p, const FeatureLists& lists, const Ada
 }
 
 template <class T>
-void update_typed(const SaeUpdateParams& p, const FeatureLists& lists, const AdamStep& a,
-                  int64_t begin, int64_t end, FeatureScratch& scratch) {
+void update_enc_typed(const SaeUpdateParams& p, const FeatureLists& lists, const AdamStep& a,
+                      int64_t begin, int64_t end, FeatureScratch& scratch) {
   if (p.state.moments == Dtype::kBFloat16) {
-    return update_range<T, BFloat>(p, lists, a, begin, end, scratch);
+    return update_enc_range<T, BFloat>(p, lists, a, begin, end, scratch);
   }
-  update_range<T, float>(p, lists, a, begin, end, scratch);
+  update_enc_range<T, float>(p, lists, a, begin, end, scratch);
 }
 
 float row_square(const float* gradient, const float* w, float along, int64_t width) {
@@ -180,28 +223,37 @@ template <class T>
 void square_typed(const SaeGradientParams& p, const float* w_dec, const FeatureLists& lists,
                   int64_t begin, int64_t end, FeatureScratch& scratch) {
   for (int64_t f = begin; f < end; ++f) {
-    const Gradient g = gather<T>(p, lists, f, scratch);
-    if (g.count == 0) continue;
+    if (entries_of(p, lists, f) == 0) continue;
+    const float bias = gather_enc<T>(p, lists, f, scratch.row);
+    scratch.square += row_square(scratch.row, scratch.row, 0.0f, p.d_in);
+    gather_dec(p, lists, f, scratch.row);
     const float* w = w_dec + f * p.d_out;
-    const float along = p.project ? projection(scratch.dec, w, p.d_out) : 0.0f;
-    scratch.square += row_square(scratch.enc, scratch.enc, 0.0f, p.d_in);
-    scratch.square += row_square(scratch.dec, w, along, p.d_out);
-    if (p.bias) scratch.square += static_cast<double>(g.bias) * g.bias;
+    const float along = p.project ? projection(scratch.row, w, p.d_out) : 0.0f;
+    scratch.square += row_square(scratch.row, w, along, p.d_out);
+    if (p.bias) scratch.square += static_cast<double>(bias) * bias;
   }
 }
 
 }  // namespace
 
-void update_features(const SaeUpdateParams& p, const FeatureLists& lists, const AdamStep& adam,
+void update_encoders(const SaeUpdateParams& p, const FeatureLists& lists, const AdamStep& adam,
                      int64_t begin, int64_t end, FeatureScratch& scratch) {
   switch (p.gradient.x_dtype) {
     case Dtype::kFloat32:
-      return update_typed<float>(p, lists, adam, begin, end, scratch);
+      return update_enc_typed<float>(p, lists, adam, begin, end, scratch);
     case Dtype::kFloat16:
-      return update_typed<Half>(p, lists, adam, begin, end, scratch);
+      return update_enc_typed<Half>(p, lists, adam, begin, end, scratch);
     case Dtype::kBFloat16:
-      return update_typed<BFloat>(p, lists, adam, begin, end, scratch);
+      return update_enc_typed<BFloat>(p, lists, adam, begin, end, scratch);
   }
+}
+
+void update_decoders(const SaeUpdateParams& p, const FeatureLists& lists, const AdamStep& adam,
+                     int64_t begin, int64_t end, FeatureScratch& scratch) {
+  if (p.state.moments == Dtype::kBFloat16) {
+    return update_dec_range<BFloat>(p, lists, adam, begin, end, scratch);
+  }
+  update_dec_range<float>(p, lists, adam, begin, end, scratch);
 }
 
 void square_features(const SaeGradientParams& p, const float* w_dec, const FeatureLists& lists,

@@ -27,8 +27,7 @@ struct AdamStep {
 
 // What a range of features writes to beside their rows.
 struct FeatureScratch {
-  float* enc;     // [d_in]
-  float* dec;     // [d_out]
+  float* row;     // [max(d_in, d_out)]
   float* b_pre;   // [d_in], accumulated into; nullptr = not wanted
   double square;  // accumulated into
 };
@@ -43,8 +42,11 @@ static inline uint32_t mix(uint32_t x) {
 
 #define SIDECHAIN_DECLARE(ID, NAME)                                                               \
   namespace NAME {                                                                                \
-  /* Updates features [begin, end). */                                                            \
-  void update_features(const SaeUpdateParams& p, const FeatureLists& lists, const AdamStep& adam, \
+  /* Updates encoder rows and biases of features [begin, end). */                                 \
+  void update_encoders(const SaeUpdateParams& p, const FeatureLists& lists, const AdamStep& adam, \
+                       int64_t begin, int64_t end, FeatureScratch& scratch);                      \
+  /* Then their decoder rows, and counts what fired. */                                           \
+  void update_decoders(const SaeUpdateParams& p, const FeatureLists& lists, const AdamStep& adam, \
                        int64_t begin, int64_t end, FeatureScratch& scratch);                      \
   /* Adds the squares of their gradients to scratch.square and writes nothing else. */            \
   void square_features(const SaeGradientParams& p, const float* w_dec, const FeatureLists& lists, \

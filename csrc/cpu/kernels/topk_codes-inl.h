@@ -24,6 +24,12 @@ inline Wide larger(Wide a, Wide b) {
 inline Wide smaller(Wide a, Wide b) {
   return bits_as<Wide>(_mm512_maskz_min_ps(0xffff, bits_as<__m512>(a), bits_as<__m512>(b)));
 }
+inline WideInt larger(WideInt a, WideInt b) {
+  return bits_as<WideInt>(_mm512_maskz_max_epi32(0xffff, bits_as<__m512i>(a), bits_as<__m512i>(b)));
+}
+inline WideInt smaller(WideInt a, WideInt b) {
+  return bits_as<WideInt>(_mm512_maskz_min_epi32(0xffff, bits_as<__m512i>(a), bits_as<__m512i>(b)));
+}
 #elif SIDECHAIN_ISA_LEVEL == 1
 inline Wide larger(Wide a, Wide b) {
   return bits_as<Wide>(_mm256_max_ps(bits_as<__m256>(a), bits_as<__m256>(b)));
@@ -31,9 +37,17 @@ inline Wide larger(Wide a, Wide b) {
 inline Wide smaller(Wide a, Wide b) {
   return bits_as<Wide>(_mm256_min_ps(bits_as<__m256>(a), bits_as<__m256>(b)));
 }
+inline WideInt larger(WideInt a, WideInt b) {
+  return bits_as<WideInt>(_mm256_max_epi32(bits_as<__m256i>(a), bits_as<__m256i>(b)));
+}
+inline WideInt smaller(WideInt a, WideInt b) {
+  return bits_as<WideInt>(_mm256_min_epi32(bits_as<__m256i>(a), bits_as<__m256i>(b)));
+}
 #else
 inline Wide larger(Wide a, Wide b) { return a > b ? a : b; }
 inline Wide smaller(Wide a, Wide b) { return a < b ? a : b; }
+inline WideInt larger(WideInt a, WideInt b) { return a > b ? a : b; }
+inline WideInt smaller(WideInt a, WideInt b) { return a < b ? a : b; }
 #endif
 
 inline float largest(Wide v) {
@@ -48,8 +62,8 @@ inline float total(Wide v) {
   return sum;
 }
 
-// The coins of one row or feature: uniform numbers between 0 and 1 from a counter (the finalizer of
-// MurmurHash3, two of 16 bits from each), or 1/2 for rounding to nearest.
+// The coins of one row or feature: numbers of 16 bits from a counter (the finalizer of MurmurHash3,
+// two from each), or one half for rounding to nearest.
 struct Coins {
   uint32_t seed, twist;
   bool stochastic;
@@ -61,9 +75,9 @@ struct Coins {
     twist = static_cast<uint32_t>(s >> 32);
   }
   // Those of pair number `pair` of vectors.
-  void toss(int64_t pair, Wide (&coins)[2]) const {
+  void toss(int64_t pair, WideInt (&coins)[2]) const {
     if (!stochastic) {
-      coins[0] = coins[1] = Wide{} + 0.5f;
+      coins[0] = coins[1] = WideInt{} + 0x8000;
       return;
     }
     WideUint h;
@@ -72,11 +86,8 @@ struct Coins {
     h = (h ^ (h >> 16)) * 0x85ebca6bu + twist;
     h = (h ^ (h >> 13)) * 0xc2b2ae35u;
     h ^= h >> 16;
-    coins[0] = uniform(h & 0xffffu);
-    coins[1] = uniform(h >> 16);
-  }
-  static Wide uniform(WideUint bits) {
-    return (__builtin_convertvector(bits_as<WideInt>(bits), Wide) + 0.5f) * 0x1p-16f;
+    coins[0] = bits_as<WideInt>(h & 0xffffu);
+    coins[1] = bits_as<WideInt>(h >> 16);
   }
 };
 
@@ -100,23 +111,36 @@ inline void store_bytes(WideInt v, int64_t stride, uint8_t* to) {
   for (int i = 0; i < kWide / 4; ++i) __builtin_memcpy(to + i * stride, &fours[i], 4);
 }
 
-// Writes (v / step + zero) rounded by the coins, within [0, most], less `shift` as signed bytes;
-// returns their sum.
-inline int32_t write_codes(const float* v, int64_t n, int64_t salt, float step, float zero,
-                           float most, int shift, int64_t stride, uint8_t* codes) {
+// Numbers from 0 to 2^24 as whole ones.
+#if SIDECHAIN_ISA_LEVEL == 2
+inline WideInt nearest(Wide v) {
+  return bits_as<WideInt>(_mm512_maskz_cvtps_epi32(0xffff, bits_as<__m512>(v)));
+}
+#elif SIDECHAIN_ISA_LEVEL == 1
+inline WideInt nearest(Wide v) { return bits_as<WideInt>(_mm256_cvtps_epi32(bits_as<__m256>(v))); }
+#else
+inline WideInt nearest(Wide v) { return __builtin_convertvector(v + 0.5f, WideInt); }
+#endif
+
+// Writes v / step + zero rounded by the coins, within [0, most], less `shift` as signed bytes;
+// returns their sum. Counts in 65536ths, whose rounding is within what `confidence` has for it: a
+// coin of 16 bits is then one addition.
+inline int32_t write_codes(const float* v, int64_t n, int64_t salt, float step, int zero, int most,
+                           int shift, int64_t stride, uint8_t* codes) {
   const Coins coins(salt);
-  const float inverse = 1.0f / step;
+  const float scale = 65536.0f / step, start = 65536.0f * static_cast<float>(zero);
   WideInt sums = {};
   for (int64_t i = 0; i < n; i += 2 * kWide) {
-    Wide coin[2];
+    WideInt coin[2];
     coins.toss(i / (2 * kWide), coin);
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
       const int64_t at = i + half * kWide;
       if (at == n) break;
-      Wide y = load_wide(v + at) * inverse + (coin[half] + zero);
-      y = smaller(larger(y, Wide{}), Wide{} + most);
-      const WideInt code = __builtin_convertvector(y, WideInt) - shift;
+      // Packing waits for memory otherwise: 7.4 -> 3.8 ms for 12288 features of 768 on Zen 4.
+      __builtin_prefetch(v + at + n, 0, 2);
+      WideInt code = (nearest(load_wide(v + at) * scale + start) + coin[half]) >> 16;
+      code = smaller(larger(code, WideInt{}), WideInt{} + most) - shift;
       sums += code;
       store_bytes(code, stride, codes + at / 4 * stride);
     }

@@ -57,8 +57,11 @@ void exact_rows(const double* w, const float* x, int64_t x_row, const int32_t* w
 // Writes the pairs of a panel whose screened value, in units of the row's step, is not below the
 // limit of the row.
 template <bool kAparts>
-int64_t collect(const ScreenRows& rows, const FeaturePanel& panel, const I32* sums,
-                const float* limit, const Found& found) {
+int64_t collect(const ScreenRows& screened, const FeaturePanel& panel, const I32* sums,
+                const float* limit, const Found& out) {
+  // Copies, which the stores below cannot change: their pointers stay in registers.
+  const ScreenRows rows = screened;
+  const Found found = out;
   F32 step[kVectors], bias[kVectors];
   for (int v = 0; v < kVectors; ++v) {
     step[v] = load(panel.step + v * kLanes);
@@ -200,7 +203,7 @@ Quantised quantise_feature(const float* v, int64_t n, int64_t salt, int8_t* code
   const float by_sums = least_feature_step(v, n);
   step = step > by_sums ? step : by_sums;
   step = step > kLeastStep ? step : kLeastStep;
-  const int32_t sum = write_codes(v, n, salt, step, 128.0f, 255.0f, 128, 4 * kPanel, bytes);
+  const int32_t sum = write_codes(v, n, salt, step, 128, 255, 128, 4 * kPanel, bytes);
   return {step, size.norm2, -kZero * sum};
 }
 
@@ -211,6 +214,7 @@ int64_t screen(const ScreenRows& rows, const FeaturePanel& panel, const Found& f
         rows.confidence * __builtin_sqrtf(panel.norm2 + panel.step2 * rows.reach[i]);
     const float slack = panel.slack + 2.0f * kRounding * rows.apart_length[i] * panel.apart_length;
     limit[i] = (rows.cut[i] - slack) * rows.inverse[i] - error;
+    found.error[i] = error * rows.step[i] + slack;
   }
   I32 sums[kMostRows * kVectors];
   for (int64_t i = 0; i < rows.panels * kRowPanel * kVectors; ++i) {
@@ -234,8 +238,11 @@ int64_t screen(const ScreenRows& rows, const FeaturePanel& panel, const Found& f
 }
 
 void exact(const float* w, const float* x, int64_t x_row, const int32_t* which, int64_t count,
-           int64_t n, double* wide, double* out) {
-  for (int64_t c = 0; c < n; ++c) wide[c] = w[c];
+           int64_t n, const void* next, double* wide, double* out) {
+  for (int64_t c = 0; c < n; c += kGroup) {
+    __builtin_prefetch(static_cast<const float*>(next) + c, 0, 2);
+    for (int64_t i = c; i < c + kGroup; ++i) wide[i] = w[i];
+  }
   int64_t i = 0;
   for (; i + 4 <= count; i += 4) exact_rows<4>(wide, x, x_row, which + i, n, out + i);
   switch (count - i) {

@@ -26,12 +26,14 @@ constexpr int64_t kMostApart = 16;
 struct Candidate {
   float z;
   int32_t feature;
+  float error;  // how far the exact value may lie from a screened z
 };
 // What the screen lets pass, in the order of its loops; arrays of `rows * panel + kFoundSlack`.
 struct Found {
   float* z;
   int32_t* feature;
   int32_t* row;
+  float* error;  // [rows]: how far any exact value of a row may lie from its screened one
 };
 constexpr int64_t kFoundSlack = 16;  // whole vectors are written
 
@@ -87,9 +89,10 @@ struct ScreenRows {
   /* Writes the pairs whose z may reach the cut of the row, in the worst case all of them, and   \
      returns their number. */                                                                    \
   int64_t screen(const ScreenRows& rows, const FeaturePanel& panel, const Found& found);         \
-  /* out[i] = <w, x + which[i] * x_row> summed in float64; `wide` holds n doubles. */            \
+  /* out[i] = <w, x + which[i] * x_row> summed in float64; `wide` holds n doubles; the n * 4     \
+     bytes at `next` are fetched on the way. */                                                  \
   void exact(const float* w, const float* x, int64_t x_row, const int32_t* which, int64_t count, \
-             int64_t n, double* wide, double* out);                                              \
+             int64_t n, const void* next, double* wide, double* out);                            \
   /* out = sum_i scale[i] * row which[i], each prepared as by load_row. */                       \
   void sum_rows(const Rows& rows, const int32_t* which, const float* scale, int64_t count,       \
                 int64_t n, const float* minus, bool bf16, float* out);                           \
