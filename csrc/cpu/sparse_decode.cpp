@@ -22,7 +22,8 @@ constexpr int64_t kRowBytes = 200 << 10;
 constexpr int64_t kColumns = 64;  // slices are multiples of this: four cache lines of floats
 
 struct Kernels {
-  void (*columns)(const DecodeParams&, int64_t, int64_t, int64_t, const RowEntry*, int64_t);
+  void (*columns)(const DecodeParams&, int64_t, int64_t, int64_t, const RowEntry*, int64_t,
+                  const RowEntry*, int64_t);
   void (*prefetch)(const DecodeParams&, int64_t, int64_t, const RowEntry*, int64_t);
   void (*dvalues)(const DecodeBackwardParams&, int64_t, int64_t, int64_t, const RowEntry*, int64_t);
   void (*row_gradient)(const DecodeBackwardParams&, int64_t, const CscEntry*, int64_t, float*);
@@ -90,9 +91,9 @@ struct Decode {
       int64_t coming = 0;
       if (n + 1 < last) {
         coming = row_entries(p.codes, n + 1, p.features, p.w_dec.row, next);
-        kernel.prefetch(p, begin, end, next, coming);
+        if (coming > count) kernel.prefetch(p, begin, end, next + count, coming - count);
       }
-      kernel.columns(p, n, begin, end, now, count);
+      kernel.columns(p, n, begin, end, now, count, next, coming);
       std::swap(now, next);
       count = coming;
     }

@@ -34,11 +34,20 @@ F32 load_any(const Matrix& m, int64_t row, int64_t column, int64_t n) {
   return load_upto(at<float>(m, row, column), n);
 }
 
+// Of entry j of the token: where the decoder row of entry j of the next token lies.
+struct Coming {
+  const RowEntry* entries;
+  int64_t count;  // not 0
+
+  int64_t offset(int64_t j) const { return entries[j < count ? j : count - 1].offset; }
+};
+
 struct Tile {
   const DecodeParams& p;
   int64_t n;
   const RowEntry* entries;
   int64_t count;
+  Coming coming;
 
   // kVectors vectors from column c on, the last of `left` elements. Returns the squares.
   template <class T, int kVectors>
@@ -50,7 +59,10 @@ struct Tile {
     const T* table = static_cast<const T*>(p.w_dec.data) + c;
     for (int64_t j = 0; j < count; ++j) {
       const T* w = table + entries[j].offset;
+      const T* ahead = table + coming.offset(j);
       const F32 value = splat(entries[j].value);
+      constexpr int kLine = 64 / sizeof(T);
+      for (int i = 0; i < kVectors * kLanes; i += kLine) __builtin_prefetch(ahead + i, 0, 2);
       for (int i = 0; i < kVectors; ++i) sum[i] += value * load_upto(w + i * kLanes, left);
     }
     F32 squares = {};
@@ -67,9 +79,9 @@ struct Tile {
 
 template <class T>
 void decode_typed(const DecodeParams& p, int64_t n, int64_t begin, int64_t end,
-                  const RowEntry* entries, int64_t count) {
+                  const RowEntry* entries, int64_t count, Coming coming) {
   constexpr int kVectors = 8;  // sums that fit the registers beside a value and a decoder row
-  const Tile tile = {p, n, entries, count};
+  const Tile tile = {p, n, entries, count, coming};
   F32 squares = {};
   int64_t c = begin;
   for (; c + kVectors * kLanes <= end; c += kVectors * kLanes) {
@@ -98,14 +110,16 @@ void row_gradient_typed(const DecodeBackwardParams& p, int64_t feature, const Cs
 }  // namespace
 
 void decode_columns(const DecodeParams& p, int64_t n, int64_t begin, int64_t end,
-                    const RowEntry* entries, int64_t count) {
+                    const RowEntry* entries, int64_t count, const RowEntry* next,
+                    int64_t next_count) {
+  const Coming coming = next_count > 0 ? Coming{next, next_count} : Coming{entries, count};
   switch (p.w_dec.dtype) {
     case Dtype::kFloat32:
-      return decode_typed<float>(p, n, begin, end, entries, count);
+      return decode_typed<float>(p, n, begin, end, entries, count, coming);
     case Dtype::kFloat16:
-      return decode_typed<Half>(p, n, begin, end, entries, count);
+      return decode_typed<Half>(p, n, begin, end, entries, count, coming);
     case Dtype::kBFloat16:
-      return decode_typed<BFloat>(p, n, begin, end, entries, count);
+      return decode_typed<BFloat>(p, n, begin, end, entries, count, coming);
   }
 }
 

@@ -10,10 +10,12 @@ namespace sidechain::cpu {
 #define SIDECHAIN_DECLARE(ID, NAME)                                                              \
   namespace NAME {                                                                               \
   /* Columns [begin, end) of row n: writes out; with a target adds to loss[n] and to the dvalues \
-     of its entries. */                                                                          \
+     of its entries. The same columns of the decoder rows of the first `count` entries of the    \
+     next row are fetched on the way. */                                                         \
   void decode_columns(const DecodeParams& p, int64_t n, int64_t begin, int64_t end,              \
-                      const RowEntry* entries, int64_t count);                                   \
-  /* Brings the same columns of the decoder rows of the entries into the cache. */               \
+                      const RowEntry* entries, int64_t count, const RowEntry* next,              \
+                      int64_t next_count);                                                       \
+  /* Fetches the columns of the decoder rows of entries. */                                      \
   void prefetch_columns(const DecodeParams& p, int64_t begin, int64_t end,                       \
                         const RowEntry* entries, int64_t count);                                 \
   /* dvalues of row n: products of its gradient with the decoder rows, columns [begin, end). */  \
