@@ -53,6 +53,7 @@ class Job {
       lists_.start[i] = csc_[i].start.get();
     }
     cut(sleepers);
+    squares_.assign(pieces(), 0.0);
   }
 
   void update(const SaeUpdateParams& p, const AdamStep& adam, ParallelFor parallel_for) {
@@ -104,7 +105,6 @@ class Job {
   }
 
   void run(ParallelFor parallel_for) {
-    squares_.resize(pieces(), 0.0);
     const int64_t widths = std::max<int64_t>(1, p_.d_in + p_.d_out);
     const int64_t elements = std::max<int64_t>(1, p_.features / std::max<int64_t>(1, pieces()));
     // Below 32k elements a thread costs more than it saves (the grain of torch's own kernels).

@@ -106,6 +106,8 @@ class Dictionary {
   float confidence() const { return confidence_; }
   float bias(int32_t feature) const { return bias_[feature]; }
   float limit(int32_t feature) const { return limit_.empty() ? 0.0f : limit_[feature]; }
+  // At least the bound of a feature's error as a share of that of its panel.
+  float share(int32_t feature) const { return share_[feature]; }
 
   // A feature as the products see it, zero up to padded(): itself, or a copy in `to`.
   const float* row(int64_t feature, float* to) const {
@@ -128,6 +130,7 @@ class Dictionary {
     codes_.reset(allocate_codes(slots * padded_));
     step_.assign(slots, 0.0f);
     start_.assign(slots, 0);
+    share_.assign(slots, 0.0f);
     shifted_ = bias_;
     for (size_t f = 0; f < limit_.size(); ++f) shifted_[f] -= limit_[f];
     bounds_.resize(panels_);
@@ -171,8 +174,15 @@ class Dictionary {
     float norm2, step2, slack, apart_length;
   };
 
+  // 1 where the largest is not finite and so is this one; 0 of 0.
+  static float share_of(float one, float largest) {
+    if (!(largest > 0.0f)) return 0.0f;
+    return one < largest ? one / largest : 1.0f;
+  }
+
   void pack_panel(int64_t panel, float* copy) {
     auto* codes = reinterpret_cast<int8_t*>(codes_.get()) + panel * panel_ * padded_;
+    std::vector<Bounds> own(panel_);
     Bounds most = {};
     for (int64_t j = 0; j < panel_; ++j) {
       const int64_t f = panel * panel_ + j;
@@ -182,7 +192,7 @@ class Dictionary {
         std::copy(values, values + padded_, copy);
         values = copy;
         float weights[kMostApart];
-        most.apart_length = std::max(most.apart_length, set_apart(copy, weights));
+        own[j].apart_length = set_apart(copy, weights);
         float* to = apart_weights_.data() + panel * panel_ * aparts() + j;
         for (int64_t a = 0; a < aparts(); ++a) to[a * panel_] = weights[a];
       }
@@ -191,11 +201,22 @@ class Dictionary {
       const Quantised q = kernels_.quantise_feature(values, padded_, salt, codes + 4 * j);
       step_[f] = q.step;
       start_[f] = q.start;
-      most.norm2 = std::max(most.norm2, q.norm2);
-      most.step2 = std::max(most.step2, q.step * q.step);
-      most.slack = std::max(most.slack, kRounding * std::abs(shifted_[f]));
+      own[j].norm2 = q.norm2;
+      own[j].step2 = q.step * q.step;
+      own[j].slack = kRounding * std::abs(shifted_[f]);
+      most.norm2 = std::max(most.norm2, own[j].norm2);
+      most.step2 = std::max(most.step2, own[j].step2);
+      most.slack = std::max(most.slack, own[j].slack);
+      most.apart_length = std::max(most.apart_length, own[j].apart_length);
     }
     bounds_[panel] = most;
+    // No term of the bound grows by more than the largest of these.
+    for (int64_t j = 0; j < panel_; ++j) {
+      share_[panel * panel_ + j] = std::max({std::sqrt(share_of(own[j].norm2, most.norm2)),
+                                             std::sqrt(share_of(own[j].step2, most.step2)),
+                                             share_of(own[j].slack, most.slack),
+                                             share_of(own[j].apart_length, most.apart_length)});
+    }
   }
 
   const TopkEncodeParams& p_;
@@ -204,7 +225,7 @@ class Dictionary {
   int64_t padded_, panel_, panels_;
   float confidence_;
   std::vector<int32_t> apart_;
-  std::vector<float> bias_, limit_, shifted_, step_, apart_weights_;
+  std::vector<float> bias_, limit_, shifted_, step_, share_, apart_weights_;
   std::vector<int32_t> start_;
   std::vector<Bounds> bounds_;
   Codes codes_;

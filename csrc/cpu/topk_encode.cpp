@@ -2,8 +2,7 @@
 // topk_encode on the CPU. Rows are screened in 8 bits against all features; what may belong to the
 // result is valued exactly, grouped by feature so that each dictionary row is read once:
 //   1. the candidates of a row that the k-th largest screened value hardly rules out are valued;
-//   the
-//      k-th largest of their values bounds the k-th largest of all from below, and proves that
+//      the k-th largest of their values bounds the k-th largest of all from below, and proves that
 //      nothing cut off so far belongs to the result;
 //   2. the other candidates that may reach that bound are valued, and the k largest are the result.
 // What is cut off follows a guess at first; a row that step 1 then does not prove is screened again

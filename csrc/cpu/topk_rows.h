@@ -181,7 +181,8 @@ class RowSet {
         const int64_t i = first + place;
         if (dropped[i]) continue;
         auto& list = lists[i];
-        list.push_back({found.z[e], found.feature[e], found.error[place]});
+        const int32_t feature = found.feature[e];
+        list.push_back({found.z[e], feature, found.error[place] * d_.share(feature)});
         if (k == 0 || static_cast<int64_t>(list.size()) < look[place]) continue;
         raise(i, raising, orders);
         look[place] = std::max<int64_t>(2 * list.size(), look[place]);

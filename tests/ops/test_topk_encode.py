@@ -284,6 +284,16 @@ class TestEdges:
         assert_same_codes(topk_encode(**args, backend=backend), want)
 
     @every_kernel
+    def test_a_few_long_features_do_not_blind_the_screen(self, backend: str) -> None:
+        """Bounds of a group of features hold for each of them, however their lengths differ."""
+        args = TopkEncodeCase(64, 96, 2048, 8).make(torch.float32, device=DEVICE[backend])
+        args["w_enc"][::97] *= 300.0
+        topk_encode_fallbacks(reset=True)
+        got = topk_encode(**args, backend=backend)
+        assert topk_encode_fallbacks() == 0
+        assert_same_codes(got, plain(args, dense(args, "fp32")))
+
+    @every_kernel
     def test_rows_the_screen_cannot_decide_are_counted(self, backend: str) -> None:
         args = TopkEncodeCase(20, 20, 50, 4).make(torch.float32, device=DEVICE[backend])
         args["x"][3, 0] = 1e30

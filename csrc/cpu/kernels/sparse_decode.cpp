@@ -34,7 +34,7 @@ F32 load_any(const Matrix& m, int64_t row, int64_t column, int64_t n) {
   return load_upto(at<float>(m, row, column), n);
 }
 
-// Of entry j of the token: where the decoder row of entry j of the next token lies.
+// The entries of the next token; its decoder rows are fetched while those of this one are summed.
 struct Coming {
   const RowEntry* entries;
   int64_t count;  // not 0

@@ -10,8 +10,8 @@ namespace sidechain::cpu {
 #define SIDECHAIN_DECLARE(ID, NAME)                                                              \
   namespace NAME {                                                                               \
   /* Columns [begin, end) of row n: writes out; with a target adds to loss[n] and to the dvalues \
-     of its entries. The same columns of the decoder rows of the first `count` entries of the    \
-     next row are fetched on the way. */                                                         \
+     of its entries. The same columns of the first `count` of the decoder rows that row n + 1    \
+     names in `next` are fetched on the way. */                                                  \
   void decode_columns(const DecodeParams& p, int64_t n, int64_t begin, int64_t end,              \
                       const RowEntry* entries, int64_t count, const RowEntry* next,              \
                       int64_t next_count);                                                       \
