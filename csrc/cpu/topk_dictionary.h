@@ -24,6 +24,7 @@ struct TopkKernels {
   decltype(&baseline::quantise_feature) quantise_feature;
   decltype(&baseline::screen) screen;
   decltype(&baseline::exact) exact;
+  decltype(&baseline::kth_largest) kth_largest;
   decltype(&baseline::sum_rows) sum_rows;
 };
 
@@ -32,7 +33,7 @@ inline TopkKernels topk_kernels(Isa isa) {
 #define SIDECHAIN_CASE(ID, NAME)                                                             \
   case Isa::ID:                                                                              \
     return {NAME::feature_panel, NAME::load_row, NAME::quantise_row, NAME::quantise_feature, \
-            NAME::screen,        NAME::exact,    NAME::sum_rows};
+            NAME::screen,        NAME::exact,    NAME::kth_largest,  NAME::sum_rows};
     SIDECHAIN_FOR_EACH_ISA(SIDECHAIN_CASE)
 #undef SIDECHAIN_CASE
     default:

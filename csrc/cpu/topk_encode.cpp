@@ -24,7 +24,7 @@ constexpr int64_t kChunk = 2048;
 constexpr int64_t kDirectRows = 6;
 // Rows from which a few are screened first to tell where the others may start.
 constexpr int64_t kPilotFrom = 256;
-constexpr int64_t kPilotRows = 8;
+constexpr int64_t kPilotRows = 2 * kRowPanel;
 constexpr int64_t kBatchPilotRows = 64;
 constexpr float kPilotShare = 0.9f;
 // Shares of an error by which the k-th largest screened value is lowered: to be hardly ever above
@@ -36,12 +36,6 @@ constexpr int64_t kSampledRows = 128;
 // Rows valued in full at a time: the only dense values held.
 constexpr int64_t kFullRows = 16;
 constexpr int64_t kFeatureGrain = 32;
-
-// A lambda, not a function: algorithms inline it.
-constexpr auto better = [](const Candidate& a, const Candidate& b) {
-  const uint32_t left = order_of(a.z), right = order_of(b.z);
-  return left != right ? left > right : a.feature < b.feature;
-};
 
 using List = std::vector<Candidate>;
 
@@ -140,6 +134,7 @@ class Encoder {
       screen_rising(set, n * p_.k, guessed_share());
     } else {
       set.screen(0, dictionary_.panels(), p_.k, p_.features, guessed_share());
+      for (int64_t i = 0; i < n; ++i) set.raise(i, p_.k, kLikelyShare);
     }
     start_ = std::numeric_limits<float>::infinity();
     for (int64_t i = 0; i < n; ++i) {
@@ -183,7 +178,8 @@ class Encoder {
     const int64_t n = set.size();
     std::vector<int64_t> none(n, 0), first(n), all(n);
     parallel(parallel_for_, n, 16, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) first[i] = move_likely(set, i);
+      std::vector<uint32_t> orders;
+      for (int64_t i = begin; i < end; ++i) first[i] = move_likely(set, i, orders);
     });
     value(set, none, first);
     std::vector<uint8_t> failed(n, 0);
@@ -192,7 +188,7 @@ class Encoder {
       for (int64_t i = begin; i < end; ++i) {
         orders.clear();
         for (int64_t j = 0; j < first[i]; ++j) orders.push_back(order_of(set.lists[i][j].z));
-        const float bound = cut_at(kth_largest(orders, p_.k));
+        const float bound = cut_at(kth_largest(kernels_, orders, p_.k));
         failed[i] = bound < set.cut[i] && (guess || dictionary_.certified());
         all[i] = keep_reaching(set, i, first[i], bound);
       }
@@ -207,17 +203,36 @@ class Encoder {
   float guessed_share() const { return dictionary_.certified() ? kGuessedShare : 1.0f; }
 
   // Moves the candidates that the exact k-th value will most likely not rule out to the front and
-  // returns their number: valuing them together reads the dictionary once.
-  int64_t move_likely(RowSet& set, int64_t i) const {
+  // returns their number: valuing them together reads the dictionary once. Without a certificate
+  // these are the k largest, ties by lowest index.
+  int64_t move_likely(RowSet& set, int64_t i, std::vector<uint32_t>& orders) const {
     List& list = set.lists[i];
     if (static_cast<int64_t>(list.size()) <= p_.k) return static_cast<int64_t>(list.size());
-    const auto last = list.begin() + (p_.k - 1);
-    std::nth_element(list.begin(), last, list.end(), better);
-    if (!dictionary_.certified()) return p_.k;
-    const float bound = last->z - kLikelyShare * last->error;
-    const auto end = std::partition(last + 1, list.end(),
-                                    [&](const Candidate& c) { return !(c.z + c.error < bound); });
-    return end - list.begin();
+    orders.clear();
+    for (const Candidate& c : list) orders.push_back(order_of(c.z));
+    const uint32_t kth = kth_largest(kernels_, orders, p_.k);
+    if (!dictionary_.certified()) {
+      int64_t ties = p_.k;
+      for (const Candidate& c : list) ties -= order_of(c.z) > kth;
+      return move_front(list, [&](const Candidate& c) {
+        const uint32_t order = order_of(c.z);
+        return order == kth ? ties-- > 0 : order > kth;
+      });
+    }
+    const auto same = [&](const Candidate& c) { return order_of(c.z) == kth; };
+    const Candidate& last = *std::find_if(list.begin(), list.end(), same);
+    const float bound = last.z - kLikelyShare * last.error;
+    return move_front(list, [&](const Candidate& c) { return !(c.z + c.error < bound); });
+  }
+
+  // Moves the candidates that `chosen` holds for, asked in order, to the front.
+  template <class F>
+  static int64_t move_front(List& list, const F& chosen) {
+    int64_t front = 0;
+    for (Candidate& c : list) {
+      if (chosen(c)) std::swap(c, list[front++]);
+    }
+    return front;
   }
 
   // The same with one bound for all rows.
@@ -232,7 +247,7 @@ class Encoder {
     for (int64_t i = 0; i < n; ++i) {
       for (const Candidate& c : set.lists[i]) orders.push_back(order_of(c.z));
     }
-    const uint32_t guessed = kth_largest(orders, budget);
+    const uint32_t guessed = kth_largest(kernels_, orders, budget);
     std::vector<int64_t> none(n, 0), first(n), all(n);
     for (int64_t i = 0; i < n; ++i) {
       List& list = set.lists[i];
@@ -245,7 +260,7 @@ class Encoder {
     for (int64_t i = 0; i < n; ++i) {
       for (int64_t j = 0; j < first[i]; ++j) orders.push_back(order_of(set.lists[i][j].z));
     }
-    const float bound = cut_at(kth_largest(orders, budget));
+    const float bound = cut_at(kth_largest(kernels_, orders, budget));
     std::vector<uint8_t> failed(n, 0);
     for (int64_t i = 0; i < n; ++i) {
       failed[i] = bound < set.cut[i] && (guess || dictionary_.certified());
@@ -265,7 +280,7 @@ class Encoder {
       set.screen(begin, end, 0, p_.features, share);
       orders.clear();
       for (int64_t i = 0; i < n; ++i) set.lower_bounds(i, share, orders);
-      const float bound = cut_at(kth_largest(orders, budget));
+      const float bound = cut_at(kth_largest(kernels_, orders, budget));
       parallel(parallel_for_, n, 16, [&](int64_t first, int64_t last) {
         for (int64_t i = first; i < last; ++i) {
           set.cut[i] = std::max(set.cut[i], bound);
@@ -375,17 +390,31 @@ class Encoder {
     }
   }
 
+  // Leaves the k best positive candidates, best first, ties by lowest index. One number holds value
+  // and index: sorting these takes two thirds of the time of sorting candidates.
+  void sort_best(List& list, std::vector<uint64_t>& keys) const {
+    keys.clear();
+    for (const Candidate& c : list) {
+      const uint64_t order = order_of(c.z);
+      if (order > 0) keys.push_back(order << 32 | ~static_cast<uint32_t>(c.feature));
+    }
+    std::sort(keys.begin(), keys.end(), std::greater<>());
+    list.resize(std::min<size_t>(keys.size(), p_.k));
+    for (size_t j = 0; j < list.size(); ++j) {
+      const auto order = static_cast<uint32_t>(keys[j] >> 32);
+      list[j] = {value_of(order), static_cast<int32_t>(~static_cast<uint32_t>(keys[j])), 0.0f};
+    }
+  }
+
   // From exact candidates to the result.
   void keep_best() {
     if (p_.mode == TopkMode::kBatch) keep_best_of_batch();
     parallel(parallel_for_, rows_, 16, [&](int64_t begin, int64_t end) {
+      std::vector<uint64_t> keys;
       for (int64_t i = begin; i < end; ++i) {
         List& list = lists[i];
         if (p_.mode == TopkMode::kRows) {
-          // The lists are hardly longer than k: a partial sort, by a heap, takes twice as long.
-          std::sort(list.begin(), list.end(), better);
-          if (static_cast<int64_t>(list.size()) > p_.k) list.resize(p_.k);
-          while (!list.empty() && order_of(list.back().z) == 0) list.pop_back();
+          sort_best(list, keys);
           continue;
         }
         const auto idle = [&](const Candidate& c) {
@@ -405,7 +434,7 @@ class Encoder {
     for (const List& list : lists) {
       for (const Candidate& c : list) orders.push_back(order_of(c.z));
     }
-    const uint32_t bound = kth_largest(orders, budget);
+    const uint32_t bound = kth_largest(kernels_, orders, budget);
     if (bound == 0) return;
     int64_t ties = budget;
     for (uint32_t order : orders) ties -= order > bound;
@@ -478,58 +507,6 @@ int64_t topk_encode_ragged(const TopkEncodeParams& p, Isa isa, ParallelFor paral
     }
   }
   return fallbacks;
-}
-
-void topk_encode_backward(const TopkBackwardParams& p, Isa isa, ParallelFor parallel_for) {
-  const TopkKernels kernels = topk_kernels(isa);
-  const auto begin_of = [&](int64_t n) { return p.offsets ? p.offsets[n] : n * p.k; };
-  const auto active = [&](int64_t i) { return p.indices[i] >= 0 && p.indices[i] < p.features; };
-  if (p.dx != nullptr) {
-    parallel(parallel_for, p.rows, 4, [&](int64_t begin, int64_t end) {
-      std::vector<int32_t> which;
-      std::vector<float> scale;
-      for (int64_t n = begin; n < end; ++n) {
-        which.clear();
-        scale.clear();
-        for (int64_t i = begin_of(n); i < begin_of(n + 1); ++i) {
-          if (!active(i)) continue;
-          which.push_back(p.indices[i]);
-          scale.push_back(p.grad[i]);
-        }
-        kernels.sum_rows(p.w_enc, which.data(), scale.data(), which.size(), p.width, nullptr,
-                         p.bf16, p.dx + n * p.width);
-      }
-    });
-  }
-  // The codes by feature, rows ascending.
-  std::vector<int64_t> at(p.features + 1, 0);
-  const int64_t codes = begin_of(p.rows);
-  for (int64_t i = 0; i < codes; ++i) {
-    if (active(i)) ++at[p.indices[i] + 1];
-  }
-  std::partial_sum(at.begin(), at.end(), at.begin());
-  std::vector<int32_t> which(at.back());
-  std::vector<float> scale(at.back());
-  std::vector<int64_t> next(at.begin(), at.end() - 1);
-  for (int64_t n = 0; n < p.rows; ++n) {
-    for (int64_t i = begin_of(n); i < begin_of(n + 1); ++i) {
-      if (!active(i)) continue;
-      const int64_t to = next[p.indices[i]]++;
-      which[to] = static_cast<int32_t>(n);
-      scale[to] = p.grad[i];
-    }
-  }
-  const std::vector<float> minus = floats(p.b_pre, p.width, kernels);
-  parallel(parallel_for, p.features, 8, [&](int64_t begin, int64_t end) {
-    for (int64_t f = begin; f < end; ++f) {
-      double sum = 0.0;
-      for (int64_t e = at[f]; e < at[f + 1]; ++e) sum += scale[e];
-      p.db[f] = static_cast<float>(sum);
-      if (p.dw == nullptr) continue;
-      kernels.sum_rows(p.x, which.data() + at[f], scale.data() + at[f], at[f + 1] - at[f], p.width,
-                       minus.empty() ? nullptr : minus.data(), p.bf16, p.dw + f * p.width);
-    }
-  });
 }
 
 }  // namespace sidechain::cpu

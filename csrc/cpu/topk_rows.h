@@ -26,11 +26,11 @@ inline float cut_at(uint32_t order) {
   return z == z ? z - kRounding * z : std::numeric_limits<float>::infinity();
 }
 
-// The k-th largest of `orders`, 0 if there are fewer; reorders them.
-inline uint32_t kth_largest(std::vector<uint32_t>& orders, int64_t k) {
+// The k-th largest of `orders`, 0 if there are fewer; appends zeros.
+inline uint32_t kth_largest(const TopkKernels& kernels, std::vector<uint32_t>& orders, int64_t k) {
   if (static_cast<int64_t>(orders.size()) < k) return 0;
-  std::nth_element(orders.begin(), orders.begin() + (k - 1), orders.end(), std::greater<>());
-  return orders[k - 1];
+  orders.resize(round_up(orders.size(), kMostLanes), 0);
+  return kernels.kth_largest(orders.data(), orders.size(), k);
 }
 
 // Rows of a block pass a panel of features together: the block stays in the second-level cache,
@@ -89,6 +89,14 @@ class RowSet {
       kept += !(c.z + c.error < cut[i]);
     }
     list.resize(kept);
+  }
+
+  // Raises the cut of row i to the k-th largest of z - share * error of its candidates.
+  void raise(int64_t i, int64_t k, float share) {
+    std::vector<uint32_t> orders;
+    lower_bounds(i, share, orders);
+    cut[i] = std::max(cut[i], cut_at(kth_largest(kernels_, orders, k)));
+    prune(i);
   }
 
   // Appends the orders of z - share * error of the candidates of row i.
@@ -157,14 +165,16 @@ class RowSet {
   void screen_block(int64_t first, int64_t last, int64_t begin, int64_t end,
                     const Raising& raising) {
     const int64_t k = raising.k;
-    const int64_t slots = (last - first) * d_.panel_features() + kFoundSlack;
-    const std::unique_ptr<float[]> z(new float[slots]), errors(new float[last - first]);
-    const std::unique_ptr<int32_t[]> features(new int32_t[slots]), places(new int32_t[slots]);
-    const Found found = {z.get(), features.get(), places.get(), errors.get()};
-    std::vector<int64_t> look(last - first, std::max(kLeastLook, 4 * k));
-    std::vector<uint32_t> orders;
+    const int64_t n = last - first;
+    const std::unique_ptr<float[]> z(new float[n * d_.panel_features() + kFoundSlack]);
+    int32_t row[kBlockRows];
+    uint32_t mask[kBlockRows];
+    float error[kBlockRows];
+    const Found found = {row, mask, z.get(), error};
+    std::vector<int64_t> look(n, std::max(kLeastLook, 4 * k));
+    for (int64_t i = first; k > 0 && i < last; ++i) lists[i].reserve(std::min(kLeastLook, k) + k);
     const ScreenRows rows = {codes(first),
-                             (last - first) / kRowPanel,
+                             n / kRowPanel,
                              d_.padded() / kGroup,
                              step_.data() + first,
                              inverse_.data() + first,
@@ -175,17 +185,24 @@ class RowSet {
                              apart_length_.data() + first,
                              d_.aparts()};
     for (int64_t panel = begin; panel < end; ++panel) {
-      const int64_t count = kernels_.screen(rows, d_.panel(panel), found);
-      for (int64_t e = 0; e < count; ++e) {
-        const int32_t place = found.row[e];
-        const int64_t i = first + place;
-        if (dropped[i]) continue;
+      const FeaturePanel features = d_.panel(panel);
+      const int64_t hits = kernels_.screen(rows, features, found);
+      const float* next = z.get();
+      for (int64_t hit = 0; hit < hits; ++hit) {
+        const int64_t i = first + row[hit];
         auto& list = lists[i];
-        const int32_t feature = found.feature[e];
-        list.push_back({found.z[e], feature, found.error[place] * d_.share(feature)});
-        if (k == 0 || static_cast<int64_t>(list.size()) < look[place]) continue;
-        raise(i, raising, orders);
-        look[place] = std::max<int64_t>(2 * list.size(), look[place]);
+        if (dropped[i]) {
+          next += __builtin_popcount(mask[hit]);
+          continue;
+        }
+        for (uint32_t left = mask[hit]; left != 0; left &= left - 1) {
+          const int32_t feature = features.first + __builtin_ctz(left);
+          list.push_back({*next++, feature, error[row[hit]] * d_.share(feature)});
+        }
+        const auto length = static_cast<int64_t>(list.size());
+        if (k == 0 || length < look[row[hit]]) continue;
+        raise(i, k, raising.share);
+        look[row[hit]] = std::max<int64_t>(2 * list.size(), look[row[hit]]);
         if (static_cast<int64_t>(list.size()) > raising.most) {
           dropped[i] = 1;
           cut[i] = std::numeric_limits<float>::infinity();
@@ -193,13 +210,6 @@ class RowSet {
         }
       }
     }
-  }
-
-  void raise(int64_t i, const Raising& raising, std::vector<uint32_t>& orders) {
-    orders.clear();
-    lower_bounds(i, raising.share, orders);
-    cut[i] = std::max(cut[i], cut_at(kth_largest(orders, raising.k)));
-    prune(i);
   }
 
   const Dictionary& d_;

@@ -2,6 +2,8 @@
 // topk_encode on every instruction set this machine has, against a dense double-precision loop.
 #include "sidechain/topk_encode.h"
 
+#include "cpu/topk_rows.h"
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -94,6 +96,29 @@ void allocate(int64_t count, float** values, int32_t** indices, void* context) {
 }
 
 bool close(float got, float want) { return std::abs(got - want) <= 1.3e-7f * std::abs(want); }
+
+// Against a sort: few and many distinct numbers, zeros, the largest there is, fewer than k.
+void test_kth_largest(Isa isa) {
+  const auto kernels = sidechain::cpu::topk_kernels(isa);
+  std::mt19937 random(7);
+  for (int64_t n : {0, 1, 5, 16, 67, 400}) {
+    for (uint32_t most : {0u, 2u, 0x40000000u, 0xffffffffu}) {
+      std::uniform_int_distribution<uint32_t> draw(0, most);
+      std::vector<uint32_t> numbers(n);
+      for (uint32_t& number : numbers) number = draw(random);
+      if (n > 0) numbers[n / 2] = most;
+      std::vector<uint32_t> sorted = numbers;
+      std::sort(sorted.begin(), sorted.end(), std::greater<>());
+      for (int64_t k = 1; k <= n + 1; ++k) {
+        std::vector<uint32_t> given = numbers;
+        const uint32_t got = sidechain::cpu::kth_largest(kernels, given, k);
+        const uint32_t want = k <= n ? sorted[k - 1] : 0;
+        EXPECT(got == want, "%s: number %ld of %ld up to %u: %u, not %u", sidechain::isa_name(isa),
+               static_cast<long>(k), static_cast<long>(n), most, got, want);
+      }
+    }
+  }
+}
 
 void test_rows(Isa isa, const Problem& problem) {
   const Shape& s = problem.shape;
@@ -206,6 +231,7 @@ int main() {
       std::printf("%s: not supported by this machine\n", sidechain::isa_name(isa));
       continue;
     }
+    test_kth_largest(isa);
     for (const Problem& problem : problems) {
       test_rows(isa, problem);
       test_lists(isa, problem, TopkMode::kBatch);

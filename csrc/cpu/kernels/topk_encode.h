@@ -15,9 +15,10 @@
 
 namespace sidechain::cpu {
 
-constexpr int64_t kRowPanel = 6;   // rows that share each load of packed features
-constexpr int64_t kGroup = 16;     // unit of a row: what meets in one 16-bit sum, in two lanes
-constexpr int64_t kMostRows = 96;  // rows of one call of `screen`
+constexpr int64_t kRowPanel = 6;    // rows that share each load of packed features
+constexpr int64_t kGroup = 16;      // unit of a row: what meets in one 16-bit sum, in two lanes
+constexpr int64_t kMostRows = 96;   // rows of one call of `screen`
+constexpr int64_t kMostLanes = 16;  // 32-bit lanes of the widest vectors
 
 // Share of a float32 sum of at most kMostApart products, a bias or a cut that rounding may change.
 constexpr float kRounding = 1e-6f;
@@ -28,13 +29,14 @@ struct Candidate {
   int32_t feature;
   float error;  // how far the exact value may lie from a screened z
 };
-// What the screen lets pass, in the order of its loops; arrays of `rows * panel + kFoundSlack`.
+// What the screen lets pass of a panel of features: rows with any, ascending, and their features.
 struct Found {
-  float* z;
-  int32_t* feature;
-  int32_t* row;
-  float* error;  // [rows]: how far any exact value of a row may lie from its screened one
+  int32_t* row;    // [rows]
+  uint32_t* mask;  // [rows], of row row[i]: bit j stands for feature j of the panel
+  float* z;        // one for each bit, in their order; [rows * panel + kFoundSlack]
+  float* error;    // [rows]: how far any exact value of a row may lie from its screened one
 };
+constexpr int64_t kMostPanel = 32;   // features of a panel, the bits of a mask
 constexpr int64_t kFoundSlack = 16;  // whole vectors are written
 
 // Scales of a quantised row or feature.
@@ -86,13 +88,15 @@ struct ScreenRows {
   Quantised quantise_row(const float* v, int64_t n, int64_t salt, uint8_t* codes);               \
   /* Codes of 4 elements every 4 * feature_panel() bytes. */                                     \
   Quantised quantise_feature(const float* v, int64_t n, int64_t salt, int8_t* codes);            \
-  /* Writes the pairs whose z may reach the cut of the row, in the worst case all of them, and   \
-     returns their number. */                                                                    \
+  /* Writes what may reach the cut of its row, in the worst case all of it; returns how many     \
+     rows have any. */                                                                           \
   int64_t screen(const ScreenRows& rows, const FeaturePanel& panel, const Found& found);         \
   /* out[i] = <w, x + which[i] * x_row> summed in float64; `wide` holds n doubles; the n * 4     \
      bytes at `next` are fetched on the way. */                                                  \
   void exact(const float* w, const float* x, int64_t x_row, const int32_t* which, int64_t count, \
              int64_t n, const void* next, double* wide, double* out);                            \
+  /* The k-th largest of n >= k numbers, n whole multiples of kMostLanes. */                     \
+  uint32_t kth_largest(const uint32_t* numbers, int64_t n, int64_t k);                           \
   /* out = sum_i scale[i] * row which[i], each prepared as by load_row. */                       \
   void sum_rows(const Rows& rows, const int32_t* which, const float* scale, int64_t count,       \
                 int64_t n, const float* minus, bool bf16, float* out);                           \

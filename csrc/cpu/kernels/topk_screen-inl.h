@@ -13,6 +13,27 @@
 constexpr int kVectors = 2;
 constexpr int kPanel = kVectors * kLanes;
 static_assert(kLanes <= kFoundSlack, "what `append` writes");
+static_assert(kPanel <= kMostPanel, "a mask has a bit for each feature");
+
+// What `multiply` fetches on the way: `share` bytes from `from` on for every group.
+struct Ahead {
+  const int8_t* from;
+  int64_t share;
+
+  void fetch() {
+    for (int64_t b = 0; b < share; b += 64) __builtin_prefetch(from + b, 0, 2);
+    from += share;
+  }
+};
+
+#if SIDECHAIN_ISA_LEVEL < 2
+// All rows of a panel from `start` [kPanel].
+inline void set_all(const int32_t* start, I32* sums) {
+  for (int i = 0; i < kRowPanel * kVectors; ++i) {
+    __builtin_memcpy(&sums[i], start + i % kVectors * kLanes, sizeof(I32));
+  }
+}
+#endif
 
 #if SIDECHAIN_ISA_LEVEL == 2
 // Codes of x run from 0 to 2 kZero.
@@ -25,16 +46,11 @@ inline uint32_t not_below(F32 v, float limit) {
   return _mm512_cmp_ps_mask(bits_as<__m512>(v), _mm512_set1_ps(limit), _CMP_NLT_UQ);
 }
 
-// Writes the lanes of a mask to `found` from slot `next` on; returns the next slot.
-inline int64_t append(uint32_t reached, F32 z, int32_t first, int32_t row, const Found& found,
-                      int64_t next) {
-  const auto mask = static_cast<__mmask16>(reached);
-  const __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  const __m512i feature = _mm512_add_epi32(lane, _mm512_set1_epi32(first));
-  _mm512_storeu_ps(found.z + next, _mm512_maskz_compress_ps(mask, bits_as<__m512>(z)));
-  _mm512_storeu_si512(found.feature + next, _mm512_maskz_compress_epi32(mask, feature));
-  _mm512_storeu_si512(found.row + next, _mm512_set1_epi32(row));
-  return next + __builtin_popcount(reached);
+// Writes the lanes of a mask to z; returns where the next ones go.
+inline float* append(uint32_t reached, F32 v, float* z) {
+  _mm512_storeu_ps(z,
+                   _mm512_maskz_compress_ps(static_cast<__mmask16>(reached), bits_as<__m512>(v)));
+  return z + __builtin_popcount(reached);
 }
 
 // In assembly because GCC 12 copies the sums twice around its intrinsic.
@@ -42,25 +58,33 @@ inline void add_products(__m512i& sum, __m512i x, __m512i w) {
   asm("vpdpbusd %[w], %[x], %[sum]" : [sum] "+v"(sum) : [x] "v"(x), [w] "v"(w));
 }
 
-// sums[row][vector] += <row, features> over `groups`.
+// sums[row][vector] += <row, features> over `groups`; the first time, with `start` [kPanel], the
+// sums are set instead.
 __attribute__((noinline)) void multiply(const uint8_t* x, const int8_t* w, int64_t groups,
-                                        I32* sums) {
+                                        Ahead ahead, const int32_t* start, I32* sums) {
   __m512i sum[kRowPanel][kVectors];
 #pragma GCC unroll 12
   for (int i = 0; i < kRowPanel * kVectors; ++i) {
-    sum[i / kVectors][i % kVectors] = bits_as<__m512i>(sums[i]);
+    const void* from = sums + i;
+    if (start != nullptr) from = start + i % kVectors * kLanes;
+    sum[i / kVectors][i % kVectors] = _mm512_loadu_si512(from);
   }
-  for (const int8_t* end = w + groups * kGroup * kPanel; w != end; w += 4 * kPanel) {
-    const __m512i low = _mm512_load_si512(w), high = _mm512_load_si512(w + 64);
+  for (const int8_t* end = w + groups * kGroup * kPanel; w != end;) {
+    ahead.fetch();
+#pragma GCC unroll 4
+    for (int four = 0; four < kGroup / 4; ++four) {
+      const __m512i low = _mm512_load_si512(w), high = _mm512_load_si512(w + 64);
 #pragma GCC unroll 6
-    for (int r = 0; r < kRowPanel; ++r) {
-      int32_t four;
-      __builtin_memcpy(&four, x + 4 * r, 4);
-      const __m512i row = _mm512_set1_epi32(four);
-      add_products(sum[r][0], row, low);
-      add_products(sum[r][1], row, high);
+      for (int r = 0; r < kRowPanel; ++r) {
+        int32_t bytes;
+        __builtin_memcpy(&bytes, x + 4 * r, 4);
+        const __m512i row = _mm512_set1_epi32(bytes);
+        add_products(sum[r][0], row, low);
+        add_products(sum[r][1], row, high);
+      }
+      x += 4 * kRowPanel;
+      w += 4 * kPanel;
     }
-    x += 4 * kRowPanel;
   }
 #pragma GCC unroll 12
   for (int i = 0; i < kRowPanel * kVectors; ++i) {
@@ -158,10 +182,13 @@ inline void multiply_group(const uint8_t* x, const int8_t* w, I32* sums) {
   }
 }
 
-// sums[row][vector] += <row, features> over `groups`.
+// sums[row][vector] += <row, features> over `groups`; the first time, with `start` [kPanel], the
+// sums are set instead.
 __attribute__((noinline)) void multiply(const uint8_t* x, const int8_t* w, int64_t groups,
-                                        I32* sums) {
+                                        Ahead ahead, const int32_t* start, I32* sums) {
+  if (start != nullptr) set_all(start, sums);
   for (int64_t g = 0; g < groups; ++g) {
+    ahead.fetch();
     multiply_group(x, w, sums);
     x += kGroup * kRowPanel;
     w += kGroup * kPanel;
@@ -179,7 +206,9 @@ inline uint32_t not_below(F32 v, float limit) {
   return mask;
 }
 
-inline void multiply(const uint8_t* x, const int8_t* w, int64_t groups, I32* sums) {
+inline void multiply(const uint8_t* x, const int8_t* w, int64_t groups, Ahead, const int32_t* start,
+                     I32* sums) {
+  if (start != nullptr) set_all(start, sums);
   for (int64_t g = 0; g < groups * kGroup / 4; ++g) {
     for (int r = 0; r < kRowPanel; ++r) {
       for (int j = 0; j < kPanel; ++j) {
@@ -195,14 +224,8 @@ inline void multiply(const uint8_t* x, const int8_t* w, int64_t groups, I32* sum
 #endif
 
 #if SIDECHAIN_ISA_LEVEL < 2
-inline int64_t append(uint32_t reached, F32 z, int32_t first, int32_t row, const Found& found,
-                      int64_t next) {
-  for (; reached != 0; reached &= reached - 1, ++next) {
-    const int at = __builtin_ctz(reached);
-    found.z[next] = z[at];
-    found.feature[next] = first + at;
-    found.row[next] = row;
-  }
-  return next;
+inline float* append(uint32_t reached, F32 v, float* z) {
+  for (; reached != 0; reached &= reached - 1) *z++ = v[__builtin_ctz(reached)];
+  return z;
 }
 #endif

@@ -69,6 +69,8 @@ class TrainState:
         self.target_normaliser = (
             self.normaliser if target_normaliser is None else target_normaliser.to(self.device)
         )
+        # Looked up once: it waits for the device.
+        self._as_given = {n for n in (self.normaliser, self.target_normaliser) if n.is_identity}
         self.first, stop = self.mesh.shard(config.features)
         self.mesh.rows(train.batch)
         self.size = stop - self.first
@@ -138,13 +140,21 @@ class TrainState:
             self.fixed_b_pre.copy_(middle(x))
 
     def normalised(self, rows: Rows) -> tuple[Tensor, Tensor]:
-        """Return the normalised input and target of a batch."""
-        x = self.normaliser.normalise(rows.x, rows.step)
+        """Return the normalised input and target of a batch, float32.
+
+        They may be the memory of `rows`: nobody writes to them.
+        """
+        x = self._normalise(self.normaliser, rows.x, rows)
         if rows.target is None:
             if self.config.transcoder:
                 raise ValueError("TrainState: expected rows with a target [transcoder], got none")
             return x, x
-        return x, self.target_normaliser.normalise(rows.target, rows.step)
+        return x, self._normalise(self.target_normaliser, rows.target, rows)
+
+    def _normalise(self, normaliser: Normaliser, x: Tensor, rows: Rows) -> Tensor:
+        if normaliser in self._as_given:
+            return x.to(normaliser.mean.dtype)
+        return normaliser.normalise(x, rows.step)
 
     def look_for_dead(self) -> None:
         """Renew the set of dead features; the one place of a step that waits for the device."""
