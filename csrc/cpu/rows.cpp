@@ -10,6 +10,7 @@
 #endif
 
 #include "cpu/kernels/moments.h"
+#include "cpu/kernels/permute.h"
 
 namespace sidechain {
 
@@ -30,25 +31,6 @@ constexpr int64_t kStreamed = int64_t{4} << 20;
 constexpr int64_t kVector = 16;
 
 constexpr int64_t kBlock = 256;  // positions walked together
-
-inline uint64_t mix(uint64_t value) {
-  value = (value ^ (value >> 30)) * 0xBF58476D1CE4E5B9u;
-  value = (value ^ (value >> 27)) * 0x94D049BB133111EBu;
-  return value ^ (value >> 31);
-}
-
-// One pass through the Feistel network.
-inline uint64_t network(const Order& order, uint64_t index) {
-  const uint64_t low_mask = (uint64_t{1} << order.low_bits) - 1;
-  const uint64_t high_mask = (uint64_t{1} << order.high_bits) - 1;
-  uint64_t low = index & low_mask;
-  uint64_t high = index >> order.low_bits;
-  for (int round = 0; round < kOrderRounds; round += 2) {
-    low ^= mix(high + order.keys[round]) & low_mask;
-    high ^= mix(low + order.keys[round + 1]) & high_mask;
-  }
-  return high << order.low_bits | low;
-}
 
 inline void touch_pages(const uint8_t* row, int64_t row_bytes) {
   __builtin_prefetch(row);
@@ -123,33 +105,56 @@ auto moments_entry(Isa isa) {
   }
 }
 
+auto permute_entry(Isa isa) {
+  switch (isa) {
+#define SIDECHAIN_CASE(ID, NAME) \
+  case Isa::ID:                  \
+    return cpu::NAME::permute_once;
+    SIDECHAIN_FOR_EACH_ISA(SIDECHAIN_CASE)
+#undef SIDECHAIN_CASE
+    default:
+      return cpu::baseline::permute_once;
+  }
+}
+
 }  // namespace
 
 // Indices that left [0, size) are collected without a branch and walked on together: whether one
 // leaves is a coin toss that no predictor learns.
-void permute(const Order& order, const int64_t* positions, int64_t count, int64_t* rows) {
+void permute(const Order& order, const int64_t* positions, int64_t count, int64_t* rows, Isa isa) {
+  const auto pass = permute_entry(isa);
+  static_assert(kBlock % cpu::kMostIndices == 0, "a block is whole vectors");
+  uint64_t walking[kBlock] = {}, passed[kBlock];
   int32_t outside[kBlock];
   for (int64_t begin = 0; begin < count; begin += kBlock) {
-    const int64_t here = std::min(kBlock, count - begin);
     int64_t* row = rows + begin;
-    int64_t left = 0;
-    for (int64_t i = 0; i < here; ++i) {
-      const uint64_t index = network(order, static_cast<uint64_t>(positions[begin + i]));
-      row[i] = static_cast<int64_t>(index);
-      outside[left] = static_cast<int32_t>(i);
-      left += index >= order.size;
+    int64_t left = std::min(kBlock, count - begin);
+    for (int64_t i = 0; i < left; ++i) {
+      walking[i] = static_cast<uint64_t>(positions[begin + i]);
+      outside[i] = static_cast<int32_t>(i);
     }
     while (left > 0) {
+      pass(order, walking, left, passed);
       int64_t still = 0;
       for (int64_t k = 0; k < left; ++k) {
         const int32_t i = outside[k];
-        const uint64_t index = network(order, static_cast<uint64_t>(row[i]));
-        row[i] = static_cast<int64_t>(index);
+        row[i] = static_cast<int64_t>(passed[k]);
+        walking[still] = passed[k];
         outside[still] = i;
-        still += index >= order.size;
+        still += passed[k] >= order.size;
       }
       left = still;
     }
+  }
+}
+
+// The runs are found through a table of where the rows of every 2^bits begin: a few of them follow.
+void locate(const Runs& runs, const int64_t* rows, int64_t count, int64_t* shard, int64_t* row) {
+  for (int64_t i = 0; i < count; ++i) {
+    int64_t run = runs.first[rows[i] >> runs.bits];
+    while (runs.ends[run] <= rows[i]) ++run;
+    shard[i] = runs.shard[run];
+    row[i] = rows[i] + runs.shift[run];
   }
 }
 

@@ -339,7 +339,6 @@ class Encoder {
       std::vector<int32_t> which;
       std::vector<double> z;
       std::vector<float> weights(dictionary_.padded());
-      std::vector<double> wide(dictionary_.padded());
       for (int64_t f = skip_idle(begin), next; f < end; f = next) {
         next = skip_idle(f + 1);
         const int64_t count = at[f + 1] - at[f];
@@ -347,7 +346,7 @@ class Encoder {
         z.resize(count);
         const Entry* entry = entries.data() + at[f];
         for (int64_t e = 0; e < count; ++e) which[e] = set.id(entry[e].row);
-        products(f, next < end ? next : f, which, weights.data(), wide.data(), z.data());
+        products(f, next < end ? next : f, which, weights.data(), z.data());
         for (int64_t e = 0; e < count; ++e) {
           set.lists[entry[e].row][entry[e].slot].z = static_cast<float>(z[e]);
         }
@@ -357,11 +356,11 @@ class Encoder {
 
   // The exact values of feature f in rows `which`, while feature `next` is on its way.
   void products(int64_t f, int64_t next, const std::vector<int32_t>& which, float* weights,
-                double* wide, double* z) const {
+                double* z) const {
     const int64_t count = static_cast<int64_t>(which.size());
     const float* w = dictionary_.row(f, weights);
     kernels_.exact(w, x_.get(), dictionary_.padded(), which.data(), count, dictionary_.padded(),
-                   dictionary_.source(next), wide, z);
+                   static_cast<const float*>(dictionary_.source(next)), z);
     for (int64_t e = 0; e < count; ++e) z[e] += dictionary_.bias(static_cast<int32_t>(f));
   }
 
@@ -373,9 +372,9 @@ class Encoder {
                                        ids.begin() + std::min(begin + kFullRows, ids.size()));
       parallel(parallel_for_, p_.features, kFeatureGrain, [&](int64_t first, int64_t last) {
         std::vector<float> weights(dictionary_.padded());
-        std::vector<double> wide(dictionary_.padded()), out(which.size());
+        std::vector<double> out(which.size());
         for (int64_t f = first; f < last; ++f) {
-          products(f, f + 1 < last ? f + 1 : f, which, weights.data(), wide.data(), out.data());
+          products(f, f + 1 < last ? f + 1 : f, which, weights.data(), out.data());
           for (size_t i = 0; i < which.size(); ++i) {
             z[i * p_.features + f] = static_cast<float>(out[i]);
           }

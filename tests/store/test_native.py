@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from sidechain import _native
 from sidechain.store import Moments, Permutation, gather
+from sidechain.store.runs import Runs
 
 host: Any = _native.host()
 pytestmark = pytest.mark.skipif(host is None, reason=f"_host {_native.absent('_host')}")
@@ -26,6 +27,51 @@ def test_permute_is_the_definition(size: int, seed: int, start: int) -> None:
     positions = (start + np.arange(70, dtype=object)) % size
     positions = positions.astype(np.int64)
     assert np.array_equal(order(positions), order.reference(positions))
+
+
+@pytest.mark.parametrize("isa", [] if host is None else host.isas())
+@pytest.mark.parametrize("size", [1, 2, 3, 257, 1000, 2**40 + 1])
+@pytest.mark.parametrize("count", [0, 1, 7, 256, 300])
+def test_permute_is_the_same_on_every_instruction_set(isa: str, size: int, count: int) -> None:
+    order = Permutation(size, 5)
+    positions = np.arange(count, dtype=np.int64) % size
+    assert np.array_equal(
+        host.permute(positions, size, order.keys, isa), order.reference(positions)
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    keep=st.lists(st.lists(st.booleans(), max_size=40).map(lambda m: np.array(m, bool)), max_size=5)
+)
+def test_locate_finds_every_row(keep: list[np.ndarray]) -> None:
+    runs = Runs(keep)
+    pairs = [(s, r) for s, mask in enumerate(keep) for r in np.flatnonzero(mask)]
+    assert len(runs) == len(pairs)
+    rows = np.random.default_rng(0).permutation(len(pairs))
+    for found in (runs.locate(rows), _without_native(runs, rows)):
+        assert list(zip(*found, strict=True)) == [pairs[row] for row in rows]
+
+
+def _without_native(runs: Runs, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_native, "host", lambda: None)
+        return runs.locate(rows)
+
+
+@pytest.mark.parametrize("row", [-1, 4])
+@pytest.mark.parametrize("native", [True, False])
+def test_locate_refuses_rows_that_do_not_exist(row: int, native: bool) -> None:
+    runs = Runs([np.array([True, False, True]), np.ones(2, bool)])
+    locate = runs.locate if native else lambda rows: _without_native(runs, rows)
+    with pytest.raises(IndexError, match=r"locate: expected rows within \[0, 4\), got"):
+        locate(np.array([row]))
+
+
+def test_locate_refuses_a_table_of_other_runs() -> None:
+    ends, one = np.array([4, 9]), np.zeros(2, np.int64)
+    with pytest.raises(ValueError, match="locate: expected ends, shard, shift"):
+        host.locate(np.array([0]), ends, one, one, np.zeros(1, np.int64), 2)
 
 
 @pytest.mark.parametrize("row_bytes", [1, 11, 63, 64, 65, 320, 2560, 4095, 4097, 9001])

@@ -23,28 +23,30 @@ constexpr int64_t kDepth = 48;
 // Steps below this would overflow when inverted; nothing distinguishes such elements from zero.
 constexpr float kLeastStep = 1e-20f;
 
-// R rows at once, which share the loads of w; the sums of a row do not depend on R.
+// R rows at once, which share the loads of w and fetch those at `next`; the sums of a row do not
+// depend on R. (Widening w to float64 once for all rows is no quicker: most features have few.)
 template <int R>
-void exact_rows(const double* w, const float* x, int64_t x_row, const int32_t* which, int64_t n,
-                double* out) {
+void exact_rows(const float* w, const float* next, const float* x, int64_t x_row,
+                const int32_t* which, int64_t n, double* out) {
   typedef double Doubles __attribute__((vector_size(4 * kLanes)));
   typedef float Halves __attribute__((vector_size(2 * kLanes)));
   constexpr int kStep = kLanes / 2;
   static_assert(kGroup % (2 * kStep) == 0, "rows hold whole steps");
+  const auto widened = [](const float* from) {
+    Halves value;
+    __builtin_memcpy(&value, from, sizeof(value));
+    return __builtin_convertvector(value, Doubles);
+  };
   const float* row[R];
   for (int i = 0; i < R; ++i) row[i] = x + which[i] * x_row;
   Doubles sum[R][2] = {};
   for (int64_t c = 0; c < n; c += 2 * kStep) {
+    __builtin_prefetch(next + c, 0, 2);
 #pragma GCC unroll 2
     for (int chain = 0; chain < 2; ++chain) {
-      Doubles weight;
-      __builtin_memcpy(&weight, w + c + chain * kStep, sizeof(weight));
+      const Doubles weight = widened(w + c + chain * kStep);
 #pragma GCC unroll 4
-      for (int i = 0; i < R; ++i) {
-        Halves value;
-        __builtin_memcpy(&value, row[i] + c + chain * kStep, sizeof(value));
-        sum[i][chain] += __builtin_convertvector(value, Doubles) * weight;
-      }
+      for (int i = 0; i < R; ++i) sum[i][chain] += widened(row[i] + c + chain * kStep) * weight;
     }
   }
   for (int i = 0; i < R; ++i) {
@@ -261,20 +263,17 @@ int64_t screen(const ScreenRows& rows, const FeaturePanel& panel, const Found& f
 }
 
 void exact(const float* w, const float* x, int64_t x_row, const int32_t* which, int64_t count,
-           int64_t n, const void* next, double* wide, double* out) {
-  for (int64_t c = 0; c < n; c += kGroup) {
-    __builtin_prefetch(static_cast<const float*>(next) + c, 0, 2);
-    for (int64_t i = c; i < c + kGroup; ++i) wide[i] = w[i];
+           int64_t n, const float* next, double* out) {
+  for (; count >= 4; count -= 4, which += 4, out += 4, next = w) {
+    exact_rows<4>(w, next, x, x_row, which, n, out);
   }
-  int64_t i = 0;
-  for (; i + 4 <= count; i += 4) exact_rows<4>(wide, x, x_row, which + i, n, out + i);
-  switch (count - i) {
+  switch (count) {
     case 3:
-      return exact_rows<3>(wide, x, x_row, which + i, n, out + i);
+      return exact_rows<3>(w, next, x, x_row, which, n, out);
     case 2:
-      return exact_rows<2>(wide, x, x_row, which + i, n, out + i);
+      return exact_rows<2>(w, next, x, x_row, which, n, out);
     case 1:
-      return exact_rows<1>(wide, x, x_row, which + i, n, out + i);
+      return exact_rows<1>(w, next, x, x_row, which, n, out);
     default:
       return;
   }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Rows of a store: where a shuffled order is, copies of rows that lie anywhere in memory, moments.
-// The definitions are python/sidechain/store/permutation.py, gather.py and statistics.py.
+// Rows of a store: where a shuffled order is, in which shard a row lies, copies of rows that lie
+// anywhere in memory, moments. The definitions are permutation.py, runs.py, gather.py and
+// statistics.py of python/sidechain/store.
 #pragma once
 
 #include <array>
@@ -21,8 +22,21 @@ struct Order {
   std::array<uint64_t, kOrderRounds> keys{};
 };
 
-// rows[i] = order of positions[i], i < count; every position within [0, size).
-void permute(const Order& order, const int64_t* positions, int64_t count, int64_t* rows);
+// rows[i] = order of positions[i], i < count; every position within [0, size). The same on every
+// instruction set.
+void permute(const Order& order, const int64_t* positions, int64_t count, int64_t* rows, Isa isa);
+
+// Runs of neighbouring rows of a store, and how to find that of a row.
+struct Runs {
+  const int64_t* ends;   // [runs], ascending: the number after the last row of a run
+  const int64_t* shard;  // [runs]
+  const int64_t* shift;  // [runs]: row of the shard less number of the row
+  const int64_t* first;  // [((rows - 1) >> bits) + 1]: first run that ends after row i << bits
+  int bits;
+};
+
+// shard[i] and row[i] of row number rows[i], i < count; every number within [0, last end).
+void locate(const Runs& runs, const int64_t* rows, int64_t count, int64_t* shard, int64_t* row);
 
 // out[i] = the row_bytes bytes at sources[i], i < count. Neither aligned nor of a special size.
 void gather_rows(const uint8_t* const* sources, int64_t count, int64_t row_bytes, uint8_t* out);

@@ -19,6 +19,7 @@ from .batches import Batches
 from .gather import gather_rows
 from .layout import COLUMNS, DTYPES, Manifest, read_prompts
 from .recount import load_statistics
+from .runs import Runs
 from .shard import Damage, MappedShard, decode
 
 
@@ -108,14 +109,14 @@ class ActivationStore:
         self._filter = (_steps(steps), self._passes(passes), wanted)
         found = load_statistics(self.folder, self._manifest, self.site)
         self.statistics = found.select(*self._filter[:2])
-        self._index()
+        self._runs = Runs([self._kept(shard) for shard in self._shards])
         self._report(damaged)
 
     # -- rows -----------------------------------------------------------------------------------
 
     def __len__(self) -> int:
         """Rows that can be read."""
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return len(self._runs)
 
     @property
     def row_bytes(self) -> int:
@@ -125,7 +126,7 @@ class ActivationStore:
     @property
     def fingerprint(self) -> int:
         """A number that changes with the rows: shards, damage and filters."""
-        parts = [self._run_shard, self._run_row, self._ends]
+        parts = [self._runs.shard, self._runs.row, self._runs.ends]
         checksum = zlib.crc32(self.site.encode())
         for shard in self._shards:
             checksum = zlib.crc32(str(shard.shard).encode(), checksum)
@@ -151,11 +152,11 @@ class ActivationStore:
 
     def gather(self, rows: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
         """Copy stored rows [n, row_bytes] by number, unchecked."""
-        gather_rows([shard.rows for shard in self._shards], *self._locate(rows), out)
+        gather_rows([shard.rows for shard in self._shards], *self._runs.locate(rows), out)
 
     def labels(self, rows: Tensor | NDArray[Any] | Sequence[int]) -> Labels:
         """Labels of rows by number."""
-        shard, row = self._locate(np.asarray(rows, dtype=np.int64))
+        shard, row = self._runs.locate(np.asarray(rows, dtype=np.int64))
         found = {}
         for name, dtype in COLUMNS.items():
             columns = [
@@ -237,33 +238,13 @@ class ActivationStore:
                 )
         return [self.branches.index(name) for name in names]
 
-    def _index(self) -> None:
-        """List the runs of neighbouring rows that are kept: shard, first row, end in this store."""
-        shards, firsts, counts = [], [], []
-        steps, branches, prompts = self._filter
-        for number, shard in enumerate(self._shards):
-            keep = shard.readable()
-            if keep.any():
-                for name, wanted in (("step", steps), ("branch", branches), ("prompt", prompts)):
-                    if wanted is not None:
-                        keep &= np.isin(shard.columns[name], wanted)
-            edges = np.flatnonzero(np.diff(np.concatenate([[0], keep.view(np.int8), [0]])))
-            firsts.append(edges[::2])
-            counts.append(edges[1::2] - edges[::2])
-            shards.append(np.full(len(edges) // 2, number))
-        empty = np.zeros(0, np.int64)
-        self._run_shard = np.concatenate([empty, *shards]).astype(np.int64)
-        self._run_row = np.concatenate([empty, *firsts]).astype(np.int64)
-        run_counts = np.concatenate([empty, *counts]).astype(np.int64)
-        self._ends = np.cumsum(run_counts)
-        # Row in the shard minus number in this store, constant along a run.
-        self._shift = self._run_row - (self._ends - run_counts)
-
-    def _locate(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        if len(self._ends) == 1:
-            return np.full(len(rows), self._run_shard[0]), rows + self._shift[0]
-        run = np.searchsorted(self._ends, rows, side="right")
-        return self._run_shard[run], rows + self._shift[run]
+    def _kept(self, shard: MappedShard) -> NDArray[np.bool_]:
+        keep = shard.readable()
+        if keep.any():
+            for name, wanted in zip(("step", "branch", "prompt"), self._filter, strict=True):
+                if wanted is not None:
+                    keep &= np.isin(shard.columns[name], wanted)
+        return keep
 
     def _report(self, policy: str) -> None:
         self.damaged = [damage for shard in self._shards for damage in shard.damage]
