@@ -34,11 +34,10 @@ def fused_step(state: TrainState, rows: Rows) -> Outcome:
     x, target = state.normalised(rows)
     groups, main = _forward(state, x, target)
     outcome = Outcome(groups[0].row_loss, target, (main.values > 0).sum())
-    smallest = smallest_kept(main)
     state.step += 1
     _update(state, state.mesh.gather_rows(x), [_whole(state, g) for g in groups])
     if "threshold" in state.weights:
-        follow_threshold(state, smallest)
+        follow_threshold(state, smallest_kept(main))
     return outcome
 
 
