@@ -93,27 +93,21 @@ void gather(const uint8_t* const* sources, int64_t count, int64_t row_bytes, uin
 constexpr int64_t kChunk = 16384;
 constexpr int64_t kWidest = 16;  // lanes of the widest vectors
 
-auto moments_entry(Isa isa) {
-  switch (isa) {
-#define SIDECHAIN_CASE(ID, NAME) \
-  case Isa::ID:                  \
-    return cpu::NAME::moments_chunk;
-    SIDECHAIN_FOR_EACH_ISA(SIDECHAIN_CASE)
-#undef SIDECHAIN_CASE
-    default:
-      return cpu::baseline::moments_chunk;
-  }
-}
+// The entries of one instruction set.
+struct Kernels {
+  decltype(&cpu::baseline::moments_chunk) moments_chunk;
+  decltype(&cpu::baseline::permute_once) permute_once;
+};
 
-auto permute_entry(Isa isa) {
+Kernels kernels(Isa isa) {
   switch (isa) {
 #define SIDECHAIN_CASE(ID, NAME) \
   case Isa::ID:                  \
-    return cpu::NAME::permute_once;
+    return {cpu::NAME::moments_chunk, cpu::NAME::permute_once};
     SIDECHAIN_FOR_EACH_ISA(SIDECHAIN_CASE)
 #undef SIDECHAIN_CASE
     default:
-      return cpu::baseline::permute_once;
+      return {cpu::baseline::moments_chunk, cpu::baseline::permute_once};
   }
 }
 
@@ -122,7 +116,7 @@ auto permute_entry(Isa isa) {
 // Indices that left [0, size) are collected without a branch and walked on together: whether one
 // leaves is a coin toss that no predictor learns.
 void permute(const Order& order, const int64_t* positions, int64_t count, int64_t* rows, Isa isa) {
-  const auto pass = permute_entry(isa);
+  const auto pass = kernels(isa).permute_once;
   static_assert(kBlock % cpu::kMostIndices == 0, "a block is whole vectors");
   uint64_t walking[kBlock] = {}, passed[kBlock];
   int32_t outside[kBlock];
@@ -171,7 +165,7 @@ void gather_rows(const uint8_t* const* sources, int64_t count, int64_t row_bytes
 }
 
 void moments(MomentsParams& p, Isa isa) {
-  const auto take_in = moments_entry(isa);
+  const auto take_in = kernels(isa).moments_chunk;
   const int64_t padded = (p.width + kWidest - 1) / kWidest * kWidest;
   const int64_t rows = std::max<int64_t>(1, kChunk / padded);
   const std::unique_ptr<float[]> scratch(new float[rows * padded]());

@@ -360,7 +360,7 @@ class Encoder {
     const int64_t count = static_cast<int64_t>(which.size());
     const float* w = dictionary_.row(f, weights);
     kernels_.exact(w, x_.get(), dictionary_.padded(), which.data(), count, dictionary_.padded(),
-                   static_cast<const float*>(dictionary_.source(next)), z);
+                   dictionary_.source(next), z);
     for (int64_t e = 0; e < count; ++e) z[e] += dictionary_.bias(static_cast<int32_t>(f));
   }
 

@@ -15,7 +15,10 @@ from sidechain.testing.tolerance import assert_close
 def run(state, oracles):
     worst = 0.0
     for rows in batches(state.config.transcoder):
+        given = [None if t is None else t.clone() for t in rows]
         outcome = train_step(state, rows)
+        for before, after in zip(given, rows, strict=True):  # the step may read them in place
+            assert before is None or torch.equal(before, after)
         worst = max(worst, float(outcome.row_loss.sum()))
         for oracle in oracles:
             dtype = oracle.b_pre.dtype
@@ -55,3 +58,10 @@ def test_float32(case, path):
         assert_close(name, state.weights[name], value, eager.weights()[name])
         if name != "b_enc":
             assert not torch.equal(state.weights[name], before[name]), name
+
+
+def test_identity_normaliser_copies_nothing():
+    state = make(next(iter(CASES)), "autograd")
+    rows = next(iter(batches(state.config.transcoder)))
+    x, target = state.normalised(rows)
+    assert x.data_ptr() == target.data_ptr() == rows.x.data_ptr()

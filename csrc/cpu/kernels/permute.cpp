@@ -2,16 +2,16 @@
 // Loop body of permute, compiled once per instruction set: whole numbers, so the same everywhere.
 #include "cpu/kernels/permute.h"
 
+#if SIDECHAIN_ISA_LEVEL > 0
+#include <immintrin.h>
+#endif
+
 namespace sidechain::cpu::SIDECHAIN_ISA_NAMESPACE {
 namespace {
 
-#if SIDECHAIN_ISA_LEVEL == 2
-constexpr int kIndices = 8;
-#elif SIDECHAIN_ISA_LEVEL == 1
-constexpr int kIndices = 4;
-#else
-constexpr int kIndices = 2;
-#endif
+#include "cpu/kernels/vec-inl.h"
+
+constexpr int kIndices = kLanes / 2;
 static_assert(kMostIndices % kIndices == 0, "whole vectors are read and written");
 
 typedef uint64_t U64 __attribute__((vector_size(8 * kIndices)));

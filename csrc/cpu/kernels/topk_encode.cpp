@@ -26,7 +26,7 @@ constexpr float kLeastStep = 1e-20f;
 // R rows at once, which share the loads of w and fetch those at `next`; the sums of a row do not
 // depend on R. (Widening w to float64 once for all rows is no quicker: most features have few.)
 template <int R>
-void exact_rows(const float* w, const float* next, const float* x, int64_t x_row,
+void exact_rows(const float* w, const void* next, const float* x, int64_t x_row,
                 const int32_t* which, int64_t n, double* out) {
   typedef double Doubles __attribute__((vector_size(4 * kLanes)));
   typedef float Halves __attribute__((vector_size(2 * kLanes)));
@@ -40,13 +40,14 @@ void exact_rows(const float* w, const float* next, const float* x, int64_t x_row
   const float* row[R];
   for (int i = 0; i < R; ++i) row[i] = x + which[i] * x_row;
   Doubles sum[R][2] = {};
-  for (int64_t c = 0; c < n; c += 2 * kStep) {
-    __builtin_prefetch(next + c, 0, 2);
-#pragma GCC unroll 2
-    for (int chain = 0; chain < 2; ++chain) {
-      const Doubles weight = widened(w + c + chain * kStep);
+  for (int64_t group = 0; group < n; group += kGroup) {
+    __builtin_prefetch(static_cast<const float*>(next) + group, 0, 2);
+#pragma GCC unroll 8
+    for (int step = 0; step < kGroup / kStep; ++step) {
+      const int64_t c = group + step * kStep;
+      const Doubles weight = widened(w + c);
 #pragma GCC unroll 4
-      for (int i = 0; i < R; ++i) sum[i][chain] += widened(row[i] + c + chain * kStep) * weight;
+      for (int i = 0; i < R; ++i) sum[i][step % 2] += widened(row[i] + c) * weight;
     }
   }
   for (int i = 0; i < R; ++i) {
@@ -263,7 +264,7 @@ int64_t screen(const ScreenRows& rows, const FeaturePanel& panel, const Found& f
 }
 
 void exact(const float* w, const float* x, int64_t x_row, const int32_t* which, int64_t count,
-           int64_t n, const float* next, double* out) {
+           int64_t n, const void* next, double* out) {
   for (; count >= 4; count -= 4, which += 4, out += 4, next = w) {
     exact_rows<4>(w, next, x, x_row, which, n, out);
   }

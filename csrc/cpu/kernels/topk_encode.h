@@ -94,7 +94,7 @@ struct ScreenRows {
   /* out[i] = <w, x + which[i] * x_row> summed in float64; the n * 4 bytes at `next` are fetched \
      on the way. */                                                                              \
   void exact(const float* w, const float* x, int64_t x_row, const int32_t* which, int64_t count, \
-             int64_t n, const float* next, double* out);                                         \
+             int64_t n, const void* next, double* out);                                          \
   /* The k-th largest of n >= k numbers, n whole multiples of kMostLanes. */                     \
   uint32_t kth_largest(const uint32_t* numbers, int64_t n, int64_t k);                           \
   /* out = sum_i scale[i] * row which[i], each prepared as by load_row. */                       \

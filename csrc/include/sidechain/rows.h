@@ -35,7 +35,8 @@ struct Runs {
   int bits;
 };
 
-// shard[i] and row[i] of row number rows[i], i < count; every number within [0, last end).
+// shard[i] and row[i] of row number rows[i], i < count; every number within [0, last end). What is
+// in the tables of `runs` is trusted.
 void locate(const Runs& runs, const int64_t* rows, int64_t count, int64_t* shard, int64_t* row);
 
 // out[i] = the row_bytes bytes at sources[i], i < count. Neither aligned nor of a special size.
