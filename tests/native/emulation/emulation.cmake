@@ -6,10 +6,11 @@ set(emulation ${CMAKE_CURRENT_LIST_DIR})
 set(emulation_address_flags -fsanitize=address,undefined -fno-sanitize=vptr
                             -fno-sanitize-recover=all)
 set(emulation_address_link ${emulation_address_flags})
-set(emulation_address_runtime fiber scheduler)
+set(emulation_runtime fiber scheduler image limits copies)
+set(emulation_address_runtime ${emulation_runtime})
 # The order checker takes the place of libtsan: objects are instrumented, nothing is linked.
 set(emulation_order_flags -fsanitize=thread)
-set(emulation_order_runtime fiber scheduler order)
+set(emulation_order_runtime ${emulation_runtime} order)
 
 # Python is not instrumented, so AddressSanitizer has to be in the process before it; libstdc++ too,
 # or its exceptions are not found.
@@ -51,7 +52,7 @@ foreach(build address order)
   emulation_target(emulation_${build}_runtime ${build})
 
   set(targets "")
-  foreach(test planted semantics)
+  foreach(test planted planted_copies semantics)
     add_executable(emulation_${build}_${test} ${emulation}/test_${test}.cpp)
     list(APPEND targets emulation_${build}_${test})
     add_test(NAME emulation_${build}_${test} COMMAND emulation_${build}_${test})

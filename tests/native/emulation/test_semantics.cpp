@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the emulated device computes, against plain loops: collectives with whole and partial masks,
-// block votes, atomics, launch shapes, dynamic shared memory, half and bfloat16 conversions.
+// block votes, atomics, launch shapes, dynamic shared memory, asynchronous copies, half and
+// bfloat16 conversions.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_pipeline_primitives.h>
 
 #include <algorithm>
 #include <cmath>
@@ -143,6 +145,74 @@ void test_shared_limit() {
   EXPECT(launch(rotate, 1, kThreads, 64 * 1024, nullptr, out.data()) == cudaSuccess);
 }
 
+// Groups arrive in order, all but the newest few; 4, 8 and 16 bytes, with zeros at the end. What
+// pends is not there yet, which only the build that does not forbid the read can see.
+__global__ void copies(const int* in, int* out) {
+  __shared__ __align__(16) int held[4][kThreads];
+  const int t = threadIdx.x;
+  __pipeline_memcpy_async(&held[0][t], in + t, 4);
+  __pipeline_commit();
+  if (t % 2 == 0) __pipeline_memcpy_async(&held[1][t], in + t, 8, 4);
+  __pipeline_commit();
+  if (t % 4 == 0) __pipeline_memcpy_async(&held[2][t], in + t, 16, 6);
+  __pipeline_memcpy_async(&held[3][t], nullptr, 4, 4);
+  __pipeline_commit();
+  __pipeline_wait_prior(2);
+  __syncthreads();
+  out[t] = held[0][kThreads - 1 - t];
+#if defined(EMULATION_ADDRESS)
+  if (t % 2 == 0) out[4 * kThreads + t] = held[1][t];
+#endif
+  __pipeline_wait_prior(1);
+  __syncthreads();
+  out[kThreads + t] = held[1][kThreads - 1 - t];
+  __pipeline_wait_prior(20);  // at most eight groups pend, here none is older
+#if defined(EMULATION_ADDRESS)
+  if (t % 4 == 0) out[5 * kThreads + t] = held[2][t];
+#endif
+  __pipeline_wait_prior(0);
+  __syncthreads();
+  out[2 * kThreads + t] = held[2][kThreads - 1 - t];
+  out[3 * kThreads + t] = held[3][kThreads - 1 - t];
+}
+
+void test_copies() {
+  std::vector<int> in(kThreads), out(6 * kThreads, -1);
+  for (int t = 0; t < kThreads; ++t) in[t] = 0x10001 * (t + 3);
+  EXPECT(launch(copies, 1, kThreads, 0, nullptr, static_cast<const int*>(in.data()), out.data()) ==
+         cudaSuccess);
+  for (int t = 0; t < kThreads; ++t) {
+    const int from = kThreads - 1 - t;
+    const int half = from % 4 < 2 ? in[from] : from % 4 == 2 ? in[from] & 0xffff : 0;
+    EXPECT(out[t] == in[from]);
+    EXPECT(out[kThreads + t] == (from % 2 == 0 ? in[from] : 0));
+    EXPECT(out[2 * kThreads + t] == half);
+    EXPECT(out[3 * kThreads + t] == 0);
+    EXPECT(out[4 * kThreads + t] == -1);
+    EXPECT(out[5 * kThreads + t] == -1);
+  }
+}
+
+// More than eight groups: those before the last eight have arrived, whatever was asked for.
+__global__ void many_groups(const int* in, int* out) {
+  __shared__ int held[12];
+  for (int i = 0; i < 12; ++i) {
+    __pipeline_memcpy_async(held + i, in + i, 4);
+    __pipeline_commit();
+  }
+  __pipeline_wait_prior(100);
+  __syncthreads();
+  for (int i = 0; i < 4; ++i) out[i] = held[i];
+  __pipeline_wait_prior(0);
+}
+
+void test_many_groups() {
+  const int in[12] = {5, 6, 7, 8};
+  int out[4] = {};
+  EXPECT(launch(many_groups, 1, 1, 0, nullptr, in, out) == cudaSuccess);
+  EXPECT(std::equal(out, out + 4, in));
+}
+
 // Every value of a 16-bit type converts to the double the format defines and back to itself, and a
 // float between two of them goes to the nearer, the even one in the middle.
 template <class T>
@@ -178,7 +248,9 @@ int main() {
     test_collectives();
     test_atomics_and_grids();
     test_dynamic_shared();
+    test_copies();
   }
+  test_many_groups();
   test_shared_limit();
   test_conversions<__half>(5, __half2float, __float2half_rn);
   test_conversions<__nv_bfloat16>(8, __bfloat162float, __float2bfloat16_rn);

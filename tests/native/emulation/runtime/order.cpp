@@ -28,7 +28,9 @@ struct Cell {
   uint8_t read_warp;               // kSeveral after reads by several warps
   uint8_t written, read;           // bytes of the last epochs
   uint8_t initialised;             // bytes written since the block began: shared memory
+  uint8_t pending;                 // bytes that an asynchronous copy of `writer` still writes
   bool atomic_write, atomic_read;
+  bool copied;  // the last write is the arrival of an asynchronous copy
 };
 constexpr uint16_t kMany = 0xffff;
 constexpr uint8_t kSeveral = 0xff;
@@ -48,7 +50,8 @@ struct Checker {
   uint32_t epoch = 1, launch = 0, launch_epoch = 1, block_epoch = 1;
   uint16_t turns[kMaxThreads / kWarp] = {};
   Range dynamic_shared;
-  std::vector<Range> statics;  // writable data of this image: static shared memory
+  std::vector<Range> static_shared;  // of the kernel
+  std::vector<Range> statics;        // all writable data of this image
   std::unordered_map<uintptr_t, std::unique_ptr<Page>> pages;
   struct Recent {
     uintptr_t number = 0;
@@ -67,7 +70,11 @@ struct Checker {
 
   bool is_shared(uintptr_t at) const {
     if (dynamic_shared.holds(at)) return true;
-    for (const Range& range : statics) {
+    return holds(static_shared, at);
+  }
+
+  static bool holds(const std::vector<Range>& ranges, uintptr_t at) {
+    for (const Range& range : ranges) {
       if (range.holds(at)) return true;
     }
     return false;
@@ -106,7 +113,7 @@ int find_statics(dl_phdr_info* info, size_t, void* statics) {
   return 1;
 }
 
-enum class Access { kRead, kWrite, kAtomic };
+enum class Access { kRead, kWrite, kAtomic, kBeginCopy, kEndCopy };
 
 std::string describe(uintptr_t at, const void* code) {
   Dl_info info;
@@ -130,7 +137,7 @@ bool write_is_ordered(const Checker& c, const Cell& cell, const Fiber& me) {
   const int thread = me.index;
   if (cell.write_epoch < c.launch_epoch) return true;
   if (cell.write_epoch < c.block_epoch) return false;
-  if (cell.write_epoch != c.epoch || cell.writer == thread) return true;
+  if (cell.write_epoch != c.epoch || (cell.writer == thread && !cell.copied)) return true;
   return cell.writer / kWarp == thread / kWarp && cell.write_turn < c.turns[thread / kWarp];
 }
 
@@ -170,21 +177,41 @@ void note_write(const Checker& c, Cell& cell, const Fiber& me, uint8_t bytes, bo
   const bool same = cell.write_epoch == c.epoch && cell.writer == thread;
   cell.written = same ? cell.written | bytes : bytes;
   cell.write_epoch = c.epoch, cell.writer = thread, cell.atomic_write = atomic;
+  cell.copied = false, cell.pending = 0;
   cell.write_turn = c.turns[thread / kWarp];
 }
 
 void check_cell(Checker& c, Cell& cell, const Fiber& me, uintptr_t at, uint8_t bytes, bool shared,
                 Access access, const void* code) {
   const bool atomic = access == Access::kAtomic;
-  if (shared && access != Access::kWrite) {
+  const bool reads = access == Access::kRead || atomic;
+  if (access == Access::kEndCopy) {  // nobody has touched it since the copy began
+    note_write(c, cell, me, bytes, false);
+    cell.copied = true;
+    return;
+  }
+  if (shared && cell.write_epoch >= c.block_epoch && (cell.pending & bytes)) {
+    report(std::string(access == Access::kRead ? "reads" : "writes") +
+               " what an asynchronous copy of thread " + std::to_string(cell.writer) +
+               " still writes: it has not been waited for",
+           at, code);
+  }
+  if (shared && reads) {
     const uint8_t known = cell.write_epoch >= c.block_epoch ? cell.initialised : 0;
     if (bytes & ~known) report("reads shared memory that no thread wrote", at, code);
   }
   // Shared memory that the block before left in a cell is no conflict.
   const bool fresh_write = !shared || cell.write_epoch >= c.block_epoch;
-  if (fresh_write && (cell.written & bytes) && !(atomic && cell.atomic_write) &&
+  // The compiler leaves the copies and waits of a thread in order.
+  const bool own_copy = access == Access::kBeginCopy && cell.writer == me.index;
+  if (fresh_write && !own_copy && (cell.written & bytes) && !(atomic && cell.atomic_write) &&
       !write_is_ordered(c, cell, me)) {
     const char* how = access == Access::kRead ? "reads" : "writes";
+    if (cell.copied && cell.writer == me.index) {
+      report(std::string(how) + " what its own asynchronous copy wrote, with no barrier behind " +
+                 "the wait: race with the compiler",
+             at, code);
+    }
     report(std::string(how) + " what " +
                (cell.write_epoch < c.block_epoch ? std::string("another block of the launch")
                                                  : "thread " + std::to_string(cell.writer)) +
@@ -202,8 +229,9 @@ void check_cell(Checker& c, Cell& cell, const Fiber& me, uintptr_t at, uint8_t b
                " read, with no barrier between: race",
            at, code);
   }
-  if (access != Access::kWrite) note_read(c, cell, me, bytes, shared, atomic);
+  if (reads) note_read(c, cell, me, bytes, shared, atomic);
   if (access != Access::kRead) note_write(c, cell, me, bytes, atomic);
+  if (access == Access::kBeginCopy) cell.pending = bytes;
 }
 
 void check(const void* address, size_t size, Access access, const void* code) {
@@ -212,6 +240,12 @@ void check(const void* address, size_t size, Access access, const void* code) {
   Checker& c = checker();
   auto at = reinterpret_cast<uintptr_t>(address);
   const bool shared = c.is_shared(at);
+  if (!shared && Checker::holds(c.statics, at)) {
+    report(
+        "touches static memory that is not the kernel's: behind the end of its shared memory, or "
+        "a __shared__ array that stands outside of a kernel",
+        at, code);
+  }
   const uintptr_t end = at + size;
   while (at < end) {
     const uintptr_t word = at / kGrain * kGrain;
@@ -226,8 +260,13 @@ void check(const void* address, size_t size, Access access, const void* code) {
 
 }  // namespace
 
-void begin_launch() {
+void begin_launch(const std::vector<SharedArray>& static_shared) {
   Checker& c = checker();
+  c.static_shared.clear();
+  for (const SharedArray& array : static_shared) {
+    const auto begin = reinterpret_cast<uintptr_t>(array.begin);
+    c.static_shared.push_back({begin, begin + array.size});
+  }
   if (c.statics.empty()) dl_iterate_phdr(find_statics, &c.statics);
   if (c.pages.size() > kPages) {
     c.pages.clear();
@@ -255,6 +294,16 @@ void sync_warp(int warp) { ++checker().turns[warp]; }
 
 void atomic(const void* address, size_t size) {
   check(address, size, Access::kAtomic, __builtin_return_address(0));
+}
+
+void begin_copy(const void* dst, size_t size, const void* src, size_t taken) {
+  check(src, taken, Access::kRead, __builtin_return_address(0));
+  check(dst, size, Access::kBeginCopy, __builtin_return_address(0));
+}
+
+void end_copy(const void* dst, size_t size, const void* src, size_t taken) {
+  check(src, taken, Access::kRead, __builtin_return_address(0));
+  check(dst, size, Access::kEndCopy, __builtin_return_address(0));
 }
 
 namespace {

@@ -1,12 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "scheduler.h"
 
-#include <cxxabi.h>
-#include <dlfcn.h>
-
 #include <cstdarg>
 #include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <mutex>
 #include <numeric>
@@ -23,8 +19,7 @@ __thread dim3 blockDim, gridDim;
 namespace emulation {
 namespace {
 
-constexpr size_t kSharedBytes = 227 * 1024;  // of a block, on sm_90
-constexpr size_t kSharedWithoutAsking = 48 * 1024;
+constexpr size_t kSharedBytes = 227 * 1024;  // the most a block can have: sm_90
 
 alignas(128) unsigned char dynamic_memory[kSharedBytes];
 
@@ -43,50 +38,37 @@ void open_dynamic_memory([[maybe_unused]] size_t bytes) {
 
 }  // namespace
 
-std::string symbol(const void* address) {
-  Dl_info info;
-  if (dladdr(address, &info) == 0 || info.dli_sname == nullptr) return "kernel";
-  int status = 0;
-  char* name = abi::__cxa_demangle(info.dli_sname, nullptr, nullptr, &status);
-  std::string result = status == 0 ? name : info.dli_sname;
-  std::free(name);
-  return result;
-}
-
 // ---- one launch ----
 
-cudaError_t Scheduler::refuse(const char* why) {
-  failure = symbol(kernel_) + ": " + why;
-  return cudaErrorInvalidConfiguration;
+bool Scheduler::in_shared_memory(const void* address, size_t bytes) const {
+  if (dynamic_shared_.holds(address, bytes)) return true;
+  for (const SharedArray& array : kernel_->shared) {
+    if (array.holds(address, bytes)) return true;
+  }
+  return false;
 }
 
 cudaError_t Scheduler::run(const Launch& launch, void (*body)(void*), void* context) {
   static std::mutex one_at_a_time;  // shared memory is the process's
   const std::lock_guard<std::mutex> lock(one_at_a_time);
-  kernel_ = launch.kernel;
-  failure.clear();
-  const dim3 &grid = launch.grid, &block = launch.block;
-  const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
-  const uint64_t threads = uint64_t{block.x} * block.y * block.z;
-  if (blocks == 0 || grid.x > INT32_MAX || grid.y > 65535 || grid.z > 65535) {
-    return refuse("a grid CUDA cannot have");
+  kernel_ = &kernel_symbols(launch.kernel);
+  failure = limits.refusal(launch, *kernel_);
+  if (!failure.empty()) {
+    failure = kernel_->name + ": " + failure;
+    return cudaErrorInvalidConfiguration;
   }
-  if (threads == 0 || threads > kMaxThreads || block.z > 64) {
-    return refuse("a block CUDA cannot have");
-  }
-  const auto allowed = allowed_shared_bytes.find(launch.kernel);
-  const size_t limit =
-      allowed != allowed_shared_bytes.end() ? allowed->second : kSharedWithoutAsking;
-  if (launch.shared_bytes > limit) return refuse("more dynamic shared memory than allowed");
 
   body_ = body;
   context_ = context;
-  threads_ = static_cast<int>(threads);
+  const dim3 &grid = launch.grid, &block = launch.block;
+  const uint64_t blocks = uint64_t{grid.x} * grid.y * grid.z;
+  threads_ = static_cast<int>(block.x * block.y * block.z);
   failed_ = false;
-  Tally& tally = tallies_[symbol(launch.kernel)];
+  Tally& tally = tallies_[kernel_->name];
   ++tally.launches;
+  dynamic_shared_ = {reinterpret_cast<char*>(dynamic_memory), launch.shared_bytes};
   open_dynamic_memory(launch.shared_bytes);
-  if (order::kActive) order::begin_launch();
+  if (order::kActive) order::begin_launch(kernel_->shared);
   std::vector<unsigned> sequence(blocks);
   std::iota(sequence.begin(), sequence.end(), 0u);
   for (size_t i = blocks; i > 1 && !failed_; --i) {
@@ -94,6 +76,8 @@ cudaError_t Scheduler::run(const Launch& launch, void (*body)(void*), void* cont
   }
   for (size_t i = 0; i < blocks && !failed_; ++i) {
     std::memset(dynamic_memory, 0xff, launch.shared_bytes);  // NaNs
+    for (const SharedArray& array : kernel_->shared) std::memset(array.begin, 0xff, array.size);
+    copies.begin_block();
     if (order::kActive) order::begin_block(dynamic_memory, launch.shared_bytes);
     run_block(launch, sequence[i]);
     ++tally.blocks;
@@ -194,6 +178,8 @@ void Scheduler::exit_thread() {
   if (const Fiber* other = waiting_for(me)) {
     fail("exits while " + name(other->index) + " waits for it in " + text(other->call));
   }
+  const std::string copy = copies.pending(me.index);
+  if (!copy.empty()) fail("exits while its asynchronous copy issued at " + copy + " is pending");
   me.state = State::kExited;
   ++exited_;
   leave(true);
@@ -201,7 +187,7 @@ void Scheduler::exit_thread() {
 }
 
 void Scheduler::fail(const std::string& message) {
-  failure = symbol(kernel_) + ": " + name(current_->index) + " " + message;
+  failure = kernel_->name + ": " + name(current_->index) + " " + message;
   failed_ = true;
   switch_context(current_->context, scheduler_, true);
   __builtin_unreachable();
@@ -447,21 +433,36 @@ cudaError_t run(const Launch& launch, void (*body)(void*), void* context) {
 }
 
 cudaError_t allow_shared_bytes(const void* kernel, int bytes) {
-  if (bytes < 0 || static_cast<size_t>(bytes) > kSharedBytes) return cudaErrorInvalidValue;
-  scheduler().allowed_shared_bytes[kernel] = bytes;
-  return cudaSuccess;
+  const std::string why = scheduler().limits.ask_shared(kernel, bytes);
+  if (why.empty()) return cudaSuccess;
+  scheduler().failure = kernel_symbols(kernel).name + ": " + why;
+  return cudaErrorInvalidValue;
+}
+
+void copy_async(void* dst, const void* src, size_t size, size_t zfill, Site site) {
+  scheduler().copies.issue(running()->index, dst, src, size, zfill, site);
+}
+void commit_copies() { scheduler().copies.commit(running()->index); }
+void wait_copies(size_t prior, Site site) {
+  scheduler().copies.wait(running()->index, prior, site);
 }
 
 const char* last_failure() { return scheduler().failure.c_str(); }
 
 const Fiber* running() { return scheduler().current(); }
 bool on_fiber_stack(const void* address) { return scheduler().on_stack(address); }
+bool in_shared_memory(const void* address, size_t bytes) {
+  return scheduler().in_shared_memory(address, bytes);
+}
 
 }  // namespace emulation
 
 extern "C" {
 __attribute__((visibility("default"))) void emulation_seed(uint64_t seed) {
   emulation::scheduler().seed(seed);
+}
+__attribute__((visibility("default"))) void emulation_capability(int capability) {
+  emulation::scheduler().limits.set_capability(capability);
 }
 __attribute__((visibility("default"))) const char* emulation_report() {
   static std::string text;

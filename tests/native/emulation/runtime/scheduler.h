@@ -6,13 +6,15 @@
 #include <string>
 #include <vector>
 
+#include "copies.h"
 #include "emulation/runtime.h"
 #include "fiber.h"
+#include "image.h"
+#include "limits.h"
 
 namespace emulation {
 
 constexpr int kWarp = 32;
-constexpr int kMaxThreads = 1024;
 
 enum class State { kReady, kAtBarrier, kInCollective, kExited };
 
@@ -39,6 +41,7 @@ class Scheduler {
   cudaError_t run(const Launch& launch, void (*body)(void*), void* context);
   uint64_t collective(const Call& call);
   Votes barrier(bool predicate, Site site);
+  bool in_shared_memory(const void* address, size_t bytes) const;
   [[noreturn]] void fail(const std::string& message);
 
   const Fiber* current() const { return current_; }
@@ -47,7 +50,8 @@ class Scheduler {
   void seed(uint64_t seed) { random_ = seed * 0x9e3779b97f4a7c15u + 0x2545f4914f6cdd1du; }
   std::string report() const;
   std::string failure;
-  std::map<const void*, int> allowed_shared_bytes;
+  Limits limits;
+  Copies copies;
 
  private:
   struct Tally {
@@ -55,7 +59,6 @@ class Scheduler {
   };
 
   static void entry();
-  cudaError_t refuse(const char* why);
   void run_block(const Launch& launch, unsigned block);
   unsigned draw(unsigned n);         // uniform in [0, n)
   unsigned draw_bit(unsigned bits);  // one of those that are set
@@ -75,7 +78,8 @@ class Scheduler {
   Fiber* current_ = nullptr;
   void (*body_)(void*) = nullptr;
   void* context_ = nullptr;
-  const void* kernel_ = nullptr;
+  const KernelSymbols* kernel_ = nullptr;
+  SharedArray dynamic_shared_ = {};
   int threads_ = 0, exited_ = 0, at_barrier_ = 0, votes_ = 0;
   Votes last_votes_ = {};
   Site barrier_site_ = {};
@@ -84,11 +88,9 @@ class Scheduler {
   std::map<std::string, Tally> tallies_;
 };
 
-// Name of a function in this image, demangled.
-std::string symbol(const void* address);
-
 // For the order checker: the fiber that runs, or nullptr outside of kernels.
 const Fiber* running();
 bool on_fiber_stack(const void* address);
+bool in_shared_memory(const void* address, size_t bytes);
 
 }  // namespace emulation

@@ -12,8 +12,8 @@
 #define __global__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __align__(n) alignas(n)
-#define __shared__ static
+#define __align__(n) __attribute__((aligned(n)))
+#define __shared__ static  // counted by the symbol table: runtime/image.h
 #define __grid_constant__
 
 constexpr int warpSize = 32;

@@ -59,6 +59,11 @@ Votes barrier(bool predicate, Site site);
 // The dynamic shared memory of the block; the launch says how much of it may be touched.
 void* dynamic_shared_memory();
 
+// Asynchronous copies to shared memory, as the primitives of cuda_pipeline_primitives.h.
+void copy_async(void* dst, const void* src, size_t size, size_t zfill, Site site);
+void commit_copies();
+void wait_copies(size_t prior, Site site);
+
 // Tells the order checker that the access that follows is atomic.
 void note_atomic(const void* address, size_t size);
 
@@ -83,6 +88,8 @@ const char* last_failure();
 // Entry points for drivers written in another language.
 extern "C" {
 void emulation_seed(uint64_t seed);
+// The compute capability, 80 or 90 (the default): how much shared memory a block may have.
+void emulation_capability(int capability);
 // "kernels launches blocks threads" so far, then one line per kernel: its launches and name.
 const char* emulation_report();
 }
