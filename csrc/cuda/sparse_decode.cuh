@@ -147,27 +147,13 @@ inline cudaError_t clear_dvalues(const Codes& codes, float* dvalues, cudaStream_
   return cudaMemsetAsync(dvalues, 0, codes.capacity * sizeof(float), stream);
 }
 
-// One block for each row, with `bytes` of dynamic shared memory that may need the opt-in.
-template <class... Params, class... Args>
-cudaError_t launch_rows(void (*kernel)(Params...), int64_t rows, int64_t threads, int64_t bytes,
-                        cudaStream_t stream, const Args&... args) {
-  if (rows == 0) return cudaSuccess;
-  if (bytes > 48 * 1024) {
-    const cudaError_t status = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-    if (status != cudaSuccess) return status;
-  }
-  return launch(kernel, rows, threads, bytes, stream, args...);
-}
-
 template <class T, int kWidth>
 cudaError_t launch_decode_typed(const DecodeParams& p, cudaStream_t stream) {
   DecodeLayout layout = {};
   layout.bias_aligned = packs(p.b_dec, 0, 4, kWidth);
   const int64_t threads = threads_for(p.width / kWidth, 64, kDecodeThreads);
   if (!p.compare) {
-    return launch_rows(decode_kernel<T, kWidth, false>, p.codes.rows, threads, 0, stream, p,
-                       layout);
+    return launch(decode_kernel<T, kWidth, false>, p.codes.rows, threads, 0, stream, p, layout);
   }
   layout.target_aligned = packs(p.target.data, p.target.row, size_of(p.target.dtype), kWidth);
   const int64_t error_bytes = (p.width + 3) / 4 * 16;
@@ -178,16 +164,15 @@ cudaError_t launch_decode_typed(const DecodeParams& p, cudaStream_t stream) {
     if (layout.held > most) layout.held = most;
   }
   const int64_t bytes = error_bytes + layout.held * row_bytes;
-  return launch_rows(decode_kernel<T, kWidth, true>, p.codes.rows, threads, bytes, stream, p,
-                     layout);
+  return launch(decode_kernel<T, kWidth, true>, p.codes.rows, threads, bytes, stream, p, layout);
 }
 
 template <class T, int kWidth>
 cudaError_t launch_dvalues_typed(const DecodeBackwardParams& p, cudaStream_t stream) {
   const bool aligned = packs(p.grad.data, p.grad.row, size_of(p.grad.dtype), kWidth);
   const int64_t threads = threads_for(p.width / kWidth, 64, kDecodeThreads);
-  return launch_rows(decode_dvalues_kernel<T, kWidth>, p.codes.rows, threads,
-                     (p.width + 3) / 4 * 16, stream, p, aligned);
+  return launch(decode_dvalues_kernel<T, kWidth>, p.codes.rows, threads, (p.width + 3) / 4 * 16,
+                stream, p, aligned);
 }
 
 // Calls `with` for the element type of w_dec and the widest packs its layout allows.
@@ -231,12 +216,13 @@ inline cudaError_t launch_sparse_decode(const DecodeParams& p, cudaStream_t stre
     const cudaError_t status = clear_dvalues(p.codes, p.dvalues, stream);
     if (status != cudaSuccess) return status;
   }
+  if (p.codes.rows == 0) return cudaSuccess;
   return with_decoder(p, LaunchDecode{p, stream});
 }
 
 inline cudaError_t launch_decode_dvalues(const DecodeBackwardParams& p, cudaStream_t stream) {
   const cudaError_t status = clear_dvalues(p.codes, p.dvalues, stream);
-  if (status != cudaSuccess) return status;
+  if (status != cudaSuccess || p.codes.rows == 0) return status;
   return with_decoder(p, LaunchDvalues{p, stream});
 }
 

@@ -182,7 +182,10 @@ void shared_limit(const char* name, int capability, int asked, int good, int bad
   emulation_capability(capability);
   int in[kThreads] = {}, out[kThreads] = {};
   const auto run = [&](int bytes) {
-    return launch(fixed_and_dynamic, 1, kThreads, bytes, nullptr, static_cast<const int*>(in), out);
+    // Past cuda/launch.cuh, which asks by itself.
+    cudaLaunchConfig_t config = {};
+    config.gridDim = 1, config.blockDim = kThreads, config.dynamicSmemBytes = bytes;
+    return cudaLaunchKernelEx(&config, fixed_and_dynamic, static_cast<const int*>(in), out);
   };
   const auto ask = [&](int bytes) {
     return cudaFuncSetAttribute(fixed_and_dynamic, cudaFuncAttributeMaxDynamicSharedMemorySize,

@@ -87,6 +87,12 @@ DECODE_CASES = (
     replace(_case, rows=70, width=1536, features=500, k=32, csr=True),
     replace(_case, rows=4, width=513, features=64, k=64),
     replace(_case, rows=1300, width=12, features=3, k=2),  # lists longer than a kernel's piece
+    # Error and decoder rows fill shared memory just below 48 KB: float32, then half precision.
+    replace(_case, rows=2, width=768, k=15),
+    replace(_case, rows=2, width=1024, k=11),
+    replace(_case, rows=2, width=2048, k=5),
+    replace(_case, rows=2, width=768, k=30),
+    replace(_case, rows=2, width=1024, k=22),
     DecodeCase(0, 16, 8, 2),
     DecodeCase(3, 16, 8, 0, row_weight=True),
     DecodeCase(0, 16, 8, 2, csr=True),
