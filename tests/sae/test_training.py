@@ -247,7 +247,7 @@ def test_levels_cut_rows_at_the_prefixes(rows, sizes, first, seed):
     blank = torch.rand(len(indices), generator=g) < 0.3
     blanked = torch.where(blank, -1, indices.int())
     codes = Codes(torch.rand(len(indices), generator=g), blanked, offsets)
-    cut = by_level(codes, prefixes, first).offsets
+    cut = by_level(codes, torch.tensor(prefixes), first).offsets
     assert len(cut) == rows * len(prefixes) + 1
     for place in range(len(cut) - 1):
         for entry in range(int(cut[place]), int(cut[place + 1])):
@@ -260,7 +260,7 @@ def test_levels_cut_rows_at_the_prefixes(rows, sizes, first, seed):
 
 def test_levels_need_lists():
     with pytest.raises(TypeError, match="expected codes in CSR form"):
-        by_level(Codes(torch.zeros(2, 3), torch.zeros(2, 3).int(), None), (4, 8), 0)
+        by_level(Codes(torch.zeros(2, 3), torch.zeros(2, 3).int(), None), torch.tensor([4, 8]), 0)
 
 
 @pytest.mark.parametrize("architecture", ["batch_topk", "matryoshka"])

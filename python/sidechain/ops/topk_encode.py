@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._device import capturing
 from ..reference import topk_encode as _reference
 from . import _checks, _library
 from ._topk_encode import PRECISIONS
@@ -80,7 +81,8 @@ def topk_encode(
     Raises:
         TypeError: an argument has another type or dtype.
         ValueError: a shape or a value does not fit.
-        RuntimeError: tensors on different devices, or the backend cannot run here.
+        RuntimeError: tensors on different devices, the backend cannot run here, or the first call
+            on a device is captured in a CUDA graph.
 
     Differentiable in: x, w_enc, b_enc, b_pre, once, as the dense encoder is at the codes kept
     (bf16: with the rounded operands). Deterministic: yes, for any number of threads.
@@ -90,9 +92,9 @@ def topk_encode(
     row that the bound cannot decide is computed in full, counted by `topk_encode_fallbacks`.
     On a GPU the screen is a product in float16 with a scale for each row, which also serves
     "int8" (with the exact result: narrower products save nothing there below F / k = 1000).
-    mode="topk" never waits for the host and can be captured in a CUDA graph; the lists of the
-    other modes have sizes that the host must know, for which it waits once, and once more if the
-    guess was too high or the lists outgrew their memory.
+    mode="topk" never waits for the host and can be captured in a CUDA graph, after a first call
+    outside of one; the lists of the other modes have sizes that the host must know, for which it
+    waits once, and once more if the guess was too high or the lists outgrew their memory.
     Backends: cpu (avx512 / avx2 / baseline), triton (sm80+), reference.
     Under `torch.compile` a device without a kernel traces the reference as plain tensor ops; the
     list modes have sizes that depend on the data and need
@@ -112,7 +114,7 @@ def topk_encode(
             return Codes(*_reference.topk_encode(x, w_enc, b_enc, b_pre, kept, bf16=bf16), None)
         return Codes(*_reference.topk_encode_ragged(x, w_enc, b_enc, b_pre, kept, limit, bf16=bf16))
     level = PRECISIONS.index(precision)
-    offsets = None
+    offsets, counter = None, _counter(x)
     if mode == "topk":
         values, indices, fallbacks = _call(
             "topk_encode", backend, x, w_enc, b_enc, b_pre, kept, level, guess
@@ -121,8 +123,8 @@ def topk_encode(
         values, indices, offsets, fallbacks = _call(
             "topk_encode_ragged", backend, x, w_enc, b_enc, b_pre, kept, limit, level, guess
         )
-    if not torch.compiler.is_compiling():
-        _count(fallbacks)
+    if counter is not None:
+        counter += fallbacks  # on the device: reading the number would wait for it
     return Codes(values, indices, offsets)
 
 
@@ -136,24 +138,40 @@ def _call(op: str, backend: str, x: Tensor, *rest: Any) -> Any:
 def topk_encode_fallbacks(*, reset: bool = False) -> int:
     """Rows since the start or the last reset that the screen could not decide.
 
-    They were computed in full, which costs time and changes nothing. Compiled calls do not count.
+    They were computed in full, which costs time and changes nothing. Compiled calls do not count;
+    a call captured in a CUDA graph counts at every replay. Calls that run on several streams of a
+    device at once may be counted short. Waits for the devices.
 
     Args:
         reset: start again at 0.
     """
     total = sum(int(count) for count in _fallbacks.values())
     if reset:
-        _fallbacks.clear()
+        for count in _fallbacks.values():
+            count.zero_()  # in place: a CUDA graph may add to it
     return total
 
 
-def _count(fallbacks: Tensor) -> None:
-    """Add on the device: reading the number would wait for it."""
-    with torch.inference_mode(False):
-        total = _fallbacks.setdefault(
-            fallbacks.device, torch.zeros(1, dtype=torch.int64, device=fallbacks.device)
-        )
-        total += fallbacks
+def _counter(x: Tensor) -> Tensor | None:
+    """The counter of a device [1] int64; None where nothing is computed: compiled, traced, meta.
+
+    One made while a CUDA graph is captured would lie in the graph's memory and be set back by
+    every replay.
+    """
+    plain = type(x) in (Tensor, torch.nn.Parameter)
+    if torch.compiler.is_compiling() or not plain or x.is_meta:
+        return None
+    found = _fallbacks.get(x.device)
+    if found is None:
+        if capturing():
+            raise RuntimeError(
+                f"topk_encode: expected a first call on {x.device} before a CUDA graph is captured "
+                "[it makes a counter that lives longer than the graph], got it within the capture"
+            )
+        with torch.inference_mode(False):
+            fresh = torch.zeros(1, dtype=torch.int64, device=x.device)
+        found = _fallbacks.setdefault(x.device, fresh)
+    return found
 
 
 def _check_tensors(

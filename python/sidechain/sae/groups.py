@@ -87,7 +87,7 @@ def nested(state: TrainState, codes: Codes, target: Tensor) -> Group:
     """
     levels = len(state.config.prefixes)
     weight = state.row_weight / levels
-    part = _Decoded(state, by_level(codes, state.config.prefixes, state.first))
+    part = _Decoded(state, by_level(codes, state.prefixes, state.first))
     error = part.x_hat.view(len(target), levels, -1)
     error[:, 0] += state.weights["b_dec"] - target
     for level in range(1, levels):
@@ -100,7 +100,7 @@ def nested(state: TrainState, codes: Codes, target: Tensor) -> Group:
     return Group(codes, error, dvalues, row_loss, weight, True)
 
 
-def by_level(codes: Codes, prefixes: tuple[int, ...], first: int) -> Codes:
+def by_level(codes: Codes, prefixes: Tensor, first: int) -> Codes:
     """The same lists cut finer: row n * P + p holds the codes of row n of level p.
 
     A code is of the level of the first prefix that holds its feature. What another process keeps
@@ -108,7 +108,7 @@ def by_level(codes: Codes, prefixes: tuple[int, ...], first: int) -> Codes:
 
     Args:
         codes: in CSR form, indices ascending within a row but for -1.
-        prefixes: ascending sizes, the last one F.
+        prefixes: ascending sizes [P] int64, the last one F, where the codes are.
         first: number of the slice's first feature.
 
     Raises:
@@ -118,10 +118,9 @@ def by_level(codes: Codes, prefixes: tuple[int, ...], first: int) -> Codes:
     if offsets is None:
         raise TypeError("by_level: expected codes in CSR form, got fixed width")
     device, levels, rows = values.device, len(prefixes), len(offsets) - 1
-    sizes = torch.tensor(prefixes, device=device)
     numbers = torch.arange(rows, device=device)
     row = torch.repeat_interleave(numbers, offsets.diff(), output_size=len(values))
-    level = torch.bucketize(indices.clamp(min=0) + first, sizes, right=True)
+    level = torch.bucketize(indices.clamp(min=0) + first, prefixes, right=True)
     level = torch.where(indices < 0, 0, level)
     place = torch.cummax(row * levels + level, 0).values
     cuts = torch.searchsorted(place, torch.arange(rows * levels + 1, device=device))

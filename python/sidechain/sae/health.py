@@ -55,14 +55,12 @@ def measure(sae: Sae, store: ActivationStore, *, batch: int = 4096) -> Health:
     fired = torch.zeros(features, dtype=torch.int64)
     for got in store.batches(batch, shuffle="off", labels=True, drop_last=False, device=device):
         assert got.labels is not None
-        x, step = got.x.float(), got.labels.step
+        x, step = got.x.float(), got.step
         with torch.no_grad():
-            codes = sae.encode(x, step=step.to(device))
-            y = sae.normaliser.normalise(x, step.to(device))
-            y_hat = sae.normaliser.normalise(
-                sae.decode(codes, step=step.to(device)), step.to(device)
-            )
-        place = torch.searchsorted(steps, step)
+            codes = sae.encode(x, step=step)
+            y = sae.normaliser.normalise(x, step)
+            y_hat = sae.normaliser.normalise(sae.decode(codes, step=step), step)
+        place = torch.searchsorted(steps, got.labels.step)
         errors.index_add_(0, place, (y - y_hat).double().square().sum(1).cpu())
         squares.index_add_(0, place, y.double().square().sum(1).cpu())
         sums.index_add_(0, place, y.double().cpu())
@@ -134,12 +132,11 @@ def top_moments(
     prompts = int(labels.prompt.max()) + 1
     best = torch.zeros(len(features) * prompts)
     where = torch.full((len(features) * prompts,), -1)
-    for got in store.batches(batch, shuffle="off", labels=True, drop_last=False):
+    device = sae.w_enc.device
+    for got in store.batches(batch, shuffle="off", labels=True, drop_last=False, device=device):
         assert got.labels is not None
         with torch.no_grad():
-            codes = sae.encode(
-                got.x.float().to(sae.w_enc.device), step=got.labels.step.to(sae.w_enc.device)
-            )
+            codes = sae.encode(got.x.float(), step=got.step)
         indices = codes.indices.long().cpu().flatten()
         slot = torch.where(indices >= 0, place[indices.clamp(min=0)], -1)
         found = torch.nonzero(slot >= 0)[:, 0]

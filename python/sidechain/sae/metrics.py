@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ class Metrics:
         self.target_sum = torch.zeros(
             state.config.width_out, dtype=torch.float64, device=state.device
         )
-        self._pending: tuple[int, Tensor] | None = None
+        self._pending: tuple[int, Tensor, Any] | None = None
 
     def add(self, outcome: Outcome) -> None:
         """Add a step."""
@@ -66,21 +66,22 @@ class Metrics:
         before = self.flush()
         state = self._state
         figures = self._figures()
-        pinned = figures.device.type == "cuda"
-        host = torch.empty(figures.shape, dtype=figures.dtype, pin_memory=pinned)
+        on_gpu = figures.device.type == "cuda"
+        host = torch.empty(figures.shape, dtype=figures.dtype, pin_memory=on_gpu)
         host.copy_(figures, non_blocking=True)
-        self._pending = (state.step, host)
+        copied = torch.cuda.current_stream(figures.device).record_event() if on_gpu else None
+        self._pending = (state.step, host, copied)
         self.totals.zero_()
         self.target_sum.zero_()
         return before
 
     def flush(self) -> dict[str, float] | None:
-        """Return the reading under way, waiting for it."""
+        """Return the reading under way, waiting for it, and for no step after it."""
         if self._pending is None:
             return None
-        if self._state.device.type == "cuda":
-            torch.cuda.current_stream(self._state.device).synchronize()
-        step, host = self._pending
+        step, host, copied = self._pending
+        if copied is not None:
+            copied.synchronize()
         self._pending = None
         fvu, l0, dead = host.tolist()
         schedule = self._state.schedule

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .._device import send
 from ..sites import SitePattern, config_hash
 from ..sites import sites as list_sites
 from ..store import Permutation, Statistics
@@ -201,7 +202,7 @@ def _one_site(pipe: Any, pattern: SitePattern) -> Any:
 
 
 def _pick(rows: Rows, chosen: Tensor, device: torch.device) -> Rows:
-    x, step, target = (None if t is None else t[chosen].to(device) for t in rows)
+    x, step, target = (None if t is None else send(t[chosen], device) for t in rows)
     if x is None:
         raise RuntimeError("PipelineSource: expected rows, got none")
     return Rows(x, step, target)

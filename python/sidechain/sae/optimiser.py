@@ -77,7 +77,7 @@ def adam_(
             [state.moments[n][0] for n in names],
             [state.moments[n][1] for n in names],
             [],
-            [torch.tensor(float(state.step - 1), device=state.device) for _ in names],
+            [torch.full((), state.step - 1.0, device=state.device) for _ in names],
             fused=True,
             amsgrad=False,
             beta1=train.betas[0],

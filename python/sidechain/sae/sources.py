@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .._device import send
 from ..store import ActivationStore, Moments, Statistics
 from .config import Provenance
 from .mesh import Mesh
@@ -108,9 +109,7 @@ class StoreSource:
         epoch, place = divmod(start, len(order))
         order.load_state_dict({**order.state_dict(), "epoch": epoch, "position": place * batch})
         for got in order:
-            if got.labels is None:
-                raise RuntimeError("StoreSource: expected labels with every batch, got none")
-            yield Rows(got.x, got.labels.step.to(device), got.target)
+            yield Rows(got.x, got.step, got.target)
 
     def identity(self) -> dict[str, Any]:
         """Return checksums of the rows, and their order."""
@@ -184,7 +183,7 @@ class IterableSource:
         """Yield rows from batch number `start` on."""
         first, last = mesh.rows(batch)
         for rows in regroup(self._fresh(), batch, start * batch):
-            yield Rows(*(None if t is None else t[first:last].to(device) for t in rows))  # type: ignore[arg-type]
+            yield Rows(*(None if t is None else send(t[first:last], device) for t in rows))  # type: ignore[arg-type]
 
     def _fresh(self) -> Iterator[Rows]:
         if callable(self._items):

@@ -46,6 +46,7 @@ class TrainState:
         dead_total: number of them over all processes.
         smallest: smallest value that the last batch kept, of batch_topk and matryoshka, or None.
             It is not saved: no result depends on it.
+        prefixes: of the config, [P] int64 on the device.
         step: steps done.
         fixed_b_pre: [d_in] of an untied bias, or None.
     """
@@ -84,6 +85,7 @@ class TrainState:
         self.dead = torch.zeros(0, dtype=torch.int64, device=self.device)
         self.dead_total = 0
         self.smallest: Tensor | None = None
+        self.prefixes = torch.tensor(config.prefixes, dtype=torch.int64, device=self.device)
 
     def _initial(self, stop: int) -> dict[str, Tensor]:
         config, size, seed = self.config, self.size, self.train.seed

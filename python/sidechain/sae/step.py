@@ -18,8 +18,9 @@ def train_step(state: TrainState, rows: Rows) -> Outcome:
         rows: this process's rows of the batch, `state.mesh.rows(batch)`.
 
     Returns:
-        Loss of each row, as tensors: nothing here waits for the device, but for the look at which
-        features are dead every `dead_every` steps.
+        Loss of each row, as tensors: nothing here waits for the device, but for the lists of a
+        batch (batch_topk, matryoshka), whose size the host has to know, once a step; the look at
+        which features are dead every `dead_every` steps; and a resampling.
     """
     if state.schedule.looks_for_dead(state.step):
         state.look_for_dead()

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from .._device import capturing
 from .adapters import Adapter, CallShape, find_denoiser
 
 
@@ -221,7 +222,14 @@ class RunContext:
                 "a denoiser call after the last: start a new one with context.begin"
             )
         shape = self._adapter.shape(args, kwargs)
-        if self.run is None or shape != self.run.shape:
+        known = self.run is not None and shape == self.run.shape
+        if capturing() and not (known and self._published == self.step):
+            raise RuntimeError(
+                "sites: expected an eager denoiser call of these shapes at this step before a CUDA "
+                "graph is captured [it makes and fills the buffers of the taps, which replays "
+                "would fill again], got the first one within the capture"
+            )
+        if not known:
             self._bind(shape, self._timesteps, args, kwargs)
         if self._published != self.step:
             for observer in self.observers:

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .._device import send
 from .permutation import Permutation
 from .shard import decode
 
@@ -34,7 +35,8 @@ class Batch:
     Attributes:
         x: [B, C] on the device asked for.
         rows: their numbers in the store [B] int64 on the CPU.
-        labels: step, branch, prompt and token of each, or None if not asked for.
+        labels: step, branch, prompt and token of each on the CPU, or None if not asked for.
+        step: scheduler step of each [B] int64, where `x` is; None without labels.
         target: the same rows at the target site [B, C'], or None if there is none.
     """
 
@@ -42,6 +44,7 @@ class Batch:
     rows: Tensor
     labels: Labels | None
     target: Tensor | None = None
+    step: Tensor | None = None
 
 
 class Batches:
@@ -154,12 +157,13 @@ class Batches:
             self.epoch, self.position = epoch, position
             rows, labels = torch.from_numpy(loaded.rows), loaded.labels if self.labels else None
             x = self._loader.finish(loaded)
+            step = loaded.step if self.labels else None
             target = None
             if self._targets is not None and aimed is not None:
                 target = self._targets.finish(aimed)
             del loaded, aimed  # their memory is used again once the consumer lets go of it
-            yield Batch(x, rows, labels, target)
-            del x, target
+            yield Batch(x, rows, labels, target, step)
+            del x, target, step
 
     def _load(self, rows: NDArray[np.int64]) -> tuple[_Loaded, _Loaded | None]:
         if self.part is not None:
@@ -246,11 +250,12 @@ class Batches:
 
 @dataclass
 class _Loaded:
-    """A batch on its way: stored bytes, where they go and when they are there."""
+    """A batch on its way: stored bytes, the steps of the rows, and when they are there."""
 
     stored: Tensor
     rows: NDArray[np.int64]
     labels: Labels | None
+    step: Tensor | None
     event: Any = None
 
 
@@ -286,8 +291,12 @@ class _Loader:
         if self.stream is None:
             buffer = self._buffer(len(rows))
             self.store.gather(rows, buffer)
-            return _Loaded(torch.from_numpy(buffer), rows, labels)
+            stored = torch.from_numpy(buffer).to(self.device)
+            return _Loaded(stored, rows, labels, self._steps(labels))
         return self._to_cuda(rows, labels)
+
+    def _steps(self, labels: Labels | None) -> Tensor | None:
+        return None if labels is None else send(labels.step, self.device)
 
     def _buffer(self, count: int) -> NDArray[np.uint8]:
         """Memory that nobody looks at any more; new pages would cost more than the copy itself."""
@@ -312,23 +321,25 @@ class _Loader:
         self.store.gather(rows, buffer.numpy())
         with torch.cuda.stream(self.stream):
             stored = buffer.to(self.device, non_blocking=True)
+            step = self._steps(labels)
             event = torch.cuda.Event()
             event.record(self.stream)
         self.pinned.append((buffer, event))
-        return _Loaded(stored, rows, labels, event)
+        return _Loaded(stored, rows, labels, step, event)
 
     def finish(self, loaded: _Loaded) -> Tensor:
         """Decode and normalise on the device, in the stream of the caller."""
         if loaded.event is not None:
             current = torch.cuda.current_stream(self.device)
             current.wait_event(loaded.event)
-            loaded.stored.record_stream(current)
+            for sent in (loaded.stored, loaded.step):
+                if sent is not None:
+                    sent.record_stream(current)
         x = decode(loaded.stored, self.store.dtype, self.store.width)
         if self.normalise == "global":
             x = (x.float() - self.mean) * self.inverse
-        elif self.normalise == "step" and loaded.labels is not None:
-            step = loaded.labels.step.to(self.device)
-            x = (x.float() - self.mean[step]) * self.inverse[step][:, None]
+        elif self.normalise == "step" and loaded.step is not None:
+            x = (x.float() - self.mean[loaded.step]) * self.inverse[loaded.step][:, None]
         return x if self.dtype is None else x.to(self.dtype)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._device import send
 from ..sites import Run, Site, SitePattern, sites
 from . import options
 from .base import Tap
@@ -88,6 +89,7 @@ class Capture(Tap):
                 "capture: expected a slice of tokens with reduce='tokens', got a mask"
             )
         self._slot: Tensor | None = None
+        self._kept_mask: Tensor | None = None
         self._buffers: dict[str, dict[str, Tensor]] = {}
         self._archive: list[tuple[Labels, dict[str, dict[str, Tensor]]]] = []
         self._number = -1
@@ -270,8 +272,10 @@ class Capture(Tap):
         if not isinstance(self._tokens, Tensor):
             return None
         mask = options.token_mask("capture", self._tokens, run.shape.tokens, run.samples)
-        mask = mask.to(run.shape.device)
-        return mask if mask.shape[0] == 1 else mask.repeat(branches, 1)
+        mask = send(mask, run.shape.device)
+        mask = mask if mask.shape[0] == 1 else mask.repeat(branches, 1)
+        self._kept_mask = options.reuse(self._kept_mask, mask)
+        return self._kept_mask
 
     def _shapes(self, site: Site, run: Run, rows: int) -> dict[str, tuple[int, ...]]:
         if self.reduce == "context":

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._device import send
+
 BRANCHES = ("cond", "uncond")
 PASSES = (*BRANCHES, "all")
 
@@ -147,7 +149,7 @@ def for_rows(name: str, option: str, value: Tensor, samples: int, sample_of_row:
             f"{name}: expected {option} of length 1 or {samples} [B of this run], got "
             f"{value.shape[0]}"
         )
-    return value.expand(samples).to(sample_of_row.device)[sample_of_row]
+    return send(value.expand(samples), sample_of_row.device)[sample_of_row]
 
 
 def reuse(old: Tensor | None, new: Tensor) -> Tensor:

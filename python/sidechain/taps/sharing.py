@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._device import capturing
 from ..ops import attention_tap
 from ..sites import Run, Site, SitePattern, sites
 from .base import Tap
+from .options import reuse
 from .processor import Attend, Operation, inner_processor
 
 #: Processors whose cross-attention is softmax(q k^T / sqrt(D)) v, with optional norms of q and k.
@@ -30,20 +32,22 @@ class SharedContext(Attend):
         super().__init__()
         self._attn = attn
         self._seen: Tensor | None = None  # [R, S, C] that the bank was made from
-        self._changed: Tensor | None = None  # [1] bool on the device: `_seen` has gone stale
-        self._keys: Tensor  # [M, S, Hkv, D]
-        self._values: Tensor
-        self._entry: Tensor  # [A] int32: entry of the bank for each active row
+        # Filled again by the next run where sizes stay, so that a CUDA graph finds them in place.
+        self._changed = torch.zeros(0)  # [1] bool on the device: `_seen` has gone stale
+        self._context = torch.zeros(0)  # memory of `_seen`
+        self._keys = torch.zeros(0)  # [M, S, Hkv, D]
+        self._values = torch.zeros(0)
+        self._entry = torch.zeros(0)  # [A] int32: entry of the bank for each active row
         self._active: slice | Tensor | None  # rows that see any text; None = all
 
     def reset(self) -> None:
         """Forget the bank: a new run begins."""
-        self._seen = self._changed = None
+        self._seen = None
 
     @property
     def stale(self) -> bool:
         """Whether the contexts of a run changed unnoticed; reads one value back."""
-        return self._changed is not None and bool(self._changed)
+        return self._seen is not None and bool(self._changed)
 
     def __call__(self, hidden: Tensor, context: Tensor) -> Tensor:
         """Attend from `hidden` [R, T, C] to the context [R, S, C]; returns [R, T, C]."""
@@ -74,30 +78,38 @@ class SharedContext(Attend):
                     return
             else:
                 # Nothing is read back here: the verdict is read once, when the run is over.
-                assert self._changed is not None
                 self._changed |= (seen != context).any()
                 return
-        self._seen = context.clone()
-        self._changed = torch.zeros(1, dtype=torch.bool, device=context.device)
-        self._fill(self._seen)
+        if capturing():
+            raise RuntimeError(
+                "share: expected one eager call of the run before a CUDA graph is captured [keys "
+                "and values are made there], got it within the capture"
+            )
+        # Memory made in inference mode could not be filled outside of it later.
+        with torch.inference_mode(False), torch.no_grad():
+            self._seen = self._context = reuse(self._context, context)
+            unchanged = torch.zeros(1, dtype=torch.bool, device=context.device)
+            self._changed = reuse(self._changed, unchanged)
+            self._fill(self._seen)
 
     def _fill(self, context: Tensor) -> None:
         attn = self._attn
         entries, entry = torch.unique(context, dim=0, return_inverse=True)
         silent = (entries == 0).flatten(1).all(1)[entry] & (attn.to_v.bias is None)
-        self._active, self._entry = None, entry
+        self._active = None
         if bool(silent.any()):
             rows = (~silent).nonzero()[:, 0]
             count = rows.numel()
             block = count > 0 and int(rows[-1]) - int(rows[0]) + 1 == count
             self._active = slice(int(rows[0]), int(rows[-1]) + 1) if block else rows
-            self._entry = entry[rows]
-        self._entry = self._entry.int()
+            entry = entry[rows]
+        self._entry = reuse(self._entry, entry.int())
         width = attn.to_q.out_features // attn.heads
-        self._keys = attn.to_k(entries).unflatten(-1, (-1, width))
-        self._values = attn.to_v(entries).unflatten(-1, (-1, width))
+        keys = attn.to_k(entries).unflatten(-1, (-1, width))
         if attn.norm_k is not None:
-            self._keys = attn.norm_k(self._keys)
+            keys = attn.norm_k(keys)
+        self._keys = reuse(self._keys, keys)
+        self._values = reuse(self._values, attn.to_v(entries).unflatten(-1, (-1, width)))
 
 
 class Share(Tap):
@@ -183,5 +195,8 @@ def share(pipe: Any, sites: SitePattern = "cross:*") -> Share:
             this is found out at the end of the run; on the CPU the bank is simply made anew.
 
     Where gradients are wanted the model's own processors run.
+
+    A CUDA graph captured after an eager call of the run stays valid for later runs of the same
+    shapes, with as many different texts and the same rows without text.
     """
     return Share(pipe, sites)

@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from .._device import send
 from ..sites import Run, Site, SiteList, SitePattern, config_hash, execution_device, sites
 from . import options
 from .base import Tap
@@ -158,6 +159,7 @@ class Steer(Tap):
         self._slot: Tensor | None = None
         self._row_buffers: dict[str, Tensor] = {}
         self._vectors: dict[str, Tensor] = {}
+        self._mask: Tensor | None = None
         self._built_for: Tensor | None = None
         self._warned = False
 
@@ -262,8 +264,9 @@ class Steer(Tap):
             buffers["removal"] = self._row_buffers["removal"]
         if isinstance(self._tokens, Tensor):
             mask = options.token_mask("steer", self._tokens, run.shape.tokens, run.samples)
-            mask = mask.to(device)
-            buffers["steer_mask"] = mask if mask.shape[0] == 1 else mask[run.sample_of_row]
+            mask = send(mask, device)
+            mask = mask if mask.shape[0] == 1 else mask[run.sample_of_row]
+            self._mask = buffers["steer_mask"] = reuse(self._mask, mask)
         else:
             options.count_tokens("steer", self._tokens, run.shape.tokens)
         for site in self.sites:
