@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import importlib.util
 import os
+from collections.abc import Generator
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +12,12 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # cuBLAS refuses deterministic mode without it; read when it starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+# What a GPU host may lack: there torch, Triton and pytest are all that has to be.
+MAY_LACK = (
+    "diffusers", "transformers", "tokenizers", "peft", "librosa", "soundfile", "matplotlib",
+    "tqdm", "pandas", "scipy", "jinja2", "hypothesis", "torchsde",
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -22,3 +31,41 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(reason)
+
+
+def _lacking(error: BaseException | None) -> str | None:
+    """Why a module or a test cannot run on this host; None if the error is one to be seen."""
+    while error is not None:
+        package = (getattr(error, "name", None) or "").split(".")[0]
+        known = isinstance(error, ModuleNotFoundError) and package in MAY_LACK
+        if known and importlib.util.find_spec(package) is None:
+            return f"{package} is not installed"
+        error = error.__cause__ or error.__context__
+    return None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    call: Any = getattr(report, "call", None)
+    if report.failed and call is not None and call.excinfo is not None:
+        reason = _lacking(call.excinfo.value)
+        if reason is not None:
+            report.outcome = "skipped"
+            report.longrepr = (str(collector.path), 0, f"Skipped: {reason}")
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.failed and call.excinfo is not None:
+        reason = _lacking(call.excinfo.value)
+        if reason is not None:
+            report.outcome = "skipped"
+            report.longrepr = (str(item.path), 0, f"Skipped: {reason}")
+    return report

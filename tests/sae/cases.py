@@ -63,7 +63,7 @@ CASES = {
 SHAPE = ("architecture", "k", "d_out", "prefixes", "unit_norm", "tied_bias")
 
 
-def make(case, path, dtype=torch.float32, mesh=None):
+def make(case, path, dtype=torch.float32, mesh=None, device="cpu"):
     settings = {"aux_k": 0, **CASES[case]}
     config = SaeConfig(D, F, **{n: settings.pop(n) for n in SHAPE if n in settings})
     if config.architecture not in ("topk", "batch_topk", "matryoshka"):
@@ -74,9 +74,11 @@ def make(case, path, dtype=torch.float32, mesh=None):
     target = None
     if config.transcoder:
         target = Normaliser.identity(D_OUT)
-    state = TrainState(config, train, Normaliser.identity(D), target, mesh=mesh, dtype=dtype)
+    normaliser = Normaliser.identity(D)
+    state = TrainState(config, train, normaliser, target, mesh=mesh, device=device, dtype=dtype)
     if "aux" in case:
-        weak = (torch.arange(state.first, state.first + state.size) % 5) == 0
+        numbers = torch.arange(state.first, state.first + state.size, device=device)
+        weak = numbers % 5 == 0
         state.weights["w_enc"][weak] *= 0.01  # positive, but never among the largest
     return state
 

@@ -8,13 +8,14 @@ import torch
 
 from sidechain.studies import common
 from sidechain.testing import tiny_pipeline
-from sidechain.zoo.judge import LatentJudge, MelJudge
 
 
 class Model:
     """A tiny music pipeline with tiny random judges, and a count of what it generates."""
 
     def __init__(self, layers: int = 3) -> None:
+        from sidechain.zoo.judge import LatentJudge, MelJudge
+
         self.pipe = tiny_pipeline("music", layers=layers)
         torch.manual_seed(0)
         mel = MelJudge(channels=(4, 8, 8), width=16)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._device import capturing
+from .. import _device
 from ..reference import topk_encode as _reference
 from . import _checks, _library
 from ._topk_encode import PRECISIONS
@@ -163,7 +163,7 @@ def _counter(x: Tensor) -> Tensor | None:
         return None
     found = _fallbacks.get(x.device)
     if found is None:
-        if capturing():
+        if _device.capturing():
             raise RuntimeError(
                 f"topk_encode: expected a first call on {x.device} before a CUDA graph is captured "
                 "[it makes a counter that lives longer than the graph], got it within the capture"

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from .._device import capturing
+from .. import _device
 from .adapters import Adapter, CallShape, find_denoiser
 
 
@@ -223,7 +223,7 @@ class RunContext:
             )
         shape = self._adapter.shape(args, kwargs)
         known = self.run is not None and shape == self.run.shape
-        if capturing() and not (known and self._published == self.step):
+        if _device.capturing() and not (known and self._published == self.step):
             raise RuntimeError(
                 "sites: expected an eager denoiser call of these shapes at this step before a CUDA "
                 "graph is captured [it makes and fills the buffers of the taps, which replays "

@@ -291,7 +291,7 @@ class _Loader:
         if self.stream is None:
             buffer = self._buffer(len(rows))
             self.store.gather(rows, buffer)
-            stored = torch.from_numpy(buffer).to(self.device)
+            stored = send(torch.from_numpy(buffer), self.device)
             return _Loaded(stored, rows, labels, self._steps(labels))
         return self._to_cuda(rows, labels)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._device import capturing
+from .. import _device
 from ..ops import attention_tap
 from ..sites import Run, Site, SitePattern, sites
 from .base import Tap
@@ -80,7 +80,7 @@ class SharedContext(Attend):
                 # Nothing is read back here: the verdict is read once, when the run is over.
                 self._changed |= (seen != context).any()
                 return
-        if capturing():
+        if _device.capturing():
             raise RuntimeError(
                 "share: expected one eager call of the run before a CUDA graph is captured [keys "
                 "and values are made there], got it within the capture"
