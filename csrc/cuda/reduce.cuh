@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sums over a warp and over a block, in an order that depends on the block's size alone.
+// Sums over a warp, a team of warps and a block, in an order that depends on their size alone.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -32,6 +32,48 @@ __device__ inline void block_sum(T (&value)[kCount], T* scratch) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) value[i] += scratch[w * kCount + i];
   }
+}
+
+// Sums kCount values over the warp at once: lane l gets the sum of value[l % kCount]. Each step
+// halves the values a lane still holds, so that 8 values take 9 shuffles and not 40.
+template <int kCount>
+__device__ inline float warp_sums(float (&value)[kCount]) {
+  static_assert(kCount > 0 && kCount <= 32 && (kCount & (kCount - 1)) == 0);
+  const unsigned lane = threadIdx.x % 32;
+#pragma unroll
+  for (int half = kCount / 2; half > 0; half /= 2) {
+    const bool upper = (lane & half) != 0;
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      const float sent = upper ? value[i] : value[half + i];
+      const float kept = upper ? value[half + i] : value[i];
+      value[i] = kept + __shfl_xor_sync(0xffffffffu, sent, half);
+    }
+  }
+  float sum = value[0];
+#pragma unroll
+  for (int step = kCount; step < 32; step *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+  return sum;
+}
+
+// The same over a team of `warps` warps, of which this one is `warp`. `scratch` holds kCount values
+// a warp of the team and is read until the next barrier. Every thread of the block makes the call,
+// with the same `warps`: teams of several warps meet at a barrier of the block.
+template <int kCount>
+__device__ inline float team_sums(float (&value)[kCount], float* scratch, int warps, int warp) {
+  float sum = warp_sums(value);
+  if (warps == 1) return sum;
+  const int lane = threadIdx.x % 32;
+  if (lane < kCount) scratch[warp * kCount + lane] = sum;
+  __syncthreads();
+  sum = 0.0f;
+#pragma unroll
+  for (int at = 0; at < kCount * 32; at += 32) {
+    if (at + lane < warps * kCount) sum += scratch[at + lane];
+  }
+#pragma unroll
+  for (int step = kCount; step < 32; step *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+  return sum;
 }
 
 // Threads of a block whose threads own packs of channels in rounds: a multiple of 32 in

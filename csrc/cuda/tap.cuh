@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // tap_ on CUDA. Contract: csrc/include/sidechain/tap.h; every pointer lies on the device.
 //
-// Blocks: one per (row, chunk of kTokensPerBlock tokens); threads own channels. A group of kGroup
-// tokens is read once from memory, stays in the first-level cache between the passes and is written
-// once: 2 sizeof(T) bytes per element move, which bounds the kernel. Sums of a chunk are kept per
-// thread in shared memory, written to a workspace, and added by a second kernel in chunk order, so
-// that the result does not depend on scheduling.
+// Blocks: one per (row, chunk of tokens), of one or several teams of warps; a team owns up to
+// kTapTokens tokens, and each of its threads one pack of 16 bytes of every token. A group of kTapGroup tokens is
+// loaded at once and stays in registers until it is written: 2 sizeof(T) bytes per element move,
+// which bounds the kernel. Sums over tokens stay in registers too, are added over the teams, go to
+// a workspace, and a second launch adds the chunks in a fixed order, so that the result does not
+// depend on scheduling. Where one block holds a row, it adds to the capture buffers itself.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -15,343 +16,281 @@
 #include "cuda/launch.cuh"
 #include "cuda/reduce.cuh"
 #include "cuda/shared.cuh"
+#include "cuda/tap_fold.cuh"
+#include "cuda/tap_passes.cuh"
+#include "cuda/tap_plan.cuh"
 #include "cuda/vec.cuh"
 #include "sidechain/tap.h"
 
 namespace sidechain::cuda {
 
-constexpr int kTapGroup = 4;
-constexpr int kTokensPerBlock = 16;
-constexpr int kMaxThreads = 512;
-constexpr int kMaxWarps = kMaxThreads / 32;
-// Channels whose two sums fit in the shared memory that needs no opt-in; more use the workspace.
-constexpr int64_t kSharedChannels = 5632;
+constexpr int kTapScratch = kTapThreads / 32 * 2 * kTapGroup;
 
-__device__ inline bool tap_inside(int64_t slot, int64_t slots) { return slot >= 0 && slot < slots; }
-
-__device__ inline bool tap_holds(const TokenMask& mask, int64_t row, int64_t token) {
-  return mask.data == nullptr || mask.data[row * mask.row + token * mask.token] != 0;
-}
-
-constexpr int kScratch = kMaxWarps * 2 * kTapGroup;
-
-// What the host finds out about the layout once per layout.
-struct TapLayout {
-  int64_t chunks;  // per row
-  bool vectors_aligned, ring_aligned;
-  float* workspace;  // [R, chunks, 2, C], nullptr = no sums wanted
-};
-
-// One row as one thread block sees it.
-template <class T>
-struct TapBlock {
-  T* x;            // [T, C] of the row
-  const float* v;  // [C], nullptr = not steered
-  float a, b;
-  int64_t row, capture_slot;
-  bool to_ring, to_sums;
-  float *sums, *squares;  // [C] each; a thread touches only its own channels: no barrier needed
-  int64_t first, stride;  // channels of this thread: first, first + stride, ...
-};
-
-// What happens to each token of a group; the same in every thread of the block.
-struct TapGroup {
-  int64_t begin;
-  bool capture[kTapGroup], steer[kTapGroup];
-  bool any_capture, any_steer;
-};
-
-template <class T>
-__device__ inline TapBlock<T> tap_block(const TapParams& p, int64_t row) {
-  TapBlock<T> block = {};
-  block.row = row;
-  block.x = static_cast<T*>(p.x) + row * p.x_row;
-  block.capture_slot = p.capture_slot != nullptr ? *p.capture_slot : 0;
-  block.to_ring = p.ring.data != nullptr && tap_inside(block.capture_slot, p.ring.slots);
-  block.to_sums = (p.sums.data != nullptr && tap_inside(block.capture_slot, p.sums.slots)) ||
-                  (p.squares.data != nullptr && tap_inside(block.capture_slot, p.squares.slots));
-  if (p.vectors == nullptr) return block;
-  block.a = p.strength != nullptr ? p.strength[row * p.strength_stride] : 0.0f;
-  block.b = p.removal != nullptr ? p.removal[row * p.removal_stride] : 0.0f;
-  const int64_t which = p.index != nullptr ? p.index[row * p.index_stride] : 0;
-  const int64_t slot = p.steer_slot != nullptr ? *p.steer_slot : 0;
-  if ((block.a != 0.0f || block.b != 0.0f) && tap_inside(which, p.vector_count) &&
-      tap_inside(slot, p.vector_slots)) {
-    block.v = p.vectors + which * p.vector_stride + slot * p.vector_slot_stride;
+// A sum of this block over its tokens, of channel c.
+__device__ inline void tap_deliver(const TapParams& p, const TapLayout& layout, int64_t slot,
+                                   unsigned row, unsigned chunk, bool squares, int64_t c,
+                                   float value) {
+  if (!layout.direct) {
+    const int64_t partial = (row * layout.chunks + chunk) * 2 + (squares ? 1 : 0);
+    layout.workspace[partial * p.channels + c] = value;
+    return;
   }
-  return block;
+  const SumBuffer to = squares ? p.squares : p.sums;
+  if (to.data == nullptr || !tap_inside(slot, to.slots)) return;
+  to.data[slot * to.slot + row * to.row + c] += value;
 }
 
-template <class T>
-__device__ inline TapGroup tap_group(const TapParams& p, const TapBlock<T>& block, int64_t begin,
-                                     int64_t end) {
-  TapGroup group = {};
-  group.begin = begin;
-#pragma unroll
-  for (int i = 0; i < kTapGroup; ++i) {
-    const int64_t t = begin + i;
-    group.capture[i] =
-        t < end && (block.to_sums || block.to_ring) && tap_holds(p.capture_mask, block.row, t);
-    group.steer[i] = t < end && block.v != nullptr && tap_holds(p.steer_mask, block.row, t);
-    group.any_capture = group.any_capture || group.capture[i];
-    group.any_steer = group.any_steer || group.steer[i];
-  }
-  return group;
-}
-
-// Captures the group and, where `dots`, leaves this thread's share of <x, x> and <x, v> in `dot`:
-// [xx of the group, xv of the group].
-template <int kWidth, class T>
-__device__ inline void tap_measure(const TapParams& p, const TapLayout& layout,
-                                   const TapBlock<T>& block, const TapGroup& group, bool dots,
-                                   float (&dot)[2 * kTapGroup]) {
-  for (int64_t c = block.first; c < p.channels; c += block.stride) {
-    float direction[kWidth] = {}, total[kWidth] = {}, total_square[kWidth] = {};
-    if (dots) load(block.v + c, layout.vectors_aligned, direction);
-#pragma unroll
-    for (int i = 0; i < kTapGroup; ++i) {
-      if (!group.capture[i] && !(dots && group.steer[i])) continue;
-      const int64_t t = group.begin + i;
-      float value[kWidth];
-      load(block.x + t * p.x_token + c, value);
-#pragma unroll
-      for (int k = 0; k < kWidth; ++k) {
-        const float square = value[k] * value[k];
-        dot[i] += square;
-        dot[kTapGroup + i] += value[k] * direction[k];
-        total[k] += group.capture[i] ? value[k] : 0.0f;
-        total_square[k] += group.capture[i] ? square : 0.0f;
-      }
-      if (group.capture[i] && block.to_ring && t % p.ring.every == 0) {
-        const int64_t at = block.capture_slot * p.ring.slot + block.row * p.ring.row +
-                           t / p.ring.every * p.ring.token + c;
-        store_as(p.ring.data, p.ring.dtype, at, layout.ring_aligned, value);
-      }
+// Adds the sums of the teams of a block in order, through shared memory [teams, 2, C].
+template <int kWidth>
+__device__ inline void tap_finish(const TapParams& p, const TapLayout& layout, int64_t slot,
+                                  unsigned row, unsigned chunk, int team, int c,
+                                  const float (&total)[kWidth], const float (&square)[kWidth]) {
+  const int channels = static_cast<int>(p.channels);
+  if (layout.teams == 1) {
+    if (c >= channels) return;
+    if (!layout.direct) {
+      float* const to = layout.workspace + (row * layout.chunks + chunk) * 2 * p.channels + c;
+      store(to, total);
+      store(to + channels, square);
+      return;
     }
-    if (!block.to_sums || !group.any_capture) continue;
-    float sum[kWidth], square[kWidth];
-    load(block.sums + c, sum);
-    load(block.squares + c, square);
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) {
-      sum[k] += total[k];
-      square[k] += total_square[k];
+      tap_deliver(p, layout, slot, row, chunk, false, c + k, total[k]);
+      tap_deliver(p, layout, slot, row, chunk, true, c + k, square[k]);
     }
-    store(block.sums + c, sum);
-    store(block.squares + c, square);
+    return;
   }
-}
-
-// This thread's share of |x + along v|^2, from the elements: the expansion in <x, v> cancels for
-// short y, and the tokens are in the cache anyway.
-template <int kWidth, class T>
-__device__ inline void tap_norms(const TapParams& p, const TapLayout& layout,
-                                 const TapBlock<T>& block, const TapGroup& group,
-                                 const float (&along)[kTapGroup], float (&yy)[kTapGroup]) {
-  for (int64_t c = block.first; c < p.channels; c += block.stride) {
-    float direction[kWidth];
-    load(block.v + c, layout.vectors_aligned, direction);
-#pragma unroll
-    for (int i = 0; i < kTapGroup; ++i) {
-      if (!group.steer[i]) continue;
-      float value[kWidth];
-      load(block.x + (group.begin + i) * p.x_token + c, value);
-#pragma unroll
-      for (int k = 0; k < kWidth; ++k) {
-        const float y = value[k] + along[i] * direction[k];
-        yy[i] += y * y;
-      }
-    }
+  float* const all = dynamic_shared<float>();
+  if (c < channels) {
+    store(all + team * 2 * channels + c, total);
+    store(all + team * 2 * channels + channels + c, square);
   }
-}
-
-// x <- (x + along v) scale.
-template <int kWidth, class T>
-__device__ inline void tap_move(const TapParams& p, const TapLayout& layout,
-                                const TapBlock<T>& block, const TapGroup& group,
-                                const float (&along)[kTapGroup], const float (&scale)[kTapGroup]) {
-  for (int64_t c = block.first; c < p.channels; c += block.stride) {
-    float direction[kWidth];
-    load(block.v + c, layout.vectors_aligned, direction);
-#pragma unroll
-    for (int i = 0; i < kTapGroup; ++i) {
-      if (!group.steer[i]) continue;
-      float value[kWidth];
-      T* const at = block.x + (group.begin + i) * p.x_token + c;
-      load(at, value);
-#pragma unroll
-      for (int k = 0; k < kWidth; ++k) value[k] = (value[k] + along[i] * direction[k]) * scale[i];
-      store(at, value);
-    }
-  }
-}
-
-template <class T, int kWidth>
-__global__ void __launch_bounds__(kMaxThreads, 1)
-    tap_kernel(const TapParams p, const TapLayout layout) {
-  // Two places in turn keep one sum's reads apart from the next one's writes.
-  __shared__ float scratch[2 * kScratch];
-  const int64_t chunk = blockIdx.x % layout.chunks;
-  TapBlock<T> block = tap_block<T>(p, blockIdx.x / layout.chunks);
-  if (block.v == nullptr && !block.to_ring && !block.to_sums) return;
-  block.first = static_cast<int64_t>(threadIdx.x) * kWidth;
-  block.stride = static_cast<int64_t>(blockDim.x) * kWidth;
-
-  float* partial = nullptr;
-  if (block.to_sums) {
-    partial = layout.workspace + (block.row * layout.chunks + chunk) * 2 * p.channels;
-    // [2][C] either way
-    block.sums = p.channels <= kSharedChannels ? dynamic_shared<float>() : partial;
-    block.squares = block.sums + p.channels;
-    const float zero[kWidth] = {};
-    for (int64_t c = block.first; c < p.channels; c += block.stride) {
-      store(block.sums + c, zero);
-      store(block.squares + c, zero);
-    }
-  }
-
-  int turn = 0;
-  const int64_t begin = chunk * kTokensPerBlock;
-  const int64_t end = min(begin + kTokensPerBlock, p.tokens);
-  for (int64_t t = begin; t < end; t += kTapGroup) {
-    const TapGroup group = tap_group(p, block, t, end);
-    const bool dots = group.any_steer && (p.renorm || block.b != 0.0f);
-    float dot[2 * kTapGroup] = {};
-    if (group.any_capture || dots) tap_measure<kWidth>(p, layout, block, group, dots, dot);
-    if (!group.any_steer) continue;
-    if (dots) {
-      block_sum(dot, scratch + turn * kScratch);
-      turn ^= 1;
-    }
-    float along[kTapGroup], scale[kTapGroup];
-#pragma unroll
-    for (int i = 0; i < kTapGroup; ++i) {
-      // Written so that a NaN projection stays NaN.
-      const float xv = dot[kTapGroup + i] < 0.0f ? 0.0f : dot[kTapGroup + i];
-      along[i] = block.b != 0.0f ? block.a - block.b * xv : block.a;
-      scale[i] = 1.0f;
-    }
-    if (p.renorm) {
-      float yy[kTapGroup] = {};
-      tap_norms<kWidth>(p, layout, block, group, along, yy);
-      block_sum(yy, scratch + turn * kScratch);
-      turn ^= 1;
-#pragma unroll
-      for (int i = 0; i < kTapGroup; ++i) {
-        scale[i] = yy[i] == 0.0f ? 1.0f : sqrtf(dot[i]) / sqrtf(yy[i]);
-      }
-    }
-    tap_move<kWidth>(p, layout, block, group, along, scale);
-  }
-
-  if (!block.to_sums || block.sums == partial) return;
-  for (int64_t c = block.first; c < p.channels; c += block.stride) {
-    float sum[kWidth], square[kWidth];
-    load(block.sums + c, sum);
-    load(block.squares + c, square);
-    store(partial + c, sum);
-    store(partial + p.channels + c, square);
-  }
-}
-
-constexpr int kFoldThreads = 256;
-
-// Adds the chunks of every row in order to the addressed slot; a thread owns one channel of one
-// row, and the first block of a row counts its tokens.
-__global__ void __launch_bounds__(kFoldThreads)
-    tap_fold_kernel(const TapParams p, const TapLayout layout, int64_t blocks_per_row) {
-  __shared__ int counted[kFoldThreads / 32];
-  const int64_t row = blockIdx.x / blocks_per_row;
-  const int64_t block = blockIdx.x % blocks_per_row;
-  const int64_t c = block * kFoldThreads + threadIdx.x;
-  const int64_t slot = p.capture_slot != nullptr ? *p.capture_slot : 0;
-  const bool to_sums = p.sums.data != nullptr && tap_inside(slot, p.sums.slots);
-  const bool to_squares = p.squares.data != nullptr && tap_inside(slot, p.squares.slots);
-  if ((to_sums || to_squares) && c < p.channels) {
-    float sum = 0.0f, square = 0.0f;
-    for (int64_t chunk = 0; chunk < layout.chunks; ++chunk) {
-      const float* partial = layout.workspace + (row * layout.chunks + chunk) * 2 * p.channels;
-      sum += partial[c];
-      square += partial[p.channels + c];
-    }
-    if (to_sums) p.sums.data[slot * p.sums.slot + row * p.sums.row + c] += sum;
-    if (to_squares) p.squares.data[slot * p.squares.slot + row * p.squares.row + c] += square;
-  }
-
-  const bool to_counts = p.counts.data != nullptr && tap_inside(slot, p.counts.slots);
-  if (block != 0 || !to_counts) return;
-  int n = 0;
-  for (int64_t t = threadIdx.x; t < p.tokens; t += kFoldThreads) {
-    n += tap_holds(p.capture_mask, row, t) ? 1 : 0;
-  }
-  for (int step = 16; step > 0; step /= 2) n += __shfl_xor_sync(0xffffffffu, n, step);
-  if (threadIdx.x % 32 == 0) counted[threadIdx.x / 32] = n;
   __syncthreads();
-  if (threadIdx.x == 0) {
-    int total = 0;
-    for (int warp = 0; warp < kFoldThreads / 32; ++warp) total += counted[warp];
-    p.counts.data[slot * p.counts.slot + row * p.counts.row] += static_cast<float>(total);
+  for (int n = threadIdx.x; n < 2 * channels; n += blockDim.x) {
+    float sum = 0.0f;
+    for (int i = 0; i < layout.teams; ++i) sum += all[i * 2 * channels + n];
+    const bool squares = n >= channels;
+    tap_deliver(p, layout, slot, row, chunk, squares, squares ? n - channels : n, sum);
   }
 }
 
-inline int64_t tap_chunks(const TapParams& p) {
-  return (p.tokens + kTokensPerBlock - 1) / kTokensPerBlock;
+template <class T, unsigned kWork>
+__global__ void __launch_bounds__(kTapThreads)
+    tap_kernel(const TapParams p, const TapLayout layout) {
+  constexpr int kWidth = 16 / sizeof(T);
+  // Two places in turn keep one sum's reads apart from the next one's writes.
+  __shared__ float scratch[kWork & kTapProject ? 2 * kTapScratch : 1];
+  const unsigned row = blockIdx.x / static_cast<unsigned>(layout.chunks);
+  const unsigned chunk = blockIdx.x - row * static_cast<unsigned>(layout.chunks);
+  const int team = threadIdx.x / layout.team_threads;
+  const int c = (threadIdx.x - team * layout.team_threads) * kWidth;
+  const int64_t begin = (static_cast<int64_t>(chunk) * layout.teams + team) * layout.tokens;
+  const TapRow wanted = tap_row<kWork>(p, row);
+  const TapTokens tokens = tap_tokens<kWork>(p, layout, row, begin);
+  if ((kWork & kTapCapture) && layout.direct && p.counts.data != nullptr &&
+      tap_inside(wanted.capture_slot, p.counts.slots)) {
+    const bool mine = c < 32 * kWidth && (tokens.captured >> threadIdx.x % 32 & 1u) != 0;
+    const int count = __syncthreads_count(mine);
+    if (threadIdx.x == 0) {
+      p.counts.data[wanted.capture_slot * p.counts.slot + row * p.counts.row] +=
+          static_cast<float>(count);
+    }
+  }
+
+  const unsigned sum = wanted.to_sums ? tokens.captured : 0;
+  const unsigned copy = wanted.to_ring ? tokens.captured & tokens.due : 0;
+  const unsigned steered = wanted.v != nullptr ? tokens.steered : 0;
+  const bool active = c < p.channels;
+  T* const x = static_cast<T*>(p.x) + row * p.x_row + begin * p.x_token + c;
+  float direction[kWidth] = {}, total[kWidth] = {}, square[kWidth] = {};
+  if ((kWork & kTapSteer) && wanted.v != nullptr && active) {
+    load(wanted.v + c, layout.vectors_aligned, direction);
+  }
+
+  // Sums over channels meet at barriers: then all teams of a block make the same rounds.
+  const bool project =
+      (kWork & kTapProject) && wanted.v != nullptr && (p.renorm || wanted.b != 0.0f);
+  const int warps = layout.team_threads / 32, warp = threadIdx.x / 32 - team * warps;
+  float* const mine = scratch + team * warps * 2 * kTapGroup;
+  int turn = 0;
+  unsigned left = sum | copy | steered;
+  for (int round = 0; round < layout.tokens; round += kTapGroup) {
+    if (left == 0 && (!project || warps == 1)) break;
+    const TapGroup group = tap_pick(left);
+    Held<T, kWidth> held[kTapGroup] = {};
+    float dot[2 * kTapGroup] = {};
+    if (active) {
+      tap_hold(x, p.x_token, group, held);
+      tap_measure<kWork>(held, group, sum, project, direction, total, square, dot);
+      if ((kWork & kTapCapture) && copy != 0) {
+        tap_copy(p, layout.ring_aligned, row, wanted.capture_slot, c, tokens, group, held);
+      }
+    }
+    if constexpr ((kWork & kTapSteer) != 0) {
+      if (wanted.v == nullptr) continue;
+      float along[kTapGroup], scale[kTapGroup];
+#pragma unroll
+      for (int i = 0; i < kTapGroup; ++i) along[i] = wanted.a, scale[i] = 1.0f;
+      if (project) {
+        const float sums = team_sums(dot, mine + turn * kTapScratch, warps, warp);
+        turn ^= 1;
+        tap_along(wanted, sums, along);
+        if (p.renorm) {
+          float yy[kTapGroup] = {};
+          if (active) tap_norms(held, direction, along, yy);
+          tap_scale(sums, team_sums(yy, mine + turn * kTapScratch, warps, warp), scale);
+          turn ^= 1;
+        }
+      }
+      if (active) tap_move<kWork>(x, p.x_token, group, steered, held, direction, along, scale);
+    }
+  }
+  if ((kWork & kTapCapture) && wanted.to_sums) {
+    tap_finish(p, layout, wanted.capture_slot, row, chunk, team, c, total, square);
+  }
+}
+
+// Rows that one pack a thread does not cover, and layouts without packs: the block loops over
+// channels, reads a group again from the cache in every pass, and keeps its sums in the workspace,
+// where a thread touches only its own channels.
+template <class T, int kWidth>
+__global__ void __launch_bounds__(kTapWideThreads)
+    tap_wide_kernel(const TapParams p, const TapLayout layout) {
+  constexpr unsigned kWork = kTapCapture | kTapSteer | kTapProject;
+  __shared__ float scratch[2 * kTapScratch];
+  const unsigned row = blockIdx.x / static_cast<unsigned>(layout.chunks);
+  const unsigned chunk = blockIdx.x - row * static_cast<unsigned>(layout.chunks);
+  const int64_t begin = static_cast<int64_t>(chunk) * layout.tokens;
+  const TapRow wanted = tap_row<kWork>(p, row);
+  const TapTokens tokens = tap_tokens<kWork>(p, layout, row, begin);
+  const unsigned sum = wanted.to_sums ? tokens.captured : 0;
+  const unsigned copy = wanted.to_ring ? tokens.captured & tokens.due : 0;
+  const unsigned steered = wanted.v != nullptr ? tokens.steered : 0;
+  const bool project = wanted.v != nullptr && (p.renorm || wanted.b != 0.0f);
+  const int64_t first = static_cast<int64_t>(threadIdx.x) * kWidth;
+  const int64_t stride = static_cast<int64_t>(blockDim.x) * kWidth;
+  T* const x = static_cast<T*>(p.x) + row * p.x_row + begin * p.x_token;
+  float* const partial = layout.workspace + (row * layout.chunks + chunk) * 2 * p.channels;
+  if (wanted.to_sums) {
+    const float zero[kWidth] = {};
+    for (int64_t c = first; c < p.channels; c += stride) {
+      store(partial + c, zero);
+      store(partial + p.channels + c, zero);
+    }
+  }
+
+  const int warps = blockDim.x / 32, warp = threadIdx.x / 32;
+  int turn = 0;
+  for (unsigned left = sum | copy | steered; left != 0;) {
+    const TapGroup group = tap_pick(left);
+    Held<T, kWidth> held[kTapGroup];
+    float direction[kWidth] = {}, dot[2 * kTapGroup] = {};
+    for (int64_t c = first; c < p.channels; c += stride) {
+      float total[kWidth] = {}, square[kWidth] = {};
+      tap_hold(x + c, p.x_token, group, held);
+      if (project) load(wanted.v + c, layout.vectors_aligned, direction);
+      if (wanted.to_sums) {
+        load(partial + c, total);
+        load(partial + p.channels + c, square);
+      }
+      tap_measure<kWork>(held, group, sum, project, direction, total, square, dot);
+      if (copy != 0) {
+        tap_copy(p, layout.ring_aligned, row, wanted.capture_slot, c, tokens, group, held);
+      }
+      if (wanted.to_sums) {
+        store(partial + c, total);
+        store(partial + p.channels + c, square);
+      }
+    }
+    if (wanted.v == nullptr) continue;
+    float along[kTapGroup], scale[kTapGroup], yy[kTapGroup] = {};
+#pragma unroll
+    for (int i = 0; i < kTapGroup; ++i) along[i] = wanted.a, scale[i] = 1.0f;
+    if (project) {
+      const float sums = team_sums(dot, scratch + turn * kTapScratch, warps, warp);
+      turn ^= 1;
+      tap_along(wanted, sums, along);
+      if (p.renorm) {
+        for (int64_t c = first; c < p.channels; c += stride) {
+          tap_hold(x + c, p.x_token, group, held);
+          load(wanted.v + c, layout.vectors_aligned, direction);
+          tap_norms(held, direction, along, yy);
+        }
+        tap_scale(sums, team_sums(yy, scratch + turn * kTapScratch, warps, warp), scale);
+        turn ^= 1;
+      }
+    }
+    for (int64_t c = first; c < p.channels; c += stride) {
+      tap_hold(x + c, p.x_token, group, held);
+      load(wanted.v + c, layout.vectors_aligned, direction);
+      tap_move<kWork>(x + c, p.x_token, group, steered, held, direction, along, scale);
+    }
+  }
 }
 
 // Floats of workspace that launch_tap needs; their contents do not matter.
 inline int64_t tap_workspace_floats(const TapParams& p) {
+  const TapPlan plan = tap_plan(p);
   const bool sums = p.sums.data != nullptr || p.squares.data != nullptr;
-  return sums ? p.rows * tap_chunks(p) * 2 * p.channels : 0;
-}
-
-template <class T, int kWidth>
-cudaError_t launch_tap_typed(const TapParams& p, const TapLayout& layout, cudaStream_t stream) {
-  const int64_t packs = (p.channels + kWidth - 1) / kWidth;
-  const int64_t rounds = (packs + kMaxThreads - 1) / kMaxThreads;
-  const int64_t threads = ((packs + rounds - 1) / rounds + 31) / 32 * 32;
-  const bool shared = layout.workspace != nullptr && p.channels <= kSharedChannels;
-  const size_t bytes = shared ? 2 * p.channels * sizeof(float) : 0;
-  return launch(tap_kernel<T, kWidth>, p.rows * layout.chunks, threads, bytes, stream, p, layout);
+  return sums && !plan.direct ? p.rows * plan.chunks * 2 * p.channels : 0;
 }
 
 template <class T>
-cudaError_t launch_tap_aligned(const TapParams& p, const TapLayout& layout, cudaStream_t stream) {
+cudaError_t launch_tap_typed(const TapParams& p, const TapPlan& plan, const TapLayout& layout,
+                             cudaStream_t stream) {
   constexpr int kWidth = 16 / sizeof(T);
-  const bool aligned = reinterpret_cast<uintptr_t>(p.x) % 16 == 0 && p.channels % kWidth == 0 &&
-                       p.x_row % kWidth == 0 && p.x_token % kWidth == 0;
-  return aligned ? launch_tap_typed<T, kWidth>(p, layout, stream)
-                 : launch_tap_typed<T, 1>(p, layout, stream);
+  constexpr unsigned kSteerProject = kTapSteer | kTapProject;
+  const bool sums = p.sums.data != nullptr || p.squares.data != nullptr;
+  const bool captures = sums || p.ring.data != nullptr || (plan.direct && p.counts.data != nullptr);
+  const bool steers = p.vectors != nullptr;
+  const bool projects = steers && (p.removal != nullptr || p.renorm);
+  if (!captures && !steers) return cudaSuccess;
+  auto kernel = plan.packed ? tap_wide_kernel<T, kWidth> : tap_wide_kernel<T, 1>;
+  if (plan.held && !steers) {
+    kernel = tap_kernel<T, kTapCapture>;
+  } else if (plan.held && captures) {
+    kernel = projects ? tap_kernel<T, kTapCapture | kSteerProject>
+                      : tap_kernel<T, kTapCapture | kTapSteer>;
+  } else if (plan.held) {
+    kernel = projects ? tap_kernel<T, kSteerProject> : tap_kernel<T, kTapSteer>;
+  }
+  const size_t bytes = sums && plan.teams > 1 ? plan.teams * 2 * p.channels * sizeof(float) : 0;
+  return launch(kernel, p.rows * plan.chunks, plan.threads(), bytes, stream, p, layout);
 }
 
 inline cudaError_t launch_tap(const TapParams& p, float* workspace, cudaStream_t stream) {
+  if (p.rows == 0 || p.tokens == 0) return cudaSuccess;
+  const TapPlan plan = tap_plan(p);
   TapLayout layout = {};
-  layout.chunks = tap_chunks(p);
+  layout.chunks = plan.chunks;
+  layout.teams = plan.teams;
+  layout.team_threads = plan.team_threads;
+  layout.tokens = plan.tokens;
+  layout.direct = plan.direct;
   layout.workspace = workspace;
   layout.vectors_aligned = reinterpret_cast<uintptr_t>(p.vectors) % 16 == 0 &&
                            p.vector_stride % 4 == 0 && p.vector_slot_stride % 4 == 0;
   // 8 elements of any dtype are a multiple of 16 bytes.
   layout.ring_aligned = reinterpret_cast<uintptr_t>(p.ring.data) % 16 == 0 &&
                         p.ring.slot % 8 == 0 && p.ring.row % 8 == 0 && p.ring.token % 8 == 0;
+  layout.per_every = p.ring.data != nullptr ? 1.0 / static_cast<double>(p.ring.every) : 0.0;
   cudaError_t status = cudaSuccess;
-  if (p.rows > 0 && p.tokens > 0 && p.channels > 0) {
-    switch (p.dtype) {
-      case Dtype::kFloat32:
-        status = launch_tap_aligned<float>(p, layout, stream);
-        break;
-      case Dtype::kFloat16:
-        status = launch_tap_aligned<__half>(p, layout, stream);
-        break;
-      case Dtype::kBFloat16:
-        status = launch_tap_aligned<__nv_bfloat16>(p, layout, stream);
-        break;
-    }
+  switch (p.dtype) {
+    case Dtype::kFloat32:
+      status = launch_tap_typed<float>(p, plan, layout, stream);
+      break;
+    case Dtype::kFloat16:
+      status = launch_tap_typed<__half>(p, plan, layout, stream);
+      break;
+    case Dtype::kBFloat16:
+      status = launch_tap_typed<__nv_bfloat16>(p, plan, layout, stream);
+      break;
   }
-  if (status != cudaSuccess || p.rows == 0) return status;
+  if (status != cudaSuccess || plan.direct) return status;
   if (workspace == nullptr && p.counts.data == nullptr) return status;
-  // Without sums to add, one block a row is left, which counts.
-  const int64_t columns = workspace != nullptr ? p.channels : 0;
-  const int64_t per_row = columns > 0 ? (columns + kFoldThreads - 1) / kFoldThreads : 1;
-  return launch(tap_fold_kernel, p.rows * per_row, kFoldThreads, 0, stream, p, layout, per_row);
+  return p.channels % 4 == 0 ? launch_tap_fold<4>(p, layout, stream)
+                             : launch_tap_fold<1>(p, layout, stream);
 }
 
 }  // namespace sidechain::cuda
