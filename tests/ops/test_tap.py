@@ -15,13 +15,13 @@ from torch import Tensor
 from ops.support import DEVICE, clone, guarded, guards_intact, upcast
 from ops.tap_calls import check, dtypes, every_backend, plain, run
 from sidechain.ops import tap_
-from sidechain.testing.cases import DTYPES, TAP_CASES, TapCase
+from sidechain.testing.cases import DTYPES, TAP_CASES, TAP_LIMITS, TapCase
 
 
 class TestNumerics:
     @every_backend
     @dtypes
-    @pytest.mark.parametrize("case", TAP_CASES, ids=lambda c: c.name)
+    @pytest.mark.parametrize("case", TAP_CASES + TAP_LIMITS, ids=lambda c: c.name)
     def test_against_float64(self, case: TapCase, dtype: torch.dtype, backend: str) -> None:
         args = case.make(dtype, device=DEVICE[backend])
         check(args, run(args, backend=backend))
@@ -112,6 +112,25 @@ class TestLayout:
         for rows in (1, 2):
             args = replace(case, rows=rows).make(dtype, device=DEVICE[backend])
             check(args, run(args, backend=backend))
+
+    @every_backend
+    @dtypes
+    @pytest.mark.parametrize("channels", [32, 36])
+    @pytest.mark.parametrize("name", ["x", "vectors", "sums", "squares", "ring"])
+    def test_one_buffer_off_its_alignment(
+        self, name: str, channels: int, dtype: torch.dtype, backend: str
+    ) -> None:
+        """What the others allow is not taken for granted of one."""
+        args = TapCase(
+            2, 21, channels, removal=True, renorm=True, sums=True, squares=True, counts=True,
+            ring=dtype, ring_stride=2,
+        ).make(dtype, device=DEVICE[backend])  # fmt: skip
+        for offset in (1, 2, 4):
+            moved = clone(args)
+            moved[name], whole = guarded(args[name], offset)
+            tap_(**moved, backend=backend)
+            check(args, moved)
+            assert guards_intact(whole, moved[name], offset), offset
 
     @every_backend
     @dtypes

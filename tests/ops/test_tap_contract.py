@@ -122,12 +122,75 @@ class TestEdges:
         assert torch.equal(got["x"], expected["x"])
         assert torch.equal(got["sums"], expected["sums"])
 
-    def test_buffers_of_different_length(self) -> None:
-        args = TapCase(1, 3, 4, strength=False, sums=True, squares=True).make(torch.float32)
-        args["squares"] = args["squares"][:1].clone()  # slot 1 lies outside this one only
-        got = run(args)
-        assert torch.equal(got["squares"], args["squares"])
-        assert not torch.equal(got["sums"], args["sums"])
+    @every_backend
+    @pytest.mark.parametrize("tokens", [3, 300])
+    @pytest.mark.parametrize("short", ["sums", "squares", "counts", "ring"])
+    def test_buffers_of_different_length(self, short: str, tokens: int, backend: str) -> None:
+        args = TapCase(
+            1, tokens, 16, strength=False, sums=True, squares=True, counts=True, ring=torch.float32
+        ).make(torch.float32, device=DEVICE[backend])
+        args[short] = args[short][:1].clone()  # slot 1 lies outside this one only
+        got = run(args, backend=backend)
+        check(args, got)
+        for name in OUTPUTS[1:]:
+            assert torch.equal(got[name], args[name]) == (name == short), name
+
+
+def _rows_apart(args: dict[str, Any]) -> None:
+    """Rows 1 and 3 stay, row 2 holds a NaN and row 0 an infinity."""
+    args["strength"][1] = args["removal"][1] = 0.0
+    args["index"][3] = -1
+    args["x"][2, 5, 3], args["x"][0, 9, 70] = math.nan, math.inf
+
+
+def _masked_groups(args: dict[str, Any]) -> None:
+    """Whole groups of tokens, the end of a row, and a whole row are masked."""
+    args["steer_mask"][:, 4:21] = False
+    args["steer_mask"][0] = False
+    args["capture_mask"][:, 8:31] = False
+    args["capture_mask"][1, 8:] = False
+    args["capture_mask"][3] = False
+
+
+def _scattered(args: dict[str, Any]) -> None:
+    """Single tokens far apart, other ones for the two masks."""
+    for name, first in (("steer_mask", 1), ("capture_mask", 0)):
+        args[name].fill_(False)
+        args[name][:, first::9] = True
+
+
+def _nowhere(args: dict[str, Any]) -> None:
+    """Steers only."""
+    args["capture_slot"].fill_(-1)
+
+
+def _not_steered(args: dict[str, Any]) -> None:
+    """Captures only."""
+    args["steer_slot"].fill_(4)
+
+
+CHANGES = (_rows_apart, _masked_groups, _scattered, _nowhere, _not_steered)
+
+
+class TestMixedRows:
+    @every_backend
+    @dtypes
+    @pytest.mark.parametrize("tokens", [37, 160], ids="T{}".format)
+    @pytest.mark.parametrize("case", CHANGES, ids=lambda f: f.__name__.strip("_"))
+    def test_against_float64(
+        self, case: Any, tokens: int, dtype: torch.dtype, backend: str
+    ) -> None:
+        args = TapCase(
+            4, tokens, 72, removal=True, renorm=True, index=True, steer_mask=4, sums=True,
+            squares=True, counts=True, ring=torch.float32, ring_stride=3, capture_mask=4,
+        ).make(dtype, device=DEVICE[backend])  # fmt: skip
+        args["index"].copy_(torch.tensor([0, 1, 2, 2]))
+        case(args)
+        got = run(args, backend=backend)
+        check(args, got)
+        if case is _rows_apart:
+            assert torch.equal(got["x"][1::2], args["x"][1::2])
+            assert int(got["x"].isnan().any(-1).sum()) <= 2  # of one token each
 
 
 class TestGradients:

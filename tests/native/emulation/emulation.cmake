@@ -62,9 +62,11 @@ foreach(build address order)
     list(APPEND targets emulation_${build})
     foreach(op IN LISTS cuda_ops)
       set(tests tests/ops/test_${op}.py)
-      if(EXISTS ${CMAKE_SOURCE_DIR}/tests/ops/test_${op}_gradients.py)
-        list(APPEND tests tests/ops/test_${op}_gradients.py)
-      endif()
+      foreach(part contract gradients)
+        if(EXISTS ${CMAKE_SOURCE_DIR}/tests/ops/test_${op}_${part}.py)
+          list(APPEND tests tests/ops/test_${op}_${part}.py)
+        endif()
+      endforeach()
       add_test(
         NAME emulation_${build}_${op}
         COMMAND

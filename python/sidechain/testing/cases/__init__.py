@@ -11,7 +11,7 @@ from .encode_reduce import SUMS_BENCH, SUMS_CASES, SumsCase
 from .sae_edit import EDIT_BENCH, EDIT_CASES, EditCase
 from .sae_update import UPDATE_BENCH, UPDATE_CASES, UpdateCase
 from .sparse_decode import DECODE_BENCH, DECODE_CASES, DecodeCase
-from .tap import TAP_BENCH, TAP_CASES, TapCase
+from .tap import TAP_BENCH, TAP_CASES, TAP_LIMITS, TapCase
 from .topk_encode import TOPK_ENCODE_BENCH, TOPK_ENCODE_CASES, TopkEncodeCase
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
@@ -28,6 +28,7 @@ __all__ = [
     "SUMS_CASES",
     "TAP_BENCH",
     "TAP_CASES",
+    "TAP_LIMITS",
     "TOPK_ENCODE_BENCH",
     "TOPK_ENCODE_CASES",
     "UPDATE_BENCH",

@@ -122,6 +122,56 @@ TAP_CASES = (
     TapCase(1, 4, 64, **_moments, what="one-row"),
 )
 
+# Shapes on both sides of the limits where the CUDA kernel cuts its work another way
+# (csrc/cuda/tap_plan.cuh), each with what it is for.
+_all = TapCase(
+    2,
+    13,
+    72,
+    removal=True,
+    renorm=True,
+    index=True,
+    steer_mask=2,
+    capture_mask=2,
+    ring=torch.float16,
+    ring_stride=3,
+    **_moments,
+)
+_bare = replace(_all, removal=False, renorm=False)
+_steer_only = replace(_all, ring=None, capture_mask=None, sums=False, squares=False, counts=False)
+_capture_only = replace(
+    _all, strength=False, removal=False, renorm=False, index=False, steer_mask=None
+)
+_one = replace(_all, rows=1, index=False, steer_mask=1, capture_mask=1)
+TAP_LIMITS = (
+    # One kernel for each kind of work, lanes without channels, a group that is not full.
+    replace(_all, what="idle-lanes"),
+    replace(_bare, what="add+capture"),
+    replace(_steer_only, what="steer+renorm"),
+    replace(_steer_only, removal=False, renorm=False, what="add"),
+    replace(_steer_only, renorm=False, strength=False, what="removal-masked"),
+    replace(_capture_only, what="capture"),
+    replace(_capture_only, sums=False, squares=False, ring=None, what="counts"),
+    # The longest row that one block holds, and one token more.
+    replace(_all, tokens=128, channels=160, what="one-block"),
+    replace(_all, tokens=129, channels=160, what="two-launches"),
+    replace(_capture_only, rows=1, tokens=8, channels=2560, capture_mask=1, what="one-team"),
+    # Blocks of several teams that leave partial sums; all teams meet at barriers.
+    replace(_all, rows=9, tokens=133, channels=264, steer_mask=9, capture_mask=9, what="teams"),
+    # As many tokens as a team can have, in many chunks.
+    replace(_capture_only, rows=8, tokens=7501, channels=8, capture_mask=8, ring_stride=7,
+            what="long"),
+    # Channels that a block can hold (6144 in 2 bytes, 3072 in 4), and one pack more.
+    replace(_one, tokens=9, channels=3072, what="held4"),
+    replace(_one, tokens=5, channels=6144, what="held"),
+    replace(_one, tokens=5, channels=6152, what="wide"),
+    replace(_one, tokens=5, channels=3076, what="wide4"),
+    replace(_one, tokens=9, channels=1030, what="no-packs"),
+    # A ring that keeps one token, or one of a chunk.
+    replace(_capture_only, tokens=70, sums=False, squares=False, ring_stride=64, what="ring64"),
+    replace(_bare, tokens=37, ring_stride=99, ring=torch.float32, what="ring99"),
+)  # fmt: skip
+
 # Sites that are timed: Stable Audio's cross-attention with all rows of a sweep, the zoo's model,
 # a U-Net level, one long capture.
 _fused = TapCase(
