@@ -161,8 +161,9 @@ class TestGraph:
 
     def test_a_mask_keeps_its_memory_over_runs(self, device: str) -> None:
         call = Denoiser(device)
-        steer = sidechain.steer(call.pipe, {"cross:1": drawn(WIDTH)}, tokens=drawn(TOKENS) > 0)
-        capture = sidechain.capture(call.pipe, "cross:1", tokens=drawn(SAMPLES, TOKENS) > 0)
+        tokens = drawn(SAMPLES, TOKENS) > 0
+        steer = sidechain.steer(call.pipe, {"cross:1": drawn(WIDTH)}, tokens=tokens)
+        capture = sidechain.capture(call.pipe, "cross:1", tokens=tokens)
         with attached(steer), attached(capture):
             first = call.begin(steer).clone()
             replay = captured(device, call)
