@@ -52,7 +52,7 @@ foreach(build address order)
   emulation_target(emulation_${build}_runtime ${build})
 
   set(targets "")
-  foreach(test planted planted_copies semantics)
+  foreach(test planted planted_copies semantics tap_plan)
     add_executable(emulation_${build}_${test} ${emulation}/test_${test}.cpp)
     list(APPEND targets emulation_${build}_${test})
     add_test(NAME emulation_${build}_${test} COMMAND emulation_${build}_${test})
