@@ -14,7 +14,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -39,6 +39,7 @@ class Emulation:
         torch.ops.load_library(path)
         self.library = ctypes.CDLL(path)
         self.library.emulation_report.restype = ctypes.c_char_p
+        self.library.emulation_launches.restype = ctypes.c_char_p
         self.library.emulation_seed.argtypes = [ctypes.c_uint64]
         self.library.emulation_capability.argtypes = [ctypes.c_int]
         self.digests: dict[str, list[str]] = {}
@@ -49,6 +50,17 @@ class Emulation:
         """The first seed stands for a GPU with less shared memory."""
         self.library.emulation_seed(seed)
         self.library.emulation_capability(80 if seed == SEEDS[0] else 90)
+
+    def launches(self, call: Callable[[], object]) -> list[tuple[int, int, int, str]]:
+        """(blocks, threads, dynamic shared bytes, kernel) of what a call launches; none runs."""
+        self.library.emulation_dry(1)
+        try:
+            call()
+            lines = self.library.emulation_launches().decode().splitlines()
+        finally:
+            self.library.emulation_dry(0)
+        rows = [line.split(" ", 3) for line in lines]
+        return [(int(b), int(t), int(shared), name) for b, t, shared, name in rows]
 
     def report(self) -> tuple[list[int], list[str]]:
         """[kernels, launches, blocks, threads], one line per kernel."""
@@ -82,14 +94,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
-    config.emulation = emulation = Emulation(config.getoption("--emulation"))  # type: ignore[attr-defined]
+    config.emulation = emulation = emulate(config.getoption("--emulation"))  # type: ignore[attr-defined]
     assert emulation.report()[0] == [0, 0, 0, 0]
+    support.DEVICE["cuda"] = "cpu"
+
+
+def emulate(path: str) -> Emulation:
+    """Let backend "cuda" mean the emulated kernels of a library, in this process."""
+    emulation = Emulation(path)
     for op in sidechain.ops.backends():
         implemented = torch._C._dispatch_has_kernel_for_dispatch_key(f"sidechain::{op}", "CPU")
         EMULATED[op] = None if implemented else f"{op} has no emulated kernel"
-    support.DEVICE["cuda"] = "cpu"
     _library.unavailable = unavailable
     _library.require = require
+    return emulation
 
 
 def unavailable(op: str, backend: str) -> str | None:

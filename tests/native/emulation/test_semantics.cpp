@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <string>
 #include <vector>
 
 #include "cuda/launch.cuh"
@@ -227,6 +228,25 @@ void test_many_groups() {
   EXPECT(std::equal(out, out + 4, in));
 }
 
+// A dry launch is checked and noted, and runs nothing.
+void test_dry_launches() {
+  const std::vector<float> before(2 * kThreads, -1.0f);
+  std::vector<float> out = before;
+  emulation_dry(1);
+  EXPECT(launch(rotate, 2, kThreads, kThreads * 4, nullptr, out.data()) == cudaSuccess);
+  EXPECT(launch(rotate, 2, 1025, 0, nullptr, out.data()) == cudaErrorInvalidConfiguration);
+  EXPECT(out == before);
+  const std::string noted = emulation_launches();
+  const std::string line =
+      "2 " + std::to_string(kThreads) + " " + std::to_string(kThreads * 4) + " (anonymous namespace)::rotate";
+  EXPECT(noted.compare(0, line.size(), line) == 0);
+  EXPECT(noted.find('\n') == noted.size() - 1);
+  emulation_dry(0);
+  EXPECT(*emulation_launches() == '\0');
+  EXPECT(launch(rotate, 2, kThreads, kThreads * 4, nullptr, out.data()) == cudaSuccess);
+  EXPECT(out != before);
+}
+
 // Every value of a 16-bit type converts to the double the format defines and back to itself, and a
 // float between two of them goes to the nearer, the even one in the middle.
 template <class T>
@@ -266,6 +286,7 @@ int main() {
   }
   test_many_groups();
   test_shared_limit();
+  test_dry_launches();
   test_conversions<__half>(5, __half2float, __float2half_rn);
   test_conversions<__nv_bfloat16>(8, __bfloat162float, __float2bfloat16_rn);
   std::printf("%d failures\n", failures);

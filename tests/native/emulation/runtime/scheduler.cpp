@@ -57,6 +57,13 @@ cudaError_t Scheduler::run(const Launch& launch, void (*body)(void*), void* cont
     failure = kernel_->name + ": " + failure;
     return cudaErrorInvalidConfiguration;
   }
+  if (dry_) {
+    const dim3 &grid = launch.grid, &block = launch.block;
+    noted_ += std::to_string(uint64_t{grid.x} * grid.y * grid.z) + " " +
+              std::to_string(uint64_t{block.x} * block.y * block.z) + " " +
+              std::to_string(launch.shared_bytes) + " " + kernel_->name + "\n";
+    return cudaSuccess;
+  }
 
   body_ = body;
   context_ = context;
@@ -468,5 +475,11 @@ __attribute__((visibility("default"))) const char* emulation_report() {
   static std::string text;
   text = emulation::scheduler().report();
   return text.c_str();
+}
+__attribute__((visibility("default"))) void emulation_dry(int dry) {
+  emulation::scheduler().dry(dry != 0);
+}
+__attribute__((visibility("default"))) const char* emulation_launches() {
+  return emulation::scheduler().noted().c_str();
 }
 }

@@ -49,6 +49,9 @@ class Scheduler {
 
   void seed(uint64_t seed) { random_ = seed * 0x9e3779b97f4a7c15u + 0x2545f4914f6cdd1du; }
   std::string report() const;
+  // While dry, launches are checked and noted, one line each, and no kernel runs.
+  void dry(bool dry) { dry_ = dry, noted_.clear(); }
+  const std::string& noted() const { return noted_; }
   std::string failure;
   Limits limits;
   Copies copies;
@@ -83,9 +86,10 @@ class Scheduler {
   int threads_ = 0, exited_ = 0, at_barrier_ = 0, votes_ = 0;
   Votes last_votes_ = {};
   Site barrier_site_ = {};
-  bool failed_ = false;
+  bool failed_ = false, dry_ = false;
   uint64_t random_ = 1;
   std::map<std::string, Tally> tallies_;
+  std::string noted_;
 };
 
 // For the order checker: the fiber that runs, or nullptr outside of kernels.

@@ -92,4 +92,8 @@ void emulation_seed(uint64_t seed);
 void emulation_capability(int capability);
 // "kernels launches blocks threads" so far, then one line per kernel: its launches and name.
 const char* emulation_report();
+// 1: from now on launches are checked and noted, and no kernel runs; 0: they run again.
+void emulation_dry(int dry);
+// "blocks threads shared_bytes name" of each launch since emulation_dry(1), a line each.
+const char* emulation_launches();
 }
