@@ -88,8 +88,11 @@ $(PEERS)/.installed: pyproject.toml $(INSTALLED)
 	$(PEER_PIP) --no-deps --pre overcomplete==0.3.0 llamascopium==2.0.0b34
 	@touch $@
 
+# Flags of the report go into REPORT: make kernels-report REPORT='--sort per_element --only tap'
+REPORT ?=
 kernels-report: $(INSTALLED)
-	$(BIN)/python tests/build/kernels_report.py
+	$(BIN)/cmake --build build/cmake --target emulation_order
+	$(BIN)/python -W ignore tests/build/kernels_report.py $(REPORT)
 
 zoo-music: $(INSTALLED)
 	$(PIP) --no-deps tinysoundfont

@@ -36,25 +36,46 @@ class Kernel:
         return self.stack == 0 and self.local == 0
 
     @property
-    def occupancy(self) -> float:
-        """Share of a multiprocessor's warps that fit at once, by registers and shared memory."""
+    def blocks(self) -> int:
+        """Blocks that a multiprocessor holds at once, by registers, shared memory and warps."""
         warps = -(-self.threads // 32)
         per_warp = -(-self.registers * 32 // REGISTER_UNIT) * REGISTER_UNIT
         by_registers = REGISTERS // per_warp // warps
         block = self.shared + RESERVED.get(self.arch, 0)
         by_shared = SHARED[self.arch] // block if block else BLOCKS
-        return min(by_registers, by_shared, BLOCKS, WARPS // warps) * warps / WARPS
+        return min(by_registers, by_shared, BLOCKS, WARPS // warps)
+
+    @property
+    def occupancy(self) -> float:
+        """Share of a multiprocessor's warps that its blocks fill."""
+        return self.blocks * -(-self.threads // 32) / WARPS
 
 
 def cuobjdump() -> str | None:
-    """The tool of the CUDA toolkit, or the copy that ships with Triton; None without either."""
-    found = shutil.which("cuobjdump")
+    """Path of the CUDA toolkit's tool, or of the copy in Triton's wheel; None without either."""
+    return _find("cuobjdump")
+
+
+def tool(name: str) -> str:
+    """Path of cuobjdump or nvdisasm, which come together.
+
+    Raises:
+        RuntimeError: it is missing.
+    """
+    found = _find(name)
+    if found is None:
+        raise RuntimeError(f"kernels: expected {name} [CUDA toolkit or Triton's wheel], got none")
+    return found
+
+
+def _find(name: str) -> str | None:
+    found = shutil.which(name)
     if found is None:
         try:
             from triton import knobs
         except ImportError:
             return None
-        found = knobs.nvidia.cuobjdump.path
+        found = getattr(knobs.nvidia, name).path
     return found
 
 
@@ -85,26 +106,12 @@ def read_cubin(cubin: bytes, arch: str, *, threads: int, shared: int) -> Kernel:
 
 
 def _dump(option: str, path: Path) -> str:
-    tool = cuobjdump()
-    if tool is None:
-        raise RuntimeError("kernels: expected cuobjdump [CUDA toolkit or Triton's wheel], got none")
-    command = [tool, option, str(path)]
+    command = [tool("cuobjdump"), option, str(path)]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def table(kernels: Iterable[Kernel]) -> str:
-    """One line for each kernel."""
-    lines = [f"{'registers':>9} {'shared':>7} {'stack':>5} {'threads':>7} {'occupancy':>9}  kernel"]
-    lines += [
-        f"{k.registers:9} {k.shared:7} {k.stack + k.local:5} {k.threads:7} {k.occupancy:9.0%}  "
-        f"{k.arch:6} {k.name}{'' if k.clean else '   SPILLS'}"
-        for k in kernels
-    ]
-    return "\n".join(lines)
-
-
 def _usage(text: str, threads: dict[tuple[str, str], int]) -> Iterable[Kernel]:
-    arch, name, known = "", "", _demangled(re.findall(r"Function (\S+):", text))
+    arch, name, known = "", "", demangled(re.findall(r"Function (\S+):", text))
     for line in text.splitlines():
         if found := re.match(r"arch = (\S+)", line):
             arch = found[1]
@@ -134,12 +141,18 @@ def _threads(text: str) -> dict[tuple[str, str], int]:
     return found
 
 
-def _demangled(names: list[str]) -> dict[str, str]:
-    tool = shutil.which("c++filt")
-    if tool is None or not names:
-        return {name: name for name in names}
-    text = subprocess.run(
-        [tool, *names], check=True, capture_output=True, text=True
+def demangled(symbols: Iterable[str]) -> dict[str, str]:
+    """Symbol -> name with template arguments; symbols as they are where c++filt is missing."""
+    symbols = list(symbols)
+    found = shutil.which("c++filt")
+    if found is None or not symbols:
+        return {symbol: symbol for symbol in symbols}
+    lines = subprocess.run(
+        [found], input="\n".join(symbols), check=True, capture_output=True, text=True
     ).stdout.splitlines()
-    short = [re.sub(r"^void |sidechain::cuda::|\(.*", "", line) for line in text]
-    return dict(zip(names, short, strict=True))
+    return {s: short(line) for s, line in zip(symbols, lines, strict=True)}
+
+
+def short(name: str) -> str:
+    """A demangled name without result, namespaces of ours and parameters."""
+    return re.sub(r"^void |sidechain::cuda::|\(.*", "", name)

@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""No GPU kernel spills; the report that says so is itself tested on kernels that do."""
+"""No GPU kernel spills or moves its data piecemeal; test_loops.py tests what finds that out."""
 
 from __future__ import annotations
 
 import re
-import shutil
-import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import sidechain
-from build import resources
+from build import kernel_rows, launches, resources, widths
+from build.kernel_rows import Row
+from build.launches import Call, Launch
 from build.resources import Kernel
+from sidechain.bench import ops
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = Path(sidechain.__file__).parent / "_C_cuda.abi3.so"
@@ -32,8 +34,7 @@ def kernels() -> list[Kernel]:
 @pytest.mark.skipif(not LIBRARY.exists(), reason="built without CUDA")
 class TestCudaKernels:
     def test_none_spills_or_keeps_a_stack(self, kernels: list[Kernel]) -> None:
-        dirty = [k for k in kernels if not k.clean]
-        assert dirty == [], "\n" + resources.table(dirty)
+        assert [k for k in kernels if not k.clean] == []
 
     def test_every_kernel_of_the_sources_is_there(self, kernels: list[Kernel]) -> None:
         wanted = {
@@ -53,35 +54,74 @@ class TestCudaKernels:
             assert kernel.occupancy > 0, kernel
 
 
-PLANTED = """
-__global__ void __launch_bounds__(128) fine(float* x) { x[threadIdx.x] *= 2.0f; }
-__global__ void __launch_bounds__(1024) spilling(float* x, int n) {
-  float local[64];
-  for (int i = 0; i < 64; ++i) local[i] = x[i * n];
-  for (int i = 0; i < n; ++i) local[x[i] > 0 ? i % 64 : 3] += x[i];
-  float sum = 0;
-  for (int i = 0; i < 64; ++i) sum += local[i];
-  x[threadIdx.x] = sum;
-}
-"""
+@pytest.fixture(scope="module")
+def rows() -> list[Row]:
+    return kernel_rows.cuda(LIBRARY, [], "sm_90a")
 
 
 @needs_tool
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
-def test_a_stack_frame_is_seen(tmp_path: Path) -> None:
-    source, cubin = tmp_path / "k.cu", tmp_path / "k.cubin"
-    source.write_text(PLANTED)
-    command = ["nvcc", "-O3", "-cubin", "-arch=sm_80", "-o", str(cubin), str(source)]
-    subprocess.run(command, check=True, capture_output=True)
-    fine, spilling = resources.read(cubin)
-    assert fine.name == "fine"
-    assert fine.clean
-    assert (fine.threads, spilling.threads) == (128, 1024)
-    assert not spilling.clean
-    assert spilling.stack >= 256
-    text = resources.table([fine, spilling]).splitlines()
-    assert text[2].endswith("SPILLS")
-    assert not text[1].endswith("SPILLS")
+@pytest.mark.skipif(not LIBRARY.exists(), reason="built without CUDA")
+class TestAccessWidths:
+    """tests/build/widths.py says which accesses may be narrow, and why."""
+
+    def test_loops_move_16_bytes_unless_a_line_says_why(self, rows: list[Row]) -> None:
+        widths.printed[:] = widths.table(rows)
+        assert widths.refused(rows) == []
+
+    def test_every_such_line_is_needed(self, rows: list[Row]) -> None:
+        assert widths.unneeded(rows) == []
+
+    def test_a_narrow_access_is_refused(self, rows: list[Row]) -> None:
+        good = next(r for r in rows if r.kernel == "decode_kernel<float, 4, false>")
+        known = set(widths.refused(rows))
+        narrow = replace(good, narrow=good.narrow | {"1": ["sparse_decode.cuh:1"]})
+        (message,) = set(widths.refused([narrow])) - known
+        assert message.endswith("1 bytes at sparse_decode.cuh:1")
+        scalar = replace(good, wide_bytes=good.bytes // 2 - 1)
+        (message,) = set(widths.refused([scalar])) - known
+        assert "of its main loop move 16 at a time" in message
+        unaligned = replace(narrow, kernel="decode_kernel<float, 1, false>")
+        assert widths.refused([unaligned]) == []
+
+    def test_a_line_too_many_is_found(self, rows: list[Row]) -> None:
+        others = [r for r in rows if not r.kernel.startswith("tap_fold_kernel")]
+        gone = set(widths.unneeded(others)) - set(widths.unneeded(rows))
+        assert gone
+        assert all(line.startswith("tap_fold_kernel: ") for line in gone)
+
+
+@pytest.fixture(scope="module")
+def found() -> tuple[list[Launch], list[Call]]:
+    return launches.record()
+
+
+@needs_tool
+@pytest.mark.skipif(not LIBRARY.exists(), reason="built without CUDA")
+@pytest.mark.skipif(not launches.LIBRARY.exists(), reason="the emulation library is not built")
+class TestLaunches:
+    def test_every_kernel_is_launched(
+        self, found: tuple[list[Launch], list[Call]], kernels: list[Kernel]
+    ) -> None:
+        assert {k.name for k in kernels} == {launch.kernel for launch in found[0]}
+
+    def test_sizes_are_those_of_the_launchers(
+        self, found: tuple[list[Launch], list[Call]], kernels: list[Kernel]
+    ) -> None:
+        bounds = {k.name: k.threads for k in kernels}
+        for launch in found[0]:
+            assert 0 < launch.threads <= bounds[launch.kernel], launch
+        # The gradient of a row waits in shared memory, in float32.
+        shared = {
+            launch.shared
+            for launch in found[0]
+            if launch.kernel.startswith("decode_dvalues_kernel") and "-d2560-" in launch.case
+        }
+        assert shared == {4 * 2560}
+
+    def test_every_call_of_the_bench_is_there(self, found: tuple[list[Launch], list[Call]]) -> None:
+        wanted = {module.OP for module in ops.modules()}
+        assert {call.op for call in found[1]} == wanted
+        assert all(call.moved > 0 for call in found[1])
 
 
 @pytest.mark.parametrize(
