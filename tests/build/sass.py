@@ -26,7 +26,6 @@ REGISTER = re.compile(r"(?<![\w.])R(\d+)\b(\.64)?")
 GLOBAL_LOADS, GLOBAL_STORES = {"LDG", "LDGSTS"}, {"STG", "RED", "REDG", "ATOM", "ATOMG"}
 GENERIC = {"LD", "ST"}
 COPIES = {"UBLKCP", "UTMALDG", "UTMASTG", "UBLKRED", "UTMAREDG"}  # bulk: at least 16 bytes
-NO_RESULT = {"STG", "ST", "STS", "STL", "RED", "REDG", "LDGSTS", "BRA", "EXIT", "BAR"}
 SIZES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
 
 
@@ -69,8 +68,6 @@ class Instruction:
     @cached_property
     def _split(self) -> tuple[str, str]:
         """The register written first, "" for none, and the operands that are read."""
-        if self.kind in NO_RESULT:
-            return "", self.operands
         first, _, rest = self.operands.partition(",")
         if re.fullmatch(r"U?P\w+", first.strip()) and self.kind in {"ATOMG", "ATOM", "SHFL"}:
             first, _, rest = rest.partition(",")
@@ -144,7 +141,7 @@ def _text(cubin: Path) -> str:
 
 def _functions(text: str) -> Iterator[Function]:
     arch = match[1] if (match := re.search(r"^\s*\.target\s+(\w+)", text, re.M)) else ""
-    symbol, source, places = "", "", [""]
+    symbol, source, places = "", "", []
     code: list[Instruction | str] = []  # labels stand between the instructions
     for line in text.splitlines():
         if match := LINE.match(line):
@@ -164,7 +161,7 @@ def _functions(text: str) -> Iterator[Function]:
         elif match := SECTION.match(line):
             if code:
                 yield _function(symbol, arch, code)
-            symbol, places, code = match[1], [""], []
+            symbol, source, places, code = match[1], "", [], []
         elif match := LABEL.match(line):
             code.append(match[1])
     if code:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,7 +22,8 @@ LIBRARY = Path(sidechain.__file__).parent / "_C_cuda.abi3.so"
 ARCHITECTURES = {"sm_80", "sm_90a"}
 
 needs_tool = pytest.mark.skipif(
-    resources.cuobjdump() is None, reason="cuobjdump comes with the CUDA toolkit or Triton"
+    resources.cuobjdump() is None or shutil.which("c++filt") is None,
+    reason="cuobjdump comes with the CUDA toolkit or Triton, c++filt with binutils",
 )
 
 
@@ -65,7 +67,7 @@ class TestAccessWidths:
     """tests/build/widths.py says which accesses may be narrow, and why."""
 
     def test_loops_move_16_bytes_unless_a_line_says_why(self, rows: list[Row]) -> None:
-        widths.printed[:] = widths.table(rows)
+        widths.printed += [f"CUDA access widths: {line}" for line in widths.table(rows)]
         assert widths.refused(rows) == []
 
     def test_every_such_line_is_needed(self, rows: list[Row]) -> None:

@@ -19,8 +19,8 @@ PLANTED = Path(__file__).with_name("planted.cu")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Row]:
     if shutil.which("nvcc") is None:
         pytest.skip("nvcc is not installed")
-    if resources.cuobjdump() is None:
-        pytest.skip("cuobjdump comes with the CUDA toolkit or Triton")
+    if resources.cuobjdump() is None or shutil.which("c++filt") is None:
+        pytest.skip("cuobjdump comes with the CUDA toolkit or Triton, c++filt with binutils")
     cubin = tmp_path_factory.mktemp("planted") / "planted.cubin"
     command = ["nvcc", "-O3", "-lineinfo", "-cubin", "-arch=sm_90a", "-o", cubin, PLANTED]
     subprocess.run(command, check=True, capture_output=True)
@@ -95,9 +95,11 @@ class TestPlanted:
 
 
 def function(*lines: str) -> sass.Function:
-    """A kernel from lines of a listing; those that end in a colon are labels."""
+    """A kernel from lines of a listing: labels end in a colon, places begin with two slashes."""
     text = ["\t.target\tsm_90a", '\t.section\t.text.k,"ax",@progbits']
-    text += [x if x.endswith(":") else f"        /*0000*/  {x} ;" for x in lines]
+    text += [
+        x if x.endswith(":") or x.startswith("//") else f"        /*0000*/  {x} ;" for x in lines
+    ]
     (found,) = sass._functions("\n".join(text))
     return found
 
@@ -112,18 +114,17 @@ BACK = ("@P0 BRA `(.L_1)", "EXIT")
 
 
 class TestPath:
-    def test_of_equal_bytes_the_shorter_way(self) -> None:
+    @pytest.mark.parametrize("short_first", [False, True])
+    def test_of_equal_bytes_the_shorter_way(self, short_first: bool) -> None:
+        ways = [
+            [f"STG.E desc[UR4][R2.64+{4 * i:#x}], R{8 + i}" for i in range(4)],
+            ["STG.E.128 desc[UR4][R2.64], R8"],
+        ]
+        first, second = reversed(ways) if short_first else ways
         loop = main_loop(
-            ".L_1:",
-            "@P1 BRA `(.L_2)",
-            *(f"STG.E desc[UR4][R2.64+{4 * i:#x}], R{8 + i}" for i in range(4)),
-            "BRA `(.L_3)",
-            ".L_2:",
-            "STG.E.128 desc[UR4][R2.64], R8",
-            ".L_3:",
-            *BACK,
+            ".L_1:", "@P1 BRA `(.L_2)", *first, "BRA `(.L_3)", ".L_2:", *second, ".L_3:", *BACK
         )
-        assert (loop.bytes, loop.instructions) == (16, 3)
+        assert (loop.bytes, loop.instructions) == (16, 4 if short_first else 3)
         assert sorted(i.width for i in loop.accesses) == [4, 4, 4, 4, 16]
 
     def test_a_longer_way_that_moves_more(self) -> None:
@@ -173,6 +174,30 @@ class TestPath:
         assert (inner.depth, inner.bytes, inner.instructions) == (2, 1, 2)
         assert loops.main(found) is inner
 
+    def test_what_an_inner_loop_moves_decides_nothing_outside(self) -> None:
+        (outer,) = loops.find(
+            function(
+                ".L_1:", "@P1 BRA `(.L_3)",
+                ".L_2:", "LDG.E.128 R8, [R2.64]", "@P2 BRA `(.L_2)", "BRA `(.L_4)",
+                ".L_3:", "LDG.E R4, [R2.64]",
+                ".L_4:", *BACK,
+            )
+        )  # fmt: skip
+        assert (outer.bytes, outer.inside[0].bytes) == (4, 16)
+
+    def test_lines_of_helpers_are_their_callers(self) -> None:
+        loop = main_loop(
+            ".L_1:",
+            '//## File "/src/cuda/vec.cuh", line 42 inlined at "/src/cuda/edit.cuh", line 65',
+            '//## File "/src/cuda/edit.cuh", line 65 inlined at "/src/cuda/edit.cuh", line 90',
+            '//## File "/src/cuda/edit.cuh", line 90',
+            "LDG.E R4, [R2.64]",
+            '//## File "/src/cuda/edit.cuh", line 91',
+            *BACK,
+        )
+        assert [i.source for i in loop.path] == ["edit.cuh:65", "edit.cuh:91"]
+        assert loop.source == "edit.cuh:65"
+
     def test_tables_of_branches(self) -> None:
         loop = main_loop(
             ".L_1:",
@@ -209,7 +234,7 @@ class TestLoadsInFlight:
         )
         assert loop.in_flight == (1, 8)
 
-    def test_stores_write_no_register(self) -> None:
+    def test_stores_read_what_they_write(self) -> None:
         loop = main_loop(
             ".L_1:",
             "LDG.E R4, [R2.64]",
