@@ -129,7 +129,7 @@ def disassemble(path: Path, arch: str = "") -> list[Function]:
     with tempfile.TemporaryDirectory() as folder:
         command = [resources.tool("cuobjdump"), "-xelf", "all", str(path.resolve())]
         subprocess.run(command, check=True, capture_output=True, cwd=folder)
-        for cubin in sorted(Path(folder).glob(f"*.{arch or '*'}.cubin")):
+        for cubin in sorted(Path(folder).glob(f"*.{arch.removesuffix('a')}*.cubin")):
             found += _functions(_text(cubin))
     return found
 
@@ -141,6 +141,7 @@ def _text(cubin: Path) -> str:
 
 def _functions(text: str) -> Iterator[Function]:
     arch = match[1] if (match := re.search(r"^\s*\.target\s+(\w+)", text, re.M)) else ""
+    arch = "sm_90a" if arch == "sm_90" else arch  # tools before CUDA 13 leave out the "a"
     symbol, source, places = "", "", []
     code: list[Instruction | str] = []  # labels stand between the instructions
     for line in text.splitlines():
