@@ -95,15 +95,12 @@ def _recorded(library: str) -> dict[str, list[dict[str, Any]]]:
     from emulated import emulate  # found where the script is run by `record`
 
     emulation = emulate(library)
-    names = _internal_names(library)
     launches: dict[Launch, None] = {}
     calls = []
     for op, case, dtype, what, sizes, call in _calls():
         found = emulation.launches(call)
         for blocks, threads, shared, name in found:
-            row = Launch(
-                short(names.get(name, name)), op, case, dtype, what, blocks, threads, shared
-            )
+            row = Launch(short(name), op, case, dtype, what, blocks, threads, shared)
             launches[row] = None
         if sizes is not None:
             calls.append(Call(op, case, dtype, *sizes, len(found)))
@@ -112,13 +109,6 @@ def _recorded(library: str) -> dict[str, list[dict[str, Any]]]:
         "launches": [asdict(row) for row in launches],
         "calls": [asdict(row) for row in calls],
     }
-
-
-def _internal_names(library: str) -> dict[str, str]:
-    """Kernels that are static functions: what the emulation calls them -> name."""
-    text = subprocess.run(["nm", "-C", library], check=True, capture_output=True, text=True).stdout
-    rows = [line.split(" ", 2) for line in text.splitlines() if line[17:19] in ("t ", "T ")]
-    return {f"kernel+0x{int(address, 16):x}": name for address, _, name in rows}
 
 
 Shaped = tuple[str, str, str, str, tuple[int, int] | None, Callable[[], object]]
