@@ -12,8 +12,9 @@
 
 namespace sidechain::cuda {
 
-constexpr int kFoldThreads = 256;
+constexpr int kFoldThreads = 512;
 constexpr int kFoldSlices = kFoldThreads / 32;
+constexpr unsigned kFoldGroup = 4;  // chunks whose loads stand together
 
 // Captured tokens of a row; every thread of the block calls.
 __device__ inline void tap_count(const TapParams& p, int64_t row, int64_t slot) {
@@ -35,9 +36,10 @@ __device__ inline void tap_count(const TapParams& p, int64_t row, int64_t slot) 
 }
 
 // Blocks: one per 32 kWidth channels of a row; each of its warps adds a slice of the row's chunks
-// in order, and the slices are added in order. The first block of a row counts its tokens.
+// in order, and the slices are added in order. The first block of a row counts its tokens. Asking
+// for one block a multiprocessor leaves the compiler the registers to keep all loads together.
 template <int kWidth>
-__global__ void __launch_bounds__(kFoldThreads)
+__global__ void __launch_bounds__(kFoldThreads, 1)
     tap_fold_kernel(const TapParams p, const TapLayout layout, int blocks_per_row) {
   constexpr int kColumns = 32 * kWidth;
   __shared__ float part[2][kFoldSlices][kColumns];
@@ -54,31 +56,40 @@ __global__ void __launch_bounds__(kFoldThreads)
     const unsigned length = (chunks + kFoldSlices - 1) / kFoldSlices;
     const unsigned begin = slice * length, end = min(begin + length, chunks);
     float sum[kWidth] = {}, square[kWidth] = {};
-    if (first + at < p.channels) {
-      const float* from = layout.workspace + first + at + (row * chunks + begin) * 2 * p.channels;
-#pragma unroll 4
-      for (unsigned chunk = begin; chunk < end; ++chunk, from += 2 * p.channels) {
-        float more[kWidth], more_squares[kWidth];
-        load(from, more);
-        load(from + p.channels, more_squares);
+    if (first + at < p.channels && begin < end) {
+      const float* const from = layout.workspace + row * chunks * 2 * p.channels + first + at;
+      for (unsigned chunk = begin; chunk < end; chunk += kFoldGroup) {
+        float more[kFoldGroup][kWidth], more_squares[kFoldGroup][kWidth];
+        // All loads before any addition; behind the end, the last chunk again.
 #pragma unroll
-        for (int k = 0; k < kWidth; ++k) {
-          sum[k] += more[k];
-          square[k] += more_squares[k];
+        for (unsigned i = 0; i < kFoldGroup; ++i) {
+          const float* const partial = from + min(chunk + i, end - 1) * 2 * p.channels;
+          load(partial, more[i]);
+          load(partial + p.channels, more_squares[i]);
+        }
+#pragma unroll
+        for (unsigned i = 0; i < kFoldGroup; ++i) {
+          if (chunk + i >= end) continue;
+#pragma unroll
+          for (int k = 0; k < kWidth; ++k) {
+            sum[k] += more[i][k];
+            square[k] += more_squares[i][k];
+          }
         }
       }
     }
     store(&part[0][slice][at], sum);
     store(&part[1][slice][at], square);
     __syncthreads();
-    for (int n = threadIdx.x; n < 2 * kColumns; n += kFoldThreads) {
-      const bool squares = n >= kColumns;
-      const int column = squares ? n - kColumns : n;
-      const SumBuffer to = squares ? p.squares : p.sums;
-      if (!(squares ? to_squares : to_sums) || first + column >= p.channels) continue;
+    // A thread adds the slices of one channel of one of the two sums.
+    static_assert(2 * kColumns <= kFoldThreads);
+    const bool squares = threadIdx.x >= kColumns;
+    const int column = threadIdx.x - (squares ? kColumns : 0);
+    if (column < kColumns && first + column < p.channels && (squares ? to_squares : to_sums)) {
       float total = 0.0f;
 #pragma unroll
       for (int i = 0; i < kFoldSlices; ++i) total += part[squares][i][column];
+      const SumBuffer to = squares ? p.squares : p.sums;
       to.data[slot * to.slot + row * to.row + first + column] += total;
     }
   }
