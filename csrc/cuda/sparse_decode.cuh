@@ -12,6 +12,7 @@
 
 #include <cstdint>
 
+#include "cuda/decode_rows.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/reduce.cuh"
 #include "cuda/shared.cuh"
@@ -20,83 +21,64 @@
 
 namespace sidechain::cuda {
 
-constexpr int kDecodeThreads = 256;
-// Shared memory of a block: two of them run on a multiprocessor of sm_80 and of sm_90.
-constexpr int64_t kDecodeShared = 76 * 1024;
+// Dynamic shared memory of a block: with the static arrays three of them run on a multiprocessor of
+// sm_90 and two on one of sm_80.
+constexpr int64_t kDecodeShared = 72 * 1024;
+// Channels are numbered in 32 bits, and a block may step over the end once.
+constexpr int64_t kMostChannels = INT32_MAX - kDecodeThreads * 8;
 
 // What the host finds out about the layout once per launch.
 struct DecodeLayout {
   bool bias_aligned, target_aligned;
-  int64_t held;  // entries of a row whose decoder rows stay in shared memory
+  int32_t held;  // entries of a row whose decoder rows stay in shared memory
 };
 
-// The decoder row of an entry, nullptr where it stands for nothing.
-template <class T>
-__device__ inline const T* decoder_row(const Codes& codes, const Matrix& w_dec, int64_t features,
-                                       int64_t at) {
-  const int64_t f = codes.indices[at];
-  if (f < 0 || f >= features) return nullptr;
-  return static_cast<const T*>(w_dec.data) + f * w_dec.row;
-}
-
-// dvalues[e] = weight <vector, w_dec[indices[e]]> for the entries of a row, a warp each; the vector
-// and the first `held` decoder rows lie in shared memory.
-template <class T, int kWidth>
-__device__ inline void entry_dots(const Codes& codes, const Matrix& w_dec, int64_t features,
-                                  int64_t width, const CodeRow& row, const float* vector,
-                                  const T* rows_held, int64_t held, float weight, float* dvalues) {
-  const int lane = threadIdx.x % 32;
-  for (int64_t e = threadIdx.x / 32; e < row.count; e += blockDim.x / 32) {
-    const T* w = decoder_row<T>(codes, w_dec, features, row.indices + e);
-    float dot[kWidth] = {};
-    if (w != nullptr) {
-      if (e < held) w = rows_held + e * width;
-      for (int64_t c = lane * kWidth; c < width; c += 32 * kWidth) {
-        float a[kWidth], b[kWidth];
-        load(vector + c, a);
-        load(w + c, b);
-#pragma unroll
-        for (int i = 0; i < kWidth; ++i) dot[i] += a[i] * b[i];
-      }
-    }
-    float sum = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) sum += dot[i];
-    sum = warp_sum(sum);
-    if (lane == 0) dvalues[e] = w != nullptr ? weight * sum : 0.0f;
-  }
-}
-
 // Where the dvalues of a row begin: they are contiguous in either form.
-__device__ inline float* dvalues_row(float* dvalues, const Codes& codes, const CodeRow& row,
+__device__ inline float* dvalues_row(float* dvalues, const Codes& codes, int64_t first_value,
                                      int64_t n) {
-  return dvalues + (codes.offsets != nullptr ? row.values : n * codes.width);
+  return dvalues + (codes.offsets != nullptr ? first_value : n * codes.width);
 }
 
 template <class T, int kWidth, bool kCompare>
-__global__ void __launch_bounds__(kDecodeThreads, 2)
-    decode_kernel(const DecodeParams p, const DecodeLayout layout) {
+__global__ void __launch_bounds__(kDecodeThreads, 3)
+    decode_kernel(const __grid_constant__ DecodeParams p, const DecoderRows<T, kWidth> w_dec,
+                  const DecodeLayout layout) {
   __shared__ float scratch[kDecodeThreads / 32];
+  __shared__ Entry entries[kEntries + kBatch];
+  constexpr bool kAsync = kCompare && kWidth > 1;  // narrow packs are no multiple of four bytes
+  // More would spill: 64-bit addresses, or the target as floats beside eight sums.
+  constexpr int kStep = kWidth == 1 || (kCompare && kWidth == 8) ? kBatch / 2 : kBatch;
   const int64_t n = blockIdx.x;
-  const CodeRow row = code_row(p.codes, n);
+  const int32_t width = static_cast<int32_t>(p.width);
   float* const error = dynamic_shared<float>();  // [width], then the rows held
-  T* const rows_held = reinterpret_cast<T*>(error + (p.width + 3) / 4 * 4);
+  EntryList<T, kWidth> list(p.codes, w_dec, n, entries);
+  HeldRows<T, kWidth> held = {reinterpret_cast<T*>(error + (width + 3) / 4 * 4), 0, width};
+  if (list.count() > 0) held.count = min(layout.held, list.hold(0));
+  if (kAsync) held.copy(list, w_dec);
 
   float square[1] = {};
-  for (int64_t c = static_cast<int64_t>(threadIdx.x) * kWidth; c < p.width;
-       c += static_cast<int64_t>(blockDim.x) * kWidth) {
-    float sum[kWidth] = {};
-    for (int64_t e = 0; e < row.count; ++e) {
-      const T* w = decoder_row<T>(p.codes, p.w_dec, p.features, row.indices + e);
-      if (w == nullptr) continue;
-      const float value = p.codes.values[row.values + e];
-      const Pack<T, kWidth> pack = *reinterpret_cast<const Pack<T, kWidth>*>(w + c);
-      if (kCompare && e < layout.held) {
-        *reinterpret_cast<Pack<T, kWidth>*>(rows_held + e * p.width + c) = pack;
-      }
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i) sum[i] += value * to_float(pack.item[i]);
+  for (int32_t base = 0; base < width; base += blockDim.x * kWidth) {
+    const int32_t c = base + static_cast<int32_t>(threadIdx.x) * kWidth;
+    const bool mine = c < width;
+    float target[kWidth] = {};  // on its way while the rows are
+    if (mine && kCompare) {
+      load_as(p.target.data, p.target.dtype, n * p.target.row + c, layout.target_aligned, target);
     }
+    float sum[kWidth] = {};
+    if (kAsync && list.count() > 0) {
+      list.hold(0);
+      held.add(list, c, sum);
+    }
+    for (int64_t first = 0; first < list.count(); first += kEntries) {
+      const int count = list.hold(first);
+      if (!mine) continue;
+      int begin = first == 0 ? held.count : 0;
+      if (kCompare && !kAsync && first == 0) {
+        add_rows<T, kWidth, kStep, true>(list, 0, begin, w_dec, width, c, held.rows, sum);
+      }
+      add_rows<T, kWidth, kStep, false>(list, begin, count, w_dec, width, c, nullptr, sum);
+    }
+    if (!mine) continue;
     if (p.b_dec != nullptr) {
       float bias[kWidth];
       load(p.b_dec + c, layout.bias_aligned, bias);
@@ -104,8 +86,6 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
       for (int i = 0; i < kWidth; ++i) sum[i] += bias[i];
     }
     if (kCompare) {
-      float target[kWidth] = {};
-      load_as(p.target.data, p.target.dtype, n * p.target.row + c, layout.target_aligned, target);
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) {
         sum[i] -= target[i];
@@ -116,29 +96,31 @@ __global__ void __launch_bounds__(kDecodeThreads, 2)
     store(p.out + n * p.width + c, sum);
   }
   if (!kCompare) return;
-  block_sum(square, scratch);  // its barrier completes error and rows_held too
+  block_sum(square, scratch);  // its barrier completes error and the rows held too
   if (threadIdx.x == 0) p.loss[n] = square[0];
   const float weight = p.row_weight != nullptr ? p.row_weight[n] : 1.0f;
-  entry_dots<T, kWidth>(p.codes, p.w_dec, p.features, p.width, row, error, rows_held, layout.held,
-                        weight, dvalues_row(p.dvalues, p.codes, row, n));
+  entry_dots<T, kWidth>(list, w_dec, width, error, held.rows, held.count, weight,
+                        dvalues_row(p.dvalues, p.codes, list.first_value(), n));
 }
 
 template <class T, int kWidth>
-__global__ void __launch_bounds__(kDecodeThreads, 2)
-    decode_dvalues_kernel(const DecodeBackwardParams p, bool grad_aligned) {
+__global__ void __launch_bounds__(kDecodeThreads, 3)
+    decode_dvalues_kernel(const __grid_constant__ DecodeBackwardParams p,
+                          const DecoderRows<T, kWidth> w_dec, bool grad_aligned) {
+  __shared__ Entry entries[kEntries + kBatch];
   const int64_t n = blockIdx.x;
+  const int32_t width = static_cast<int32_t>(p.width);
   float* const grad = dynamic_shared<float>();  // [width]
-  for (int64_t c = static_cast<int64_t>(threadIdx.x) * kWidth; c < p.width;
-       c += static_cast<int64_t>(blockDim.x) * kWidth) {
+  for (int32_t c = threadIdx.x * kWidth; c < width; c += blockDim.x * kWidth) {
     float value[kWidth] = {};
     load_as(p.grad.data, p.grad.dtype, n * p.grad.row + c, grad_aligned, value);
     store(grad + c, value);
   }
   __syncthreads();
-  const CodeRow row = code_row(p.codes, n);
+  EntryList<T, kWidth> list(p.codes, w_dec, n, entries);
   const T* const none = nullptr;
-  entry_dots<T, kWidth>(p.codes, p.w_dec, p.features, p.width, row, grad, none, 0, 1.0f,
-                        dvalues_row(p.dvalues, p.codes, row, n));
+  entry_dots<T, kWidth>(list, w_dec, width, grad, none, 0, 1.0f,
+                        dvalues_row(p.dvalues, p.codes, list.first_value(), n));
 }
 
 // Entries of codes in CSR form that belong to no row have dvalues as well.
@@ -152,19 +134,25 @@ cudaError_t launch_decode_typed(const DecodeParams& p, cudaStream_t stream) {
   DecodeLayout layout = {};
   layout.bias_aligned = packs(p.b_dec, 0, 4, kWidth);
   const int64_t threads = threads_for(p.width / kWidth, 64, kDecodeThreads);
+  const DecoderRows<T, kWidth> w_dec(p.w_dec, p.features);
   if (!p.compare) {
-    return launch(decode_kernel<T, kWidth, false>, p.codes.rows, threads, 0, stream, p, layout);
+    return launch(decode_kernel<T, kWidth, false>, p.codes.rows, threads, 0, stream, p, w_dec,
+                  layout);
   }
   layout.target_aligned = packs(p.target.data, p.target.row, size_of(p.target.dtype), kWidth);
   const int64_t error_bytes = (p.width + 3) / 4 * 16;
   const int64_t row_bytes = p.width * static_cast<int64_t>(sizeof(T));
   const int64_t most = p.codes.offsets != nullptr ? p.codes.capacity : p.codes.width;
+  int64_t held = 0;
   if (row_bytes > 0 && error_bytes < kDecodeShared) {
-    layout.held = (kDecodeShared - error_bytes) / row_bytes;
-    if (layout.held > most) layout.held = most;
+    held = (kDecodeShared - error_bytes) / row_bytes;
+    if (held > most) held = most;
+    if (held > kEntries) held = kEntries;
   }
-  const int64_t bytes = error_bytes + layout.held * row_bytes;
-  return launch(decode_kernel<T, kWidth, true>, p.codes.rows, threads, bytes, stream, p, layout);
+  layout.held = static_cast<int32_t>(held);
+  const int64_t bytes = error_bytes + held * row_bytes;
+  return launch(decode_kernel<T, kWidth, true>, p.codes.rows, threads, bytes, stream, p, w_dec,
+                layout);
 }
 
 template <class T, int kWidth>
@@ -172,15 +160,16 @@ cudaError_t launch_dvalues_typed(const DecodeBackwardParams& p, cudaStream_t str
   const bool aligned = packs(p.grad.data, p.grad.row, size_of(p.grad.dtype), kWidth);
   const int64_t threads = threads_for(p.width / kWidth, 64, kDecodeThreads);
   return launch(decode_dvalues_kernel<T, kWidth>, p.codes.rows, threads, (p.width + 3) / 4 * 16,
-                stream, p, aligned);
+                stream, p, DecoderRows<T, kWidth>(p.w_dec, p.features), aligned);
 }
 
 // Calls `with` for the element type of w_dec and the widest packs its layout allows.
 template <class Params, class With>
 cudaError_t with_decoder(const Params& p, With with) {
-  const int64_t width = 16 / size_of(p.w_dec.dtype);
-  const bool wide =
-      p.width % width == 0 && packs(p.w_dec.data, p.w_dec.row, size_of(p.w_dec.dtype), width);
+  const int64_t size = size_of(p.w_dec.dtype), width = 16 / size;
+  if (p.width > kMostChannels) return cudaErrorInvalidValue;
+  const bool wide = p.width % width == 0 && packs(p.w_dec.data, p.w_dec.row, size, width) &&
+                    p.features * (p.w_dec.row / width) < kNothing;
   switch (p.w_dec.dtype) {
     case Dtype::kFloat32:
       return wide ? with.template operator()<float, 4>() : with.template operator()<float, 1>();

@@ -87,6 +87,9 @@ DECODE_CASES = (
     replace(_case, rows=70, width=1536, features=500, k=32, csr=True),
     replace(_case, rows=4, width=513, features=64, k=64),
     replace(_case, rows=1300, width=12, features=3, k=2),  # lists longer than a kernel's piece
+    # More entries than a kernel holds at a time, and more channels than its block owns at once.
+    replace(_case, rows=2, width=1288, features=700, k=600),
+    replace(_case, rows=3, width=301, features=400, k=190, csr=True),
     # Error and decoder rows fill shared memory just below 48 KB: float32, then half precision.
     replace(_case, rows=2, width=768, k=15),
     replace(_case, rows=2, width=1024, k=11),
