@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Gathers of decoder rows, shared by the decoding kernels: the entries of a row of codes in shared
+// Gathers of decoder rows, shared by decoding and editing: the entries of a row of codes in shared
 // memory, sums over their decoder rows, and dot products with them.
 //
 // What limits a gather is how many bytes are on the way. Indices are read once, coalesced, so that
@@ -22,7 +22,9 @@ namespace sidechain::cuda {
 
 constexpr int kDecodeThreads = 256;
 constexpr int kEntries = 256;  // in shared memory at a time
-constexpr int kBatch = 8;      // rows that a thread loads before it uses the first, at most
+// Channels are numbered in 32 bits, and a block may step over the end once.
+constexpr int64_t kMostChannels = INT32_MAX - kDecodeThreads * 8;
+constexpr int kBatch = 8;  // rows that a thread loads before it uses the first, at most
 
 // Where the decoder row of an entry begins, in the units of DecoderRows.
 struct Entry {
@@ -31,8 +33,9 @@ struct Entry {
 };
 constexpr uint32_t kNothing = 0xffffffffu;  // place of an entry that stands for nothing
 
-// The decoder, made on the host. Packs of 16 bytes are counted in 32 bits (64 GB; with_decoder sees
-// to it), so that an address takes two instructions; rows of other layouts are counted themselves.
+// The decoder, made on the host. Packs of 16 bytes are counted in 32 bits (64 GB;
+// packs_of_rows says whether that does), so that an address takes two instructions; rows of other
+// layouts are counted themselves.
 template <class T, int kWidth>
 struct DecoderRows {
   static constexpr bool kPacks = kWidth > 1;
@@ -53,40 +56,52 @@ struct DecoderRows {
   }
 };
 
-// The entries of a row of codes, kEntries at a time; kBatch entries that stand for nothing follow.
+// Whether a decoder can be read as packs of 16 bytes that 32 bits count.
+inline bool packs_of_rows(const Matrix& w, int64_t features) {
+  const int64_t size = size_of(w.dtype), width = 16 / size;
+  return packs(w.data, w.row, size, width) && features * (w.row / width) < kNothing;
+}
+
+// The entries of a row of codes as they are.
 template <class T, int kWidth>
+struct CodeEntries {
+  const Codes& codes;
+  const DecoderRows<T, kWidth>& w_dec;
+  CodeRow row;
+
+  __device__ Entry entry(int64_t e) const {
+    Entry found = {w_dec.place(codes.indices[row.indices + e]), 0.0f};
+    if (found.place != kNothing) found.value = codes.values[row.values + e];
+    return found;
+  }
+};
+
+// The entries of a row, kEntries at a time; kBatch that stand for nothing follow.
+template <class Source>
 class EntryList {
  public:
-  using Rows = DecoderRows<T, kWidth>;
-  __device__ EntryList(const Codes& codes, const Rows& rows, int64_t n, Entry* held)
-      : codes_(codes), rows_(rows), row_(code_row(codes, n)), held_(held) {}
+  __device__ EntryList(const Source& source, Entry* held) : source_(source), held_(held) {}
 
-  __device__ int64_t count() const { return row_.count; }
-  __device__ int64_t first_value() const { return row_.values; }
+  __device__ int64_t count() const { return source_.row.count; }
   __device__ const Entry& operator[](int e) const { return held_[e]; }
 
   // Makes [first, first + kEntries) the entries held and returns how many there are. For all
   // threads of the block together.
   __device__ int hold(int64_t first) {
-    const int64_t left = row_.count - first;
-    const int count = left < kEntries ? static_cast<int>(left) : kEntries;
-    if (first == first_) return count;
+    const int64_t left = count() - first;
+    const int held = left < kEntries ? static_cast<int>(left) : kEntries;
+    if (first == first_) return held;
     if (first_ >= 0) __syncthreads();  // others may still read the ones before
     first_ = first;
-    for (int e = static_cast<int>(threadIdx.x); e < count + kBatch; e += blockDim.x) {
-      Entry entry = {kNothing, 0.0f};
-      if (e < count) entry.place = rows_.place(codes_.indices[row_.indices + first + e]);
-      if (entry.place != kNothing) entry.value = codes_.values[row_.values + first + e];
-      held_[e] = entry;
+    for (int e = static_cast<int>(threadIdx.x); e < held + kBatch; e += blockDim.x) {
+      held_[e] = e < held ? source_.entry(first + e) : Entry{kNothing, 0.0f};
     }
     __syncthreads();
-    return count;
+    return held;
   }
 
  private:
-  const Codes& codes_;
-  const Rows& rows_;
-  CodeRow row_;
+  const Source& source_;
   Entry* held_;
   int64_t first_ = -1;
 };
@@ -110,8 +125,8 @@ struct RawPack<2> {
 // sum += value * decoder row over entries [begin, end) of the list, at channel c. `copy` takes the
 // rows as well, one behind the other, where kCopy is set; else `end` is that of the list. kStep <=
 // kBatch loads are on the way at a time.
-template <class T, int kWidth, int kStep, bool kCopy>
-__device__ inline void add_rows(const EntryList<T, kWidth>& list, int begin, int end,
+template <class T, int kWidth, int kStep, bool kCopy, class List>
+__device__ inline void add_rows(const List& list, int begin, int end,
                                 const DecoderRows<T, kWidth>& w_dec, int32_t width, int32_t c,
                                 T* copy, float (&sum)[kWidth]) {
   using Bits = typename RawPack<sizeof(Pack<T, kWidth>)>::Type;
@@ -149,8 +164,8 @@ struct HeldRows {
 
   __device__ int group_end(int group) const { return (group + 1) * count / kGroups; }
 
-  __device__ void copy(const EntryList<T, kWidth>& list,
-                       const DecoderRows<T, kWidth>& w_dec) const {
+  template <class List>
+  __device__ void copy(const List& list, const DecoderRows<T, kWidth>& w_dec) const {
     int32_t c = static_cast<int32_t>(threadIdx.x) * kWidth;
     int begin = 0;
     for (int group = 0; group < kGroups; ++group) {
@@ -166,7 +181,8 @@ struct HeldRows {
   }
 
   // For whole warps: lanes beyond the width wait with the others.
-  __device__ void add(const EntryList<T, kWidth>& list, int32_t c, float (&sum)[kWidth]) const {
+  template <class List>
+  __device__ void add(const List& list, int32_t c, float (&sum)[kWidth]) const {
     int begin = 0;
 #pragma unroll
     for (int group = 0; group < kGroups; ++group) {
@@ -179,9 +195,9 @@ struct HeldRows {
   }
 
  private:
-  __device__ void copy_channels(const EntryList<T, kWidth>& list,
-                                const DecoderRows<T, kWidth>& w_dec, int begin, int end,
-                                int32_t c) const {
+  template <class List>
+  __device__ void copy_channels(const List& list, const DecoderRows<T, kWidth>& w_dec, int begin,
+                                int end, int32_t c) const {
     T* to = rows + begin * width + c;
 #pragma unroll 4
     for (int e = begin; e < end; ++e, to += width) {
@@ -194,7 +210,8 @@ struct HeldRows {
     }
   }
 
-  __device__ void add_channels(const EntryList<T, kWidth>& list, int begin, int end, int32_t c,
+  template <class List>
+  __device__ void add_channels(const List& list, int begin, int end, int32_t c,
                                float (&sum)[kWidth]) const {
     const T* at = rows + begin * width + c;
 #pragma unroll 4
@@ -229,10 +246,10 @@ __device__ inline float warp_dot(const float* vector, const Pack<T, kWidth>* w, 
 
 // dvalues[e] = weight <vector, w_dec[indices[e]]> for the entries of a row, a warp each; the vector
 // and the decoder rows of the first `held` entries lie in shared memory.
-template <class T, int kWidth>
-__device__ inline void entry_dots(EntryList<T, kWidth>& list, const DecoderRows<T, kWidth>& w_dec,
-                                  int32_t width, const float* vector, const T* rows_held, int held,
-                                  float weight, float* dvalues) {
+template <class T, int kWidth, class List>
+__device__ inline void entry_dots(List& list, const DecoderRows<T, kWidth>& w_dec, int32_t width,
+                                  const float* vector, const T* rows_held, int held, float weight,
+                                  float* dvalues) {
   for (int64_t first = 0; first < list.count(); first += kEntries) {
     const int count = list.hold(first);
     for (int e = static_cast<int>(threadIdx.x / 32); e < count; e += blockDim.x / 32) {

@@ -24,8 +24,6 @@ namespace sidechain::cuda {
 // Dynamic shared memory of a block: with the static arrays three of them run on a multiprocessor of
 // sm_90 and two on one of sm_80.
 constexpr int64_t kDecodeShared = 72 * 1024;
-// Channels are numbered in 32 bits, and a block may step over the end once.
-constexpr int64_t kMostChannels = INT32_MAX - kDecodeThreads * 8;
 
 // What the host finds out about the layout once per launch.
 struct DecodeLayout {
@@ -34,9 +32,9 @@ struct DecodeLayout {
 };
 
 // Where the dvalues of a row begin: they are contiguous in either form.
-__device__ inline float* dvalues_row(float* dvalues, const Codes& codes, int64_t first_value,
+__device__ inline float* dvalues_row(float* dvalues, const Codes& codes, const CodeRow& row,
                                      int64_t n) {
-  return dvalues + (codes.offsets != nullptr ? first_value : n * codes.width);
+  return dvalues + (codes.offsets != nullptr ? row.values : n * codes.width);
 }
 
 template <class T, int kWidth, bool kCompare>
@@ -51,7 +49,8 @@ __global__ void __launch_bounds__(kDecodeThreads, 3)
   const int64_t n = blockIdx.x;
   const int32_t width = static_cast<int32_t>(p.width);
   float* const error = dynamic_shared<float>();  // [width], then the rows held
-  EntryList<T, kWidth> list(p.codes, w_dec, n, entries);
+  const CodeEntries<T, kWidth> codes = {p.codes, w_dec, code_row(p.codes, n)};
+  EntryList list(codes, entries);
   HeldRows<T, kWidth> held = {reinterpret_cast<T*>(error + (width + 3) / 4 * 4), 0, width};
   if (list.count() > 0) held.count = min(layout.held, list.hold(0));
   if (kAsync) held.copy(list, w_dec);
@@ -65,18 +64,19 @@ __global__ void __launch_bounds__(kDecodeThreads, 3)
       load_as(p.target.data, p.target.dtype, n * p.target.row + c, layout.target_aligned, target);
     }
     float sum[kWidth] = {};
-    if (kAsync && list.count() > 0) {
-      list.hold(0);
-      held.add(list, c, sum);
-    }
     for (int64_t first = 0; first < list.count(); first += kEntries) {
       const int count = list.hold(first);
-      if (!mine) continue;
-      int begin = first == 0 ? held.count : 0;
-      if (kCompare && !kAsync && first == 0) {
-        add_rows<T, kWidth, kStep, true>(list, 0, begin, w_dec, width, c, held.rows, sum);
+      int begin = 0;
+      if (first == 0) {
+        begin = held.count;
+        if (kAsync) held.add(list, c, sum);
+        if (kCompare && !kAsync && mine) {
+          add_rows<T, kWidth, kStep, true>(list, 0, begin, w_dec, width, c, held.rows, sum);
+        }
       }
-      add_rows<T, kWidth, kStep, false>(list, begin, count, w_dec, width, c, nullptr, sum);
+      if (!mine) continue;
+      add_rows<T, kWidth, kStep, false>(list, begin, count, w_dec, width, c,
+                                        static_cast<T*>(nullptr), sum);
     }
     if (!mine) continue;
     if (p.b_dec != nullptr) {
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 3)
   if (threadIdx.x == 0) p.loss[n] = square[0];
   const float weight = p.row_weight != nullptr ? p.row_weight[n] : 1.0f;
   entry_dots<T, kWidth>(list, w_dec, width, error, held.rows, held.count, weight,
-                        dvalues_row(p.dvalues, p.codes, list.first_value(), n));
+                        dvalues_row(p.dvalues, p.codes, codes.row, n));
 }
 
 template <class T, int kWidth>
@@ -117,10 +117,11 @@ __global__ void __launch_bounds__(kDecodeThreads, 3)
     store(grad + c, value);
   }
   __syncthreads();
-  EntryList<T, kWidth> list(p.codes, w_dec, n, entries);
+  const CodeEntries<T, kWidth> codes = {p.codes, w_dec, code_row(p.codes, n)};
+  EntryList list(codes, entries);
   const T* const none = nullptr;
   entry_dots<T, kWidth>(list, w_dec, width, grad, none, 0, 1.0f,
-                        dvalues_row(p.dvalues, p.codes, list.first_value(), n));
+                        dvalues_row(p.dvalues, p.codes, codes.row, n));
 }
 
 // Entries of codes in CSR form that belong to no row have dvalues as well.
@@ -168,8 +169,7 @@ template <class Params, class With>
 cudaError_t with_decoder(const Params& p, With with) {
   const int64_t size = size_of(p.w_dec.dtype), width = 16 / size;
   if (p.width > kMostChannels) return cudaErrorInvalidValue;
-  const bool wide = p.width % width == 0 && packs(p.w_dec.data, p.w_dec.row, size, width) &&
-                    p.features * (p.w_dec.row / width) < kNothing;
+  const bool wide = p.width % width == 0 && packs_of_rows(p.w_dec, p.features);
   switch (p.w_dec.dtype) {
     case Dtype::kFloat32:
       return wide ? with.template operator()<float, 4>() : with.template operator()<float, 1>();
