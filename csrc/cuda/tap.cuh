@@ -2,11 +2,12 @@
 // tap_ on CUDA. Contract: csrc/include/sidechain/tap.h; every pointer lies on the device.
 //
 // Blocks: one per (row, chunk of tokens), of one or several teams of warps; a team owns up to
-// kTapTokens tokens, and each of its threads one pack of 16 bytes of every token. A group of kTapGroup tokens is
-// loaded at once and stays in registers until it is written: 2 sizeof(T) bytes per element move,
-// which bounds the kernel. Sums over tokens stay in registers too, are added over the teams, go to
-// a workspace, and a second launch adds the chunks in a fixed order, so that the result does not
-// depend on scheduling. Where one block holds a row, it adds to the capture buffers itself.
+// kTapTokens tokens, and each of its threads one pack of 16 bytes of every token. A group of
+// kTapGroup tokens is loaded at once and stays in registers until it is written: 2 sizeof(T) bytes
+// per element move, which bounds the kernel. Sums over tokens stay in registers too, are added over
+// the teams and go to a workspace; a second launch adds the chunks in a fixed order, so that the
+// result does not depend on scheduling. Where one block holds a row, it adds to the capture buffers
+// itself.
 #pragma once
 
 #include <cuda_runtime.h>

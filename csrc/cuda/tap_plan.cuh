@@ -10,9 +10,9 @@
 
 namespace sidechain::cuda {
 
-constexpr int kTapGroup = 4;    // tokens whose loads a thread has in flight together
-constexpr int kTapTokens = 32;  // of a team at most: flags are the bits of a word
-constexpr int kTapThreads = 768;
+constexpr int kTapGroup = 4;          // tokens whose loads a thread has in flight together
+constexpr int kTapTokens = 32;        // of a team at most: flags are the bits of a word
+constexpr int kTapThreads = 768;      // of a block: 80 registers each, below that a kernel spills
 constexpr int kTapTeamThreads = 512;  // of a block of several teams
 constexpr int kTapTeams = 16;
 constexpr int kTapWideThreads = 512;  // of a block whose threads loop over channels
