@@ -100,7 +100,7 @@ def _topk(case: TopkEncodeCase, precision: str = "fp32") -> Call:
     def config(size: int) -> Any:
         from sidechain.triton_kernels.topk_encode import launch_config
 
-        return launch_config(case.features, case.k, size), case.mode, precision
+        return launch_config(case.features, case.width, case.k, size), case.mode, precision
 
     return Call(
         "topk_encode" if case.mode == "topk" else "topk_encode_ragged",

@@ -10,14 +10,15 @@ row, to which `accumulated` adds what the matrix units may lose in their sums.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
 import triton
+
+from ._launch import launch
 
 # Rows with an element beyond these are not packed: their scale would leave the range of float32.
 _HUGE = tl.constexpr(2.0**60)
@@ -36,6 +37,8 @@ class Packed(NamedTuple):
         codes: [R, d padded] float16.
         bounds: [3, R] float32: what one unit of the codes is worth, a bound of the length of the
             row and of what rounding took from it; infinite where a row is not packed.
+
+    Rows added to pad a dictionary are all zeros.
     """
 
     codes: Tensor
@@ -50,11 +53,6 @@ class Operands(NamedTuple):
     bias: Tensor | None
     minus: Tensor | None
     bf16: bool
-
-
-def on_device(t: Tensor) -> Any:
-    """Launch where a tensor is."""
-    return torch.cuda.device(t.device) if t.is_cuda else nullcontext()
 
 
 def floats(t: Tensor | None) -> Tensor | None:
@@ -105,14 +103,15 @@ def load_centred(p_row, p_minus, c, in_row, D, BF16: tl.constexpr):
     return v
 
 
-@triton.jit(do_not_specialize=["R", "D", "PADDED"])
+@triton.jit(do_not_specialize=["R", "R_OUT"])
 def pack_kernel(
-    p_codes,  # [R, PADDED]
-    p_bounds,  # [3, R]
+    p_codes,  # [R_OUT, PADDED]
+    p_bounds,  # [3, R_OUT]
     p_rows,  # [R, D]
     p_minus,  # [D] or None
     stride,
     R,
+    R_OUT,
     D,
     PADDED,
     BF16: tl.constexpr,
@@ -121,10 +120,12 @@ def pack_kernel(
 ):
     """Pack ROWS rows: the largest element of each gives its scale, then codes and what they lost.
 
-    Moved: every row once from memory, once more from cache, and two bytes an element out.
+    Rows from R on are zeros. Moved: every row once from memory, once more from cache, and two
+    bytes an element out.
     """
     r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     in_r = (r < R)[:, None]
+    out_r = r < R_OUT
     p_row = p_rows + (r * stride)[:, None]
     largest = tl.zeros([ROWS, BLOCK], tl.float32)
     wild = tl.zeros([ROWS, BLOCK], tl.int32)
@@ -151,27 +152,28 @@ def pack_kernel(
         rest = v - code.to(tl.float32)
         length += v * v
         lost += rest * rest
-        tl.store(p_codes + (r * PADDED)[:, None] + c, code, mask=in_r & (c < PADDED))
+        tl.store(p_codes + (r * PADDED)[:, None] + c, code, mask=out_r[:, None] & (c < PADDED))
     # A row of tiny elements is packed as zeros: all of it is lost, and that is next to nothing.
     small = tl.where(top > 0.0, tl.sqrt(tl.zeros([ROWS], tl.float32) + D) * _TINY, 0.0)
     unpacked = tl.where(finite, small, float("inf"))
     length_r = tl.where(scaled, tl.sqrt(tl.sum(length, 1)) * unit * _SAFE, unpacked)
     lost_r = tl.where(scaled, tl.sqrt(tl.sum(lost, 1)) * unit * _SAFE, unpacked)
-    tl.store(p_bounds + r, tl.where(scaled, unit, 0.0), mask=r < R)
-    tl.store(p_bounds + R + r, length_r, mask=r < R)
-    tl.store(p_bounds + 2 * R + r, lost_r, mask=r < R)
+    tl.store(p_bounds + r, tl.where(scaled, unit, 0.0), mask=out_r)
+    tl.store(p_bounds + R_OUT + r, length_r, mask=out_r)
+    tl.store(p_bounds + 2 * R_OUT + r, lost_r, mask=out_r)
 
 
-def pack(rows: Tensor, minus: Tensor | None, bf16: bool) -> Packed:
-    """Pack rows [R, d] less a vector."""
+def pack(rows: Tensor, minus: Tensor | None, bf16: bool, *, unit: int = 1) -> Packed:
+    """Pack rows [R, d] less a vector, and rows of zeros up to a multiple of `unit`."""
     count, width = rows.shape
-    padded = triton.cdiv(width, WIDTH_UNIT) * WIDTH_UNIT
-    codes = torch.empty(count, padded, dtype=torch.float16, device=rows.device)
-    bounds = torch.empty(3, count, dtype=torch.float32, device=rows.device)
+    out, padded = triton.cdiv(count, unit) * unit, triton.cdiv(width, WIDTH_UNIT) * WIDTH_UNIT
+    codes = torch.empty(out, padded, dtype=torch.float16, device=rows.device)
+    bounds = torch.empty(3, out, dtype=torch.float32, device=rows.device)
     block = min(512, triton.next_power_of_2(padded))
     together = PACK_TILE // block
-    pack_kernel[(triton.cdiv(count, together),)](
-        codes, bounds, rows, minus, rows.stride(0), count, width, padded,
+    launch(
+        pack_kernel, (triton.cdiv(out, together),),
+        codes, bounds, rows, minus, rows.stride(0), count, out, width, padded,
         BF16=bf16, ROWS=together, BLOCK=block, num_warps=4,
     )  # fmt: skip
     return Packed(codes, bounds)
@@ -217,7 +219,7 @@ def exact(
     return tl.where(live, z.to(tl.float32), 0.0)
 
 
-@triton.jit(do_not_specialize=["N", "D", "capacity"])
+@triton.jit(do_not_specialize=["N", "capacity"])
 def value_kernel(
     p_values,  # pool, like p_lists
     p_lists,  # pool: the lists of the rows
@@ -280,8 +282,8 @@ def value(
     rows, width = given.x.shape
     # Enough programs to fill a GPU when rows are few.
     share = max(1, min(8, 2048 // max(rows, 1)))
-    value_kernel[(rows, share)](
-        values, lists, start, counts, up, floor, limit,
+    launch(
+        value_kernel, (rows, share), values, lists, start, counts, up, floor, limit,
         given.x, given.minus, given.w, given.bias, given.x.stride(0), given.w.stride(0),
         rows, width, capacity,
         BF16=given.bf16, ROWS=VALUE_ROWS, BLOCK=VALUE_BLOCK, num_warps=4,

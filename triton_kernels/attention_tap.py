@@ -13,7 +13,6 @@ tile of a head arrives last adds all of them in the order of the tokens.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -21,6 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 import triton
+
+from ._launch import launch, on_device
 
 LOG2_E = 1.4426950408889634
 
@@ -306,8 +307,10 @@ def launch_attention_tap(
     unit = _unit(*strides)
     shared_mask = capture_mask is None or capture_mask.shape[0] == 1
     scale = width**-0.5 if scale is None else scale
-    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
-        attention_tap_kernel[(rows * heads * tiles,)](
+    with on_device(q):
+        launch(
+            attention_tap_kernel,
+            (rows * heads * tiles,),
             out,
             q,
             k_bank,
@@ -343,5 +346,4 @@ def launch_attention_tap(
             BLOCK_D=config.block_d,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
-            enable_fp_fusion=True,
         )

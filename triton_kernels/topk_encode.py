@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """``topk_encode``: the k largest features of every row.
 
-Packed, screened (`_topk_screen`), valued exactly (`_topk_rows`), ranked: 5 launches and two for
+Packed, screened (`_topk_screen`), valued exactly (`_topk_rows`), ranked: 6 launches and three for
 each chunk of rows, none of which waits for the host, so that a CUDA graph can hold them. The matrix
 product takes most of the time; next come the gathered dictionary rows of the candidates.
 """
@@ -16,8 +16,10 @@ from torch import Tensor
 
 import triton
 
-from ._topk_rows import Operands, on_device, operands, order_of, pack, value
-from ._topk_screen import Lists, chunk_rows, lanes_for, screen
+from ._launch import launch, on_device
+from ._topk_lists import Lists
+from ._topk_rows import Operands, operands, order_of, pack, value
+from ._topk_screen import chunk_rows, grouping, pack_dictionary, screen
 
 # The interpreter and every GPU from sm_80 on hold these in registers.
 RANK_BLOCK = 32
@@ -27,31 +29,35 @@ class Config(NamedTuple):
     """Sizes of one launch.
 
     Attributes:
-        lanes: groups of features whose maxima give the cut.
+        group: features of a group.
+        lanes: groups whose maxima give the cut.
         capacity: candidates that a row may have.
         chunk: rows whose products are held at a time.
         element_size: of the dictionary: what a compiled kernel depends on besides.
     """
 
+    group: int
     lanes: int
     capacity: int
     chunk: int
     element_size: int
 
 
-def launch_config(features: int, k: int, element_size: int) -> Config:
+def launch_config(features: int, width: int, k: int, element_size: int) -> Config:
     """Choose sizes.
 
-    Bounds in 16 bits list 1.0 to 1.3 k features, groups of lanes 1.03 k; a row may have twice k and
-    64 before it is valued in full.
+    Bounds in 16 bits list 1.0 to 1.3 k features, the cut of groups 1.03 k; a row may have twice k
+    and 64 before it is valued in full.
 
     Args:
         features: F.
+        width: d.
         k: features kept a row.
         element_size: bytes of an element of the dictionary.
     """
     capacity = min(triton.next_power_of_2(2 * k + 64), triton.next_power_of_2(features))
-    return Config(lanes_for(features, k), capacity, chunk_rows(features), element_size)
+    by = grouping(features, k)
+    return Config(*by, capacity, chunk_rows(features, width), element_size)
 
 
 @triton.jit
@@ -118,7 +124,7 @@ def _encode(given: Operands, k: int) -> tuple[Tensor, Tensor, Tensor]:
     state = torch.zeros(2, dtype=torch.int64, device=device)
     if rows == 0:
         return values, indices, state[:1]
-    config = launch_config(features, k, given.w.element_size())
+    config = launch_config(features, given.x.shape[1], k, given.w.element_size())
     lists = Lists(
         torch.empty(rows, config.capacity, dtype=torch.int32, device=device),
         torch.zeros(rows, dtype=torch.int32, device=device),
@@ -126,11 +132,11 @@ def _encode(given: Operands, k: int) -> tuple[Tensor, Tensor, Tensor]:
         state,
         config.capacity,
     )
-    packed = pack(given.x, given.minus, given.bf16), pack(given.w, None, given.bf16)
-    screen(given, *packed, lists, k=k, ranked=True)
+    packed = pack(given.x, given.minus, given.bf16), pack_dictionary(given.w, given.bf16)
+    screen(given, *packed, lists, k=k)
     exact = value(given, lists.features, lists.counts, config.capacity)
-    rank_kernel[(rows,)](
-        values, indices, exact, lists.features, lists.counts, k, config.capacity,
-        BLOCK=RANK_BLOCK, num_warps=4,
+    launch(
+        rank_kernel, (rows,), values, indices, exact, lists.features, lists.counts,
+        k, config.capacity, BLOCK=RANK_BLOCK, num_warps=4,
     )  # fmt: skip
     return values, indices, state[:1]

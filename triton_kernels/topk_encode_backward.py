@@ -14,7 +14,8 @@ from torch import Tensor
 
 import triton
 
-from ._topk_rows import load_centred, on_device, operands
+from ._launch import launch, on_device
+from ._topk_rows import load_centred, operands
 
 GATHERED = 16  # rows gathered at a time
 WIDEST = 256  # elements of a row that a program sums
@@ -31,7 +32,7 @@ def _add_rows(
     return total + tl.sum(tl.where(live[:, None], scale[:, None] * v, 0.0), 0)
 
 
-@triton.jit(do_not_specialize=["D", "F", "K"])
+@triton.jit(do_not_specialize=["F", "K"])
 def input_kernel(
     p_dx,  # [N, D]
     p_grad,  # [N, K] or [nnz]
@@ -64,7 +65,7 @@ def input_kernel(
     tl.store(p_dx + n * D + c, total, mask=c < D)
 
 
-@triton.jit(do_not_specialize=["D"])
+@triton.jit
 def weight_kernel(
     p_dw,  # [F, D] or None
     p_db,  # [F]
@@ -126,11 +127,13 @@ def launch_topk_encode_backward(
         dw = torch.empty((features, width) if need_w else 0, dtype=torch.float32, device=device)
         db = torch.empty(features, dtype=torch.float32, device=device)
         if need_x and rows > 0:
-            input_kernel[(rows, pieces)](
+            launch(
+                input_kernel, (rows, pieces),
                 dx, slopes, which, offsets, given.w, given.w.stride(0), width, features, kept,
                 **sizes,
             )  # fmt: skip
-        weight_kernel[(features, pieces if need_w else 1)](
+        launch(
+            weight_kernel, (features, pieces if need_w else 1),
             dw if need_w else None, db, slopes, *_by_feature(which, offsets, rows, features),
             given.x, given.x.stride(0), given.minus, width, **sizes,
         )  # fmt: skip

@@ -24,8 +24,10 @@ from torch import Tensor
 
 import triton
 
-from ._topk_rows import Operands, Packed, floats, on_device, operands, order_of, pack, value
-from ._topk_screen import Lists, screen
+from ._launch import launch, on_device
+from ._topk_lists import Lists
+from ._topk_rows import Operands, Packed, floats, operands, order_of, pack, value
+from ._topk_screen import pack_dictionary, screen
 
 # Candidates listed a row, as a multiple of k: codes a row range over five times their mean in
 # trained dictionaries.
@@ -144,8 +146,8 @@ def _find(
     )  # fmt: skip
     bound = zeros(1) if limit is not None else _bound_of(_orders(values), budget)
     greater, equal = zeros(rows), zeros(rows)
-    tally_kernel[(rows,)](
-        greater, equal, values, lists.start, lists.counts, bound, slots,
+    launch(
+        tally_kernel, (rows,), greater, equal, values, lists.start, lists.counts, bound, slots,
         BLOCK=CODE_BLOCK, num_warps=4,
     )  # fmt: skip
     before = equal.cumsum(0) - equal
@@ -189,7 +191,7 @@ def _encode(
     none = torch.zeros(rows + 1, dtype=torch.int64, device=device)
     if rows == 0:
         return empty.float(), empty, none, none[:1]
-    packed = pack(given.x, given.minus, given.bf16), pack(given.w, None, given.bf16)
+    packed = pack(given.x, given.minus, given.bf16), pack_dictionary(given.w, given.bf16)
     fallbacks = none[:1].clone()
     while True:
         found = _find(given, packed, budget, limit, cut, share, slots)
@@ -207,8 +209,8 @@ def _encode(
     values = torch.empty(codes, dtype=torch.float32, device=device)
     indices = torch.empty(codes, dtype=torch.int32, device=device)
     lists = found.lists
-    write_kernel[(rows,)](
-        values, indices, found.offsets, found.values, lists.features, lists.start, lists.counts,
-        found.bound, found.take, slots, BLOCK=CODE_BLOCK, num_warps=4,
+    launch(
+        write_kernel, (rows,), values, indices, found.offsets, found.values, lists.features,
+        lists.start, lists.counts, found.bound, found.take, slots, BLOCK=CODE_BLOCK, num_warps=4,
     )  # fmt: skip
     return values, indices, found.offsets, fallbacks

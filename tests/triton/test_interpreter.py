@@ -81,7 +81,7 @@ class TestTopkEncode:
     def test_chunks_of_rows(self, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
         from sidechain.triton_kernels import _topk_screen
 
-        monkeypatch.setattr(_topk_screen, "chunk_rows", lambda features: 3)
+        monkeypatch.setattr(_topk_screen, "chunk_rows", lambda features, width: 3)
         args = TopkEncodeCase(8, 20, 50, 4, mode=mode).make(torch.float32)
         got = topk_encode(**args, backend="triton")
         assert_same_codes(got, plain(args, dense(args, "fp32")))
