@@ -34,6 +34,7 @@ class Config(NamedTuple):
     block_d: int
     num_warps: int
     num_stages: int
+    registers: int | None  # of a thread at most; None leaves it to ptxas
 
 
 def launch_config(tokens: int, context: int, width: int, element_size: int, masked: bool) -> Config:
@@ -50,11 +51,14 @@ def launch_config(tokens: int, context: int, width: int, element_size: int, mask
     if element_size == 4:
         # Products of float32 run on the vector units and hold their operands in registers.
         block_s = 32 if 16 < block_d < 128 else 16
-        return Config(32 if tokens > 16 else 16, block_s, block_d, 4, 2)
+        few = tokens <= 16
+        return Config(16 if few else 32, block_s, block_d, 4, 2, 255 if few else None)
     block_t = min(128, max(16, triton.next_power_of_2(tokens)))
     # The mask of 64 context tokens beside 128 x 128 accumulators spills on sm_80.
     block_s = 32 if context <= 32 or (masked and block_d == 128) else 64
-    return Config(block_t, block_s, block_d, 8 if block_t * block_d > 8192 else 4, 2)
+    # For small tiles ptxas 12.8 stops at a number of registers that spills, far from the limit.
+    registers = 255 if block_t <= 32 else None
+    return Config(block_t, block_s, block_d, 8 if block_t * block_d > 8192 else 4, 2, registers)
 
 
 @triton.jit
@@ -346,4 +350,5 @@ def launch_attention_tap(
             BLOCK_D=config.block_d,
             num_warps=config.num_warps,
             num_stages=config.num_stages,
+            maxnreg=config.registers,
         )
