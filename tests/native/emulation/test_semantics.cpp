@@ -237,14 +237,35 @@ void test_dry_launches() {
   EXPECT(launch(rotate, 2, 1025, 0, nullptr, out.data()) == cudaErrorInvalidConfiguration);
   EXPECT(out == before);
   const std::string noted = emulation_launches();
-  const std::string line =
-      "2 " + std::to_string(kThreads) + " " + std::to_string(kThreads * 4) + " (anonymous namespace)::rotate";
+  const std::string line = "2 " + std::to_string(kThreads) + " " + std::to_string(kThreads * 4) +
+                           " (anonymous namespace)::rotate";
   EXPECT(noted.compare(0, line.size(), line) == 0);
   EXPECT(noted.find('\n') == noted.size() - 1);
   emulation_dry(0);
   EXPECT(*emulation_launches() == '\0');
   EXPECT(launch(rotate, 2, kThreads, kThreads * 4, nullptr, out.data()) == cudaSuccess);
   EXPECT(out != before);
+}
+
+// What neighbours read before a __syncwarp does not stand against a thread that reads and writes
+// its own element after it.
+__global__ void own_after_shared(const int* in, int* out) {
+  int* const shared = dynamic_shared<int>();
+  const int t = threadIdx.x;
+  shared[t] = in[t];
+  __syncwarp();
+  out[t] = shared[t ^ 1] + shared[t ^ 2];
+  __syncwarp();
+  for (int i = 0; i < 2; ++i) shared[t] += 1;
+  __syncwarp();
+  out[t] += shared[t ^ 1];
+}
+
+void test_own_after_shared() {
+  int in[kThreads], out[kThreads] = {};
+  for (int t = 0; t < kThreads; ++t) in[t] = 3 * t;
+  EXPECT(launch(own_after_shared, 1, kThreads, sizeof in, nullptr, in, out) == cudaSuccess);
+  for (int t = 0; t < kThreads; ++t) EXPECT(out[t] == 2 * in[t ^ 1] + in[t ^ 2] + 2);
 }
 
 // Every value of a 16-bit type converts to the double the format defines and back to itself, and a
@@ -283,6 +304,7 @@ int main() {
     test_atomics_and_grids();
     test_dynamic_shared();
     test_copies();
+    test_own_after_shared();
   }
   test_many_groups();
   test_shared_limit();

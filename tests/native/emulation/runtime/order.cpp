@@ -157,8 +157,10 @@ void note_read(const Checker& c, Cell& cell, const Fiber& me, uint8_t bytes, boo
   if (!shared && cell.read_epoch >= c.launch_epoch && cell.read_epoch < c.block_epoch) {
     cell.foreign_read = c.launch;
   }
-  // Of neighbours smaller than a cell the last one is kept.
-  if (cell.read_epoch != c.epoch || !(cell.read & bytes)) {
+  // Of neighbours smaller than a cell the last one is kept. Reads of this warp that a __syncwarp
+  // has ordered before this one are before all that comes after it.
+  const bool ordered = cell.read_warp == warp && cell.read_turn < c.turns[warp];
+  if (cell.read_epoch != c.epoch || !(cell.read & bytes) || ordered) {
     cell.reader = thread, cell.read_warp = warp, cell.read = bytes, cell.atomic_read = atomic;
   } else {
     if (cell.reader != thread) cell.reader = kMany;
