@@ -4,8 +4,7 @@
 //
 // The entries are sorted by cell (label, feature), in row order within one; then every cell has one
 // owner, which adds its list in an order that depends on its place alone and writes the cell once.
-// Bound by the sort (a pass moves 16 bytes an entry for each 8 bits of a cell's number); of the
-// sums only cells with entries are touched.
+// Bound by the sort (csc_sort.cuh); of the sums only cells with entries are touched.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -43,9 +42,7 @@ __device__ inline CodeMoments warp_moments(const CscEntry* entries, int32_t begi
 }
 
 // rows[label] += 1; equal labels of a warp make one addition, integers in any order.
-__global__ void __launch_bounds__(kSumThreads)
-    label_rows_kernel(const __grid_constant__ CodeSumsParams p) {
-  const int64_t n = static_cast<int64_t>(blockIdx.x) * kSumThreads + threadIdx.x;
+__device__ inline void count_label(const CodeSumsParams& p, int64_t n) {
   const int64_t none = -1;
   int64_t label = none;
   if (n < p.codes.rows) label = p.label != nullptr ? p.label[n * p.label_stride] : 0;
@@ -58,11 +55,17 @@ __global__ void __launch_bounds__(kSumThreads)
   }
 }
 
-// Moments of the whole tiles that lie within one list, a warp for each.
+// Two things that need no more than the sorted entries: the first blocks count the rows of each
+// label, a thread a row; the others take the moments of the whole tiles that lie within one list,
+// a warp a tile.
 __global__ void __launch_bounds__(kSumThreads)
-    sum_tiles_kernel(Csc csc, int64_t cells, int64_t tiles, CodeMoments* partial) {
-  const int64_t tile = (static_cast<int64_t>(blockIdx.x) * kSumThreads + threadIdx.x) / 32;
-  if (tile >= tiles || tile_owner(csc, cells, tile) < 0) return;
+    sum_tiles_kernel(const __grid_constant__ CodeSumsParams p, Csc csc, int64_t row_blocks,
+                     int64_t tiles, CodeMoments* partial) {
+  if (blockIdx.x < row_blocks) {
+    return count_label(p, static_cast<int64_t>(blockIdx.x) * kSumThreads + threadIdx.x);
+  }
+  const int64_t tile = ((blockIdx.x - row_blocks) * kSumThreads + threadIdx.x) / 32;
+  if (tile >= tiles || tile_owner(csc, p.labels * p.features, tile) < 0) return;
   const int32_t begin = static_cast<int32_t>(tile) * kListTile;
   const CodeMoments m = warp_moments(csc.entries, begin, begin + kListTile);
   if (threadIdx.x % 32 == 0) partial[tile] = m;
@@ -127,25 +130,24 @@ inline int64_t code_sums_workspace(const CodeSumsParams& p) {
          list_tile_count(s) * static_cast<int64_t>(sizeof(CodeMoments));
 }
 
-// labels * features < 2^32 - 1.
+// labels * features < 2^32 - 1. Launches: those of the lists (csc.cuh), and two.
 inline cudaError_t launch_code_sums(const CodeSumsParams& p, void* workspace, cudaStream_t stream) {
   const auto blocks = [](int64_t threads) { return (threads + kSumThreads - 1) / kSumThreads; };
-  cudaError_t status = cudaSuccess;
-  if (p.codes.rows > 0 && p.labels > 0) {
-    status = launch(label_rows_kernel, blocks(p.codes.rows), kSumThreads, 0, stream, p);
-  }
   const CscSource s = code_sums_source(p);
-  const int64_t cells = csc_lists(s), tiles = list_tile_count(s);
-  if (status != cudaSuccess || cells == 0 || csc_capacity(s) == 0) return status;
+  const int64_t cells = csc_lists(s);
+  const bool empty = cells == 0 || csc_capacity(s) == 0;
   Csc csc = {};
-  status = build_csc(s, workspace, stream, &csc);
+  cudaError_t status = empty ? cudaSuccess : build_csc(s, workspace, stream, &csc);
+  if (status != cudaSuccess) return status;
   auto* const partial = reinterpret_cast<CodeMoments*>(static_cast<char*>(workspace) +
                                                        csc_workspace(s, nullptr).bytes);
-  if (status == cudaSuccess && tiles > 0) {
-    status = launch(sum_tiles_kernel, blocks(tiles * 32), kSumThreads, 0, stream, csc, cells, tiles,
-                    partial);
+  const int64_t row_blocks = p.labels > 0 ? blocks(p.codes.rows) : 0;
+  const int64_t tiles = empty ? 0 : list_tile_count(s);
+  if (row_blocks + tiles > 0) {
+    status = launch(sum_tiles_kernel, row_blocks + blocks(tiles * 32), kSumThreads, 0, stream, p,
+                    csc, row_blocks, tiles, partial);
   }
-  if (status != cudaSuccess) return status;
+  if (status != cudaSuccess || empty) return status;
   return launch(sum_cells_kernel, blocks(cells), kSumThreads, 0, stream, p, csc, cells,
                 static_cast<const CodeMoments*>(partial));
 }

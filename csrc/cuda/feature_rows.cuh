@@ -27,20 +27,12 @@ __device__ inline ListTiles list_tiles(int32_t begin, int32_t end) {
   return {(begin + kListTile - 1) / kListTile, end / kListTile};
 }
 
-// The feature whose list holds the whole tile, -1 where none does.
-__device__ inline int64_t tile_owner(const Csc& csc, int64_t features, int64_t tile) {
-  const int64_t at = tile * kListTile;
-  int64_t low = 0, high = features;  // the last f with start[f] <= at
-  while (high - low > 1) {
-    const int64_t middle = (low + high) / 2;
-    if (csc.start[middle] <= at) {
-      low = middle;
-    } else {
-      high = middle;
-    }
-  }
-  const bool whole = features > 0 && csc.start[low] <= at && at + kListTile <= csc.start[low + 1];
-  return whole ? low : -1;
+// The list that holds the whole tile, -1 where none does.
+__device__ inline int64_t tile_owner(const Csc& csc, int64_t lists, int64_t tile) {
+  const int64_t begin = tile * kListTile, end = begin + kListTile;
+  if (end > csc.start[lists]) return -1;
+  const uint32_t first = csc.keys[begin];
+  return first == csc.keys[end - 1] ? static_cast<int64_t>(first) : -1;
 }
 
 // acc += sum rows.scale(entry) * rows.load(entry, c) over entries [begin, end), in runs of kRun

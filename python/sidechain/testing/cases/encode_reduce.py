@@ -52,5 +52,10 @@ SUMS_CASES = (
     SumsCase(0, 5, 3, labels=2, label=True),
     SumsCase(9, 5, 0, labels=2, label=True),
     SumsCase(1300, 3, 2),  # lists longer than a kernel's piece
+    # The CUDA sort takes digits of up to 11 bits, 2,048 entries a chunk, chunks in 128 tiles.
+    SumsCase(260, 2048, 8),  # the most cells of one digit, two tiles
+    SumsCase(300, 683, 9, labels=3, label=True, csr=True),  # one cell more: two digits
+    SumsCase(2100, 2500, 128),  # tiles of two chunks
+    SumsCase(30, 70000, 3, labels=61, label=True),  # three digits
 )
 SUMS_BENCH = (SumsCase(4096, 12288, 32, labels=20, label=True),)
