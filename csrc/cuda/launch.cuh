@@ -18,6 +18,7 @@ namespace sidechain::cuda {
 // wrong just below that, so every launch asks. What was granted is never taken back: a smaller
 // launch of another thread must not shrink it between the question and the launch.
 inline cudaError_t allow_shared_bytes(const void* kernel, size_t bytes) {
+  if (bytes == 0) return cudaSuccess;
   static std::mutex mutex;
   static std::map<std::pair<int, const void*>, size_t> granted;
   int device = 0;
