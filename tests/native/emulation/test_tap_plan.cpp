@@ -84,7 +84,8 @@ constexpr Timed kTimed[] = {
 int main() {
   for (Dtype dtype : {Dtype::kFloat32, Dtype::kFloat16, Dtype::kBFloat16}) {
     for (int64_t rows : {1, 2, 16, 300}) {
-      for (int64_t tokens : {1, 4, 5, 8, 9, 65, 77, 128, 129, 1025, 4096, 60000, 1 << 30}) {
+      for (int64_t tokens :
+           {1, 4, 5, 8, 9, 37, 65, 77, 128, 129, 600, 1025, 4096, 60000, 1 << 30}) {
         for (int64_t channels = 1; channels <= 6400; channels += channels < 80 ? 1 : 40) {
           test_limits(call(dtype, rows, tokens, channels, true));
         }
