@@ -76,9 +76,14 @@ class TestAttentionTap:
 class TestTopkEncode:
     MODES = ("topk", "batch_topk", "threshold")
     modes = pytest.mark.parametrize("mode", MODES)
+    # For k = 4, groups of one feature and of 16, the last one shorter.
+    sizes = pytest.mark.parametrize("features", [50, 603])
 
     @modes
-    def test_chunks_of_rows(self, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    @sizes
+    def test_chunks_of_rows(
+        self, features: int, mode: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         from sidechain.triton_kernels import _topk_screen
 
         monkeypatch.setattr(_topk_screen, "chunk_rows", lambda features, width: 3)
@@ -87,9 +92,10 @@ class TestTopkEncode:
         assert_same_codes(got, plain(args, dense(args, "fp32")))
 
     @modes
+    @sizes
     @pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-12, 1e18])
-    def test_extreme_scales(self, mode: str, scale: float) -> None:
-        args = TopkEncodeCase(6, 20, 50, 4, mode=mode).make(torch.float32)
+    def test_extreme_scales(self, features: int, mode: str, scale: float) -> None:
+        args = TopkEncodeCase(6, 20, features, 4, mode=mode).make(torch.float32)
         args["x"][::2] *= scale
         args["w_enc"][::3] *= scale
         got = topk_encode(**args, backend="triton")
@@ -125,6 +131,26 @@ class TestTopkEncode:
         got = topk_encode(**(args | {"k": 10}), backend="triton")
         assert_same_codes(got, plain(args | {"k": 10}, dense(args, "fp32")))
 
+    @modes
+    @pytest.mark.parametrize("features", [300, 1100])
+    def test_what_float16_cannot_tell_apart(self, features: int, mode: str) -> None:
+        """The codes end among features that the screen puts in a wrong order."""
+        args = TopkEncodeCase(12, 64, features, 8, mode=mode).make(torch.float32)
+        near = args["w_enc"][:: features // 40]
+        g = torch.Generator().manual_seed(2)
+        near[:] = near[0] * (1.0 + 2.0**-13 * torch.randn(near.shape, generator=g))
+        args["x"] = args["b_pre"] + 4.0 * near[0] * (
+            1.0 + 2.0**-12 * torch.rand(12, 64, generator=g)
+        )
+        args["b_enc"][:] = 0.125
+        z = dense(args, "fp32")
+        if mode == "threshold":
+            args["threshold"] = float(z[:, :: features // 40].median())
+        topk_encode_fallbacks(reset=True)
+        got = topk_encode(**args, backend="triton")
+        assert mode == "batch_topk" or topk_encode_fallbacks(reset=True) == 0
+        assert_same_codes(got, plain(args, z))
+
     @pytest.mark.parametrize("guess", [0.0, 2.0, 1e6])
     def test_a_wrong_guess_changes_nothing(self, guess: float) -> None:
         args = TopkEncodeCase(6, 20, 50, 4, mode="batch_topk").make(torch.float32)
@@ -141,8 +167,9 @@ class TestTopkEncode:
         assert_same_codes(got, plain(args, dense(args, "fp32")))
 
     @modes
-    def test_nan_and_infinity_show(self, mode: str) -> None:
-        args = TopkEncodeCase(6, 20, 50, 4, mode=mode).make(torch.float32)
+    @sizes
+    def test_nan_and_infinity_show(self, features: int, mode: str) -> None:
+        args = TopkEncodeCase(6, 20, features, 4, mode=mode).make(torch.float32)
         args["x"][1, 3] = math.nan
         args["w_enc"][7, 2] = math.nan
         args["w_enc"][9, 2] = math.inf
