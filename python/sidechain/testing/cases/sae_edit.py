@@ -68,6 +68,9 @@ EDIT_CASES = (
     replace(_case, new=False, rows=70, width=1536, k=3),
     replace(_case, shared=True, strength=21, width=33),
     replace(_case, w_dtype=torch.float32),
+    replace(_case, w_dtype=torch.float16),
+    # More entries than a kernel holds at a time, and more channels than its block owns at once.
+    EditCase(2, 1288, 700, 600),
     replace(_case, width=1, features=1, k=1),
     EditCase(0, 16, 8, 2),
     EditCase(4, 16, 8, 0, mask=True),
