@@ -133,22 +133,31 @@ class TestTopkEncode:
 
     @modes
     @pytest.mark.parametrize("features", [300, 1100])
-    def test_what_float16_cannot_tell_apart(self, features: int, mode: str) -> None:
-        """The codes end among features that the screen puts in a wrong order."""
-        args = TopkEncodeCase(12, 64, features, 8, mode=mode).make(torch.float32)
-        near = args["w_enc"][:: features // 40]
-        g = torch.Generator().manual_seed(2)
-        near[:] = near[0] * (1.0 + 2.0**-13 * torch.randn(near.shape, generator=g))
-        args["x"] = args["b_pre"] + 4.0 * near[0] * (
-            1.0 + 2.0**-12 * torch.rand(12, 64, generator=g)
+    @pytest.mark.parametrize("lossy", ["w_enc", "x"])
+    def test_what_float16_puts_in_a_wrong_order(self, lossy: str, features: int, mode: str) -> None:
+        """All that is in the codes was rounded down, and 32 features below them up."""
+        args = TopkEncodeCase(3, 64, features, 8, mode, b_pre=False, b_enc=False).make(
+            torch.float32
         )
-        args["b_enc"][:] = 0.125
+        step, half = 2.0**-10, torch.arange(64) < 32  # float16 has steps of 2^-10 from 1 to 2
+        near = args["w_enc"][:: features // 40][:40]
+        if lossy == "w_enc":
+            near[:] = torch.where(half, 1.0 + 0.51 * step, 1.0)
+            near[::5] = 1.0 + 0.49 * step - 1e-6 * torch.arange(8)[:, None]
+            args["x"][:] = 4.0
+        else:
+            near[:] = (~half).float()
+            near[::5] = half.float()
+            near[::5, 0] = 1.0 + step
+            args["x"][:] = torch.where(half, 1.0 + 0.49 * step, 1.0 + 0.51 * step)
         z = dense(args, "fp32")
+        codes = z[:, :: 5 * (features // 40)][:, :8]
+        assert (z >= codes.min()).sum() == codes.numel()
         if mode == "threshold":
-            args["threshold"] = float(z[:, :: features // 40].median())
+            args["threshold"] = float(z[0].sort(descending=True).values[7:9].mean())
         topk_encode_fallbacks(reset=True)
         got = topk_encode(**args, backend="triton")
-        assert mode == "batch_topk" or topk_encode_fallbacks(reset=True) == 0
+        assert topk_encode_fallbacks(reset=True) == 0
         assert_same_codes(got, plain(args, z))
 
     @pytest.mark.parametrize("guess", [0.0, 2.0, 1e6])
