@@ -14,8 +14,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from sidechain import __main__, cli
+from sidechain import __main__
 from sidechain._version import __version__
+from sidechain.cli import main as cli
 
 ORACLES = Path(__file__).parent / "data" / "oracles"
 
@@ -175,7 +176,7 @@ class TestStudies:
         assert not Path("runs").exists()  # the check leaves nothing behind
 
     def test_localize_concepts(self, studies):
-        from sidechain.data.concepts import CONCEPTS, DEFAULT_CONCEPTS
+        from sidechain.zoo.music.concepts import CONCEPTS, DEFAULT_CONCEPTS
 
         assert cli.main(["localize"]) == 0
         assert studies["localization"].settings["concepts"] == tuple(DEFAULT_CONCEPTS)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .sites import sites
+from .pipelines import sites
 from .taps import capture, contexts, patch, share, steer
 
 if TYPE_CHECKING:
@@ -22,10 +22,11 @@ _LAZY_MODULES = frozenset(
     {
         "bench",
         "cli",
-        "data",
         "doctor",
+        "io",
         "metrics",
         "ops",
+        "pipelines",
         "reference",
         "report",
         "sae",

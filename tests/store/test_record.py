@@ -12,7 +12,7 @@ from torch import Tensor
 
 import sidechain
 from sidechain.store import ActivationStore, record
-from sidechain.store.stream import StreamTap
+from sidechain.taps.stream import StreamTap
 from sidechain.testing import tiny_pipeline
 from sidechain.testing.tiny import generate
 

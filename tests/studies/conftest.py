@@ -8,7 +8,7 @@ import torch
 
 from sidechain.studies import common
 from sidechain.testing import tiny_pipeline
-from sidechain.zoo.judge import LatentJudge, MelJudge
+from sidechain.zoo.music.judge import LatentJudge, MelJudge
 
 
 class Model:

@@ -7,15 +7,15 @@ import pandas as pd
 import pytest
 import torch
 
-from sidechain.report import dictionary as report
+from sidechain.pipelines import sites
 from sidechain.sae import Sae, SaeConfig
-from sidechain.sae.health import measure
-from sidechain.sae.scoring import METHODS
-from sidechain.sites import sites
+from sidechain.sae.features.evaluate import measure
+from sidechain.sae.features.scoring import METHODS
 from sidechain.store import ActivationStore
 from sidechain.studies import steering
-from sidechain.studies.dictionaries import DictionaryConfig, listen, run
-from sidechain.studies.vectors import VectorConfig, build
+from sidechain.studies.features import page as report
+from sidechain.studies.features.run import DictionaryConfig, listen, run
+from sidechain.studies.vectors.run import VectorConfig, build
 from sidechain.vectors import SteeringVector
 
 F = 20

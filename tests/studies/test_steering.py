@@ -14,12 +14,13 @@ import pytest
 import soundfile
 import torch
 
-from sidechain.data.concepts import concept
-from sidechain.studies import common, vectors
+from sidechain.studies import common
 from sidechain.studies import steering as st
 from sidechain.studies.steering import analyse
+from sidechain.studies.vectors import run as vectors
 from sidechain.testing import tiny_pipeline
 from sidechain.vectors import SteeringVector
+from sidechain.zoo.music.concepts import concept
 
 module = sys.modules[st.SteeringConfig.__module__]
 NAMES = [f"transformer_blocks.{index}.attn2" for index in range(3)]

@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sidechain.data.concepts import concept
-from sidechain.studies import common, vectors
+from sidechain.studies import common
+from sidechain.studies.vectors import run as vectors
 from sidechain.vectors import SteeringVector, caa
+from sidechain.zoo.music.concepts import concept
 
 
 @pytest.fixture

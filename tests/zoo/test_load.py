@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from sidechain import zoo
-from sidechain.data.music.attributes import ATTRIBUTES
 from sidechain.testing import tiny_pipeline
 from sidechain.zoo import load
-from sidechain.zoo.judge import LatentJudge, MelJudge
+from sidechain.zoo.music.attributes import ATTRIBUTES
+from sidechain.zoo.music.judge import LatentJudge, MelJudge
 
 
 @pytest.fixture(scope="module")

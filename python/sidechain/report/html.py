@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 from sidechain._version import __version__
 from sidechain.metrics.bootstrap import Interval
 from sidechain.metrics.impact import functional, ranking
-from sidechain.report import dictionary_figures, figures
+from sidechain.report import feature_figures as dictionary_figures
+from sidechain.report import figures
 from sidechain.report.data import Arm, FeatureCard, ImpactMap, ReportData, Sweep, Table, Tradeoff
 from sidechain.report.media import (
     audio_bytes,

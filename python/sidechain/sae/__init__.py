@@ -2,15 +2,15 @@
 """Sparse dictionaries of what flows through a site: architectures, training, files."""
 
 from .config import ARCHITECTURES, Provenance, SaeConfig
-from .log import LOGGERS
-from .mesh import Mesh, from_environment
 from .model import Codes, Sae
 from .normaliser import Normaliser
-from .online import PipelineSource
-from .sources import IterableSource, Source, StoreSource
-from .state import Rows
-from .train_config import TrainConfig
-from .trainer import Trainer, train
+from .training.log import LOGGERS
+from .training.mesh import Mesh, from_environment
+from .training.pipeline_source import PipelineSource
+from .training.sources import IterableSource, Source, StoreSource
+from .training.state import Rows
+from .training.train_config import TrainConfig
+from .training.trainer import Trainer, train
 
 __all__ = [
     "ARCHITECTURES",

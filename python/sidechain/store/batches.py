@@ -8,18 +8,17 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .permutation import Permutation
+from .labels import Labels
+from .protocol import RowReader
 from .shard import decode
-
-if TYPE_CHECKING:
-    from .reader import ActivationStore, Labels
+from .shuffle import Permutation
 
 SHUFFLES = ("rows", "blocks", "off")
 NORMALISATIONS = ("step", "global")
@@ -77,7 +76,7 @@ class Batches:
 
     def __init__(
         self,
-        store: ActivationStore,
+        store: RowReader,
         batch_size: int,
         *,
         seed: int = 0,
@@ -89,7 +88,7 @@ class Batches:
         labels: bool = False,
         drop_last: bool = True,
         prefetch: int = 2,
-        target: ActivationStore | None = None,
+        target: RowReader | None = None,
         part: tuple[int, int] | None = None,
     ) -> None:
         self.store, self.target, self.part = store, target, part
@@ -259,7 +258,7 @@ class _Loader:
 
     def __init__(
         self,
-        store: ActivationStore,
+        store: RowReader,
         normalise: str | None,
         device: torch.device,
         dtype: torch.dtype | None,

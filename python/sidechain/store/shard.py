@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .._atomic import sync_folder
+from ..io.atomic import sync_folder
 from .labels import BroadcastLabels, join_columns
-from .layout import (
+from .manifest import (
     COLUMNS,
     Columns,
     Manifest,

@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from .._atomic import write_atomic
+from ..io.atomic import write_atomic
 from .labels import BroadcastLabels
-from .layout import DTYPES, MANIFEST, Manifest
+from .manifest import DTYPES, MANIFEST, Manifest
 from .recount import count, load_statistics
 from .shard import OpenShard, decode, encode
 from .statistics import Statistics

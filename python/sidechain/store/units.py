@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .channel import Spill, Spilled
 from .labels import BroadcastLabels
+from .queue import Spill, Spilled
 from .sink import Sink
 
 Item = tuple[str, Any]

@@ -15,16 +15,10 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from .._atomic import write_atomic
-from .channel import POLICIES, Channel, Spill
+from ..io.atomic import write_atomic
 from .labels import BroadcastLabels, read_labels
-from .layout import (
-    DTYPES,
-    MANIFEST,
-    Manifest,
-    SiteEntry,
-    site_folder,
-)
+from .manifest import DTYPES, MANIFEST, Manifest, SiteEntry, site_folder
+from .queue import POLICIES, Channel, Spill
 from .sink import Lock, Sink, check_facts, clean
 from .units import Units
 

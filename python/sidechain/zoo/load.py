@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load the shipped music model and its judges, after a check that their files are whole."""
+"""Load what ships with the package, after a check that its files are whole."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,42 +12,9 @@ from typing import Any
 import torch
 
 from ..sae import Sae
+from .checksums import CHECKSUMS, WEIGHTS, verify
 
-WEIGHTS = Path(__file__).resolve().parent / "weights"
-CHECKSUMS = "checksums.json"
 SAES = "sae"
-
-
-def write_checksums(folder: Path) -> None:
-    """Write `checksums.json` (SHA-256 of every other file below `folder`)."""
-    sums = {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != CHECKSUMS
-    }
-    (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n")
-
-
-def verify(folder: Path) -> None:
-    """Check a weight folder against its checksums.
-
-    Raises:
-        FileNotFoundError: the folder, its list or a listed file is missing.
-        ValueError: a file differs from what was saved.
-    """
-    listing = folder / CHECKSUMS
-    if not listing.is_file():
-        raise FileNotFoundError(f"zoo: expected weights with {CHECKSUMS} in {folder}, got none")
-    for name, expected in json.loads(listing.read_text()).items():
-        path = folder / name
-        if not path.is_file():
-            raise FileNotFoundError(f"zoo: expected the file {path} [{CHECKSUMS}], got none")
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
-        if found != expected:
-            raise ValueError(
-                f"zoo: expected {name} with SHA-256 {expected[:12]}..., got {found[:12]}...; "
-                "the file is damaged, install the package again"
-            )
 
 
 def _folder(given: Path | str | None, shipped: str) -> Path:
@@ -89,7 +55,7 @@ def music(
         folder: another saved `MusicPipeline` instead of the shipped one.
 
     Returns:
-        A `sidechain.zoo.pipeline.MusicPipeline`.
+        A `sidechain.zoo.music.pipeline.MusicPipeline`.
 
     Raises:
         FileNotFoundError: no weights there.
@@ -98,7 +64,7 @@ def music(
     Example:
         >>> audio = sidechain.zoo.music()("a happy violin melody with drums").audios[0]
     """
-    from .pipeline import MusicPipeline
+    from .music.pipeline import MusicPipeline
 
     path = _folder(folder, "music")
     with _quiet():
@@ -116,7 +82,7 @@ def judges(device: str | torch.device = "cpu", folder: Path | str | None = None)
         FileNotFoundError: no weights there.
         ValueError: a damaged weight file.
     """
-    from .judge import LatentJudge, MelJudge
+    from .music.judge import LatentJudge, MelJudge
 
     path = _folder(folder, "judges")
     with _quiet():

@@ -16,9 +16,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..._atomic import write_atomic
+from ...io.atomic import write_atomic
 from ..config import Provenance, SaeConfig
-from ..files import fill
 from ..model import Sae
 
 #: Rows whose norm is this close to 1 were normalised, in whatever precision they were kept.
@@ -157,7 +156,7 @@ def assemble(
     )
     given = {name: tensor.float() for name, tensor in tensors.items()}
     try:
-        fill(sae, given)
+        sae.fill(given)
     except ValueError as error:
         raise ValueError(f"formats: {source}: {error}") from None
     return sae.eval()

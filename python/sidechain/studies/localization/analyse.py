@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import pandas as pd
 
+from ...io.run_folder import write_json, write_table
 from ...metrics.bootstrap import (
     ConceptScores,
     Interval,
@@ -27,7 +28,6 @@ from ...metrics.impact import (
     rank_stability,
     ranking,
 )
-from .. import common
 
 if TYPE_CHECKING:
     from .run import LocalizationConfig
@@ -184,10 +184,10 @@ class Localization:
 
     def write(self, out: Path) -> None:
         """Write `scores.csv`, `impact.csv`, `ranking.csv` and `summary.json`."""
-        common.write_table(out / "scores.csv", self.scores)
-        common.write_table(out / "impact.csv", self.impact_table())
-        common.write_table(out / "ranking.csv", self.ranking_table())
-        common.write_json(out / "summary.json", self.summary())
+        write_table(out / "scores.csv", self.scores)
+        write_table(out / "impact.csv", self.impact_table())
+        write_table(out / "ranking.csv", self.ranking_table())
+        write_json(out / "summary.json", self.summary())
 
 
 def analyse(config: LocalizationConfig, sites: Sequence[str], scores: pd.DataFrame) -> Localization:

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ...data.concepts import DEFAULT_CONCEPTS, concept
+from ...io.run_folder import RunFolder
 from ...metrics.impact import TAU
-from ...sites import sites as list_sites
+from ...pipelines import sites as list_sites
 from ...taps import contexts, patch
+from ...zoo.music.concepts import DEFAULT_CONCEPTS, concept
 from .. import common
 from .analyse import Localization, analyse
 from .presets import Preset, row_masks, single_presets, top_presets, window_presets
@@ -77,7 +78,7 @@ def run(config: LocalizationConfig) -> Localization:
     pipe, judges = common.load(config.model)
     names = _site_names(pipe, config)
     presets = single_presets(names) + window_presets(names, config.windows)
-    folder = common.RunFolder(config.out, {**asdict(config), "out": None})
+    folder = RunFolder(config.out, {**asdict(config), "out": None})
     everywhere = dict.fromkeys(config.concepts, presets)
     parts = _measure(config, folder, pipe, judges, everywhere, "sites", config.seeds)
     ranking = analyse(config, names, parts)
@@ -97,7 +98,7 @@ def _site_names(pipe: Any, config: LocalizationConfig) -> list[str]:
 
 def _measure(
     config: LocalizationConfig,
-    folder: common.RunFolder,
+    folder: RunFolder,
     pipe: Any,
     judges: Mapping[str, Any],
     presets: Mapping[str, Sequence[Preset]],

@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ...data.concepts import Concept, concept
+from ...io.run_folder import RunFolder, digest
 from ...metrics.distance import feature_distance
-from ...sites import sites as list_sites
+from ...pipelines import sites as list_sites
 from ...taps import steer
 from ...vectors import SteeringVector
+from ...zoo.music.concepts import Concept, concept
 from .. import common
-from ..vectors import METHODS, VectorConfig, build, dictionaries
+from ..vectors.run import METHODS, VectorConfig, build, dictionaries
 from .analyse import Steering, analyse
 
 ARMS = ("localized", "all", "ablated", "random")
@@ -81,8 +82,8 @@ def run(config: SteeringConfig) -> Steering:
     wanted = concept(name)
     localized = localized_sites(pipe, config.sites, wanted.name)
     _check_sites(pipe, localized, _held_sites(config, pipe, given))
-    content = None if config.vector is None else common.digest(config.vector)
-    folder = common.RunFolder(config.out, {**asdict(config), "out": None, "vector": content})
+    content = None if config.vector is None else digest(config.vector)
+    folder = RunFolder(config.out, {**asdict(config), "out": None, "vector": content})
     vector = given if given is not None else _make_vector(config, pipe, wanted, folder)
     readings = sweep(config, pipe, judges, vector, wanted, localized, folder)
     result = analyse(readings, wanted, localized)
@@ -122,7 +123,7 @@ def _check_sites(pipe: Any, localized: Sequence[str], pattern: Any) -> None:
 
 
 def _make_vector(
-    config: SteeringConfig, pipe: Any, wanted: Concept, folder: common.RunFolder
+    config: SteeringConfig, pipe: Any, wanted: Concept, folder: RunFolder
 ) -> SteeringVector:
     saved = folder.path / "vector.safetensors"
     if saved.is_file():
@@ -162,7 +163,7 @@ def sweep(
     vector: SteeringVector,
     wanted: Concept,
     localized: Sequence[str],
-    folder: common.RunFolder | None = None,
+    folder: RunFolder | None = None,
 ) -> pd.DataFrame:
     """Readings of every clip; batches that are parts of `folder` are not generated again.
 

@@ -38,7 +38,7 @@ _LIMITS = """
 
 ## Data and licence
 Clips were rendered with the FluidR3 sound font (MIT, Frank Wen); captions come from templates in
-`sidechain.data.music`. Weights: Apache-2.0. `make zoo-music` makes all of it again from nothing.
+`sidechain.zoo.music`. Weights: Apache-2.0. `make zoo-music` makes all of it again from nothing.
 """
 
 

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..load import WEIGHTS, write_checksums
-from ..musicnn import MusicTagger
+from ..checksums import WEIGHTS, write_checksums
+from ..music.musicnn import MusicTagger
 from .tensor_bundle import read_bundle
 
 EPSILON = 1e-3  # of TensorFlow's batch normalisation

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ...data.music.attributes import ATTRIBUTES, draw
-from ..codec import log_mel
+from ..music.attributes import ATTRIBUTES, draw
+from ..music.codec import log_mel
 
 CHUNK = 250
 #: Test clips have seeds from here on, training clips below.
@@ -20,7 +20,7 @@ TEST_SEED = 1_000_000
 
 
 def _render_chunk(seeds: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    from ...data.music.render import Renderer
+    from ..music.render import Renderer
 
     render = Renderer()
     clips = [draw(seed) for seed in seeds]

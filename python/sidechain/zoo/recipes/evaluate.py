@@ -20,9 +20,9 @@ from scipy.stats import mannwhitneyu
 from torch import Tensor
 from tqdm import tqdm
 
-from ...data.music.attributes import ATTRIBUTES, GENRES, INSTRUMENTS
-from ...data.music.captions import describe
 from ...metrics.bootstrap import proportion_interval
+from ..music.attributes import ATTRIBUTES, GENRES, INSTRUMENTS
+from ..music.captions import describe
 
 PROMPT_SEED = 90_001
 
@@ -167,8 +167,8 @@ def _row(cell: Cell, latents: Tensor, judges: Mapping[str, Any]) -> dict[str, An
 
 def _witness(heard: list[tuple[Cell, Any]]) -> list[dict[str, Any]]:
     """AUC of the tagger's evidence for every concept that its tags have words for."""
-    from ...data.concepts import CONCEPTS
-    from ..musicnn import WITNESSES
+    from ..music.concepts import CONCEPTS
+    from ..music.musicnn import WITNESSES
 
     rows = []
     for name in WITNESSES:

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from ...data.music.captions import FILLERS
-from ..codec import LinearMelCodec
-from ..load import write_checksums
-from ..pipeline import MusicPipeline
-from ..text import build_text_encoder, build_tokenizer
+from ..checksums import write_checksums
+from ..music.captions import FILLERS
+from ..music.codec import LinearMelCodec
+from ..music.pipeline import MusicPipeline
+from ..music.text import build_text_encoder, build_tokenizer
 from .train_music import MusicRecipe, build_scheduler, build_transformer
 
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ...data.music.attributes import ATTRIBUTES
-from ..codec import LinearMelCodec
-from ..judge import Judge, LatentJudge, MelJudge
+from ..music.attributes import ATTRIBUTES
+from ..music.codec import LinearMelCodec
+from ..music.judge import Judge, LatentJudge, MelJudge
 from .train_music import encode_all
 
 

@@ -23,10 +23,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ...data.music.captions import caption
-from ..codec import LinearMelCodec
-from ..pipeline import rotary_embedding
-from ..text import MAX_TOKENS, TEXT_WIDTH, build_text_encoder, build_tokenizer
+from ..music.captions import caption
+from ..music.codec import LinearMelCodec
+from ..music.pipeline import rotary_embedding
+from ..music.text import MAX_TOKENS, TEXT_WIDTH, build_text_encoder, build_tokenizer
 
 TRAIN_TIMESTEPS = 1000
 GLOBAL_WIDTH = 64  # width of the (always zero) global condition; text acts by cross-attention only

@@ -20,10 +20,11 @@ from typing import Any
 import torch
 
 from ... import sae, store
-from ...data.music.captions import fresh_captions
 from ...sae import Sae
-from ...sae.health import measure
-from ..load import SAES, WEIGHTS, dictionary_file, music, write_checksums
+from ...sae.features.evaluate import measure
+from ..checksums import WEIGHTS, write_checksums
+from ..load import SAES, dictionary_file, music
+from ..music.captions import fresh_captions
 
 #: All cross-attentions of the model: a concept enters through several of them.
 SITES = tuple(f"cross:{index}" for index in range(8))
