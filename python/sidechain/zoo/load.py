@@ -7,12 +7,14 @@ import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from ..sae import Sae
 from .checksums import CHECKSUMS, WEIGHTS, verify
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..sae import Sae
 
 SAES = "sae"
 
@@ -44,14 +46,14 @@ def _quiet() -> Iterator[None]:
 
 def music(
     device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     folder: Path | str | None = None,
 ) -> Any:
     """The text-to-music pipeline of the zoo, ready to call.
 
     Args:
         device: where to put it.
-        dtype: float32, or float16 | bfloat16 on devices that compute in them.
+        dtype: None = float32, or float16 | bfloat16 on devices that compute in them.
         folder: another saved `MusicPipeline` instead of the shipped one.
 
     Returns:
@@ -64,6 +66,8 @@ def music(
     Example:
         >>> audio = sidechain.zoo.music()("a happy violin melody with drums").audios[0]
     """
+    import torch
+
     from .music.pipeline import MusicPipeline
 
     path = _folder(folder, "music")
@@ -71,7 +75,7 @@ def music(
         pipe = MusicPipeline.from_pretrained(path, local_files_only=True)
     # The argument of from_pretrained for the dtype changed its name; modules' own `to` did not.
     for part in (pipe.text_encoder, pipe.transformer, pipe.codec):
-        torch.nn.Module.to(part, device, dtype)
+        torch.nn.Module.to(part, device, dtype or torch.float32)
     return pipe
 
 
@@ -117,6 +121,8 @@ def dictionary(site: str, device: str | torch.device = "cpu") -> Sae:
         raise ValueError(
             f"dictionary: expected a site of {', '.join(known) or 'none shipped'}, got {site!r}"
         )
+    from ..sae import Sae
+
     folder = WEIGHTS / SAES
     verify(folder)
     return Sae.load(folder / dictionary_file(site), device=device)

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from ...ops.sae_update import PREFIXES_MOST
 from ..config import SELECTING, SaeConfig
 
 SCHEDULES = ("linear", "cosine", "constant")
@@ -190,6 +189,8 @@ class Schedule:
         self._check()
 
     def _choose_path(self) -> bool:
+        from ...ops.sae_update import PREFIXES_MOST  # settings alone need no torch
+
         selecting, levels = self.config.architecture in SELECTING, len(self.config.prefixes)
         can = selecting and levels <= PREFIXES_MOST
         if self.train.path == "fused" and not can:

@@ -5,8 +5,6 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-import numpy as np
-
 INSTRUMENTS = ("piano", "guitar", "violin", "cello", "flute", "trumpet", "saxophone", "xylophone")
 GENRES = ("none", "jazz", "rock", "techno", "classical")
 TEMPOS = ("slow", "medium", "fast")
@@ -58,6 +56,8 @@ def draw(seed: int) -> Clip:
     Instrument, tempo, mood and genre are independent of each other, so that no instrument can be
     read off a genre. Drums follow the genre (usual in jazz, rock and techno, rare in classical).
     """
+    import numpy as np
+
     rng = np.random.default_rng([seed, 0])
     genre = "none" if rng.random() < 0.45 else str(rng.choice(GENRES[1:]))
     drum_rate = {"none": 0.45, "classical": 0.1}.get(genre, 0.8)

@@ -8,10 +8,12 @@ What a caption leaves out means something: drums and vocals that are not mention
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from .attributes import ATTRIBUTES, draw
+
+if TYPE_CHECKING:
+    import numpy as np
 
 #: attribute -> class -> phrases; the first is the plainest.
 ADJECTIVES: dict[str, dict[str, tuple[str, ...]]] = {
@@ -133,6 +135,8 @@ def fresh_captions(count: int, first: int = 0) -> list[str]:
 
     The same numbers give the same captions, whatever the count.
     """
+    import numpy as np
+
     return [
         caption(draw(_FRESH_CLIPS + i).labels(), np.random.default_rng([_FRESH_WORDING, i]))
         for i in range(first, first + count)

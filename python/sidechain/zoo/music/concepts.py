@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from .attributes import ATTRIBUTES, GENRES, INSTRUMENTS
 from .captions import describe
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ class Concept:
         return [self._pair(seed, index) for index in range(count)]
 
     def _pair(self, seed: int, index: int) -> PromptPair:
+        import numpy as np
+
         rng = np.random.default_rng([seed, index, _stable_id(self.name)])
         spec = _other_attributes(rng, self.attribute)
         negative = {}
