@@ -47,6 +47,6 @@ def shared_model() -> Model:
 def model(shared_model: Model, monkeypatch: pytest.MonkeyPatch) -> Model:
     """What the studies load instead of the shipped weights."""
     shared_model.reset()
-    monkeypatch.setattr(common, "load", lambda name: (shared_model.pipe, shared_model.judges))
+    monkeypatch.setattr(common, "load", lambda *_: (shared_model.pipe, shared_model.judges))
     monkeypatch.setattr(common, "generate", shared_model.generate)
     return shared_model

@@ -8,8 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sidechain.studies import common
-from sidechain.studies.vectors import run as vectors
+from sidechain.studies import common, vectors
 from sidechain.vectors import SteeringVector, caa
 from sidechain.zoo.music.concepts import concept
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from .atomic import write_atomic
+from .._errors import InputError
+from .atomic import replacing
 
 KEY = "sidechain"  # of the metadata in the header
 
@@ -28,9 +30,31 @@ def write_tensors(
         tensors: any device and layout.
         metadata: plain values, with `format` and `format_version` among them.
     """
-    plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     text = json.dumps(metadata, sort_keys=True, default=str)
-    return write_atomic(path, safetensors.torch.save(plain, {KEY: text}))
+    return write_safetensors(path, tensors, {KEY: text})
+
+
+def write_safetensors(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    header: Mapping[str, str] | None = None,
+) -> Path:
+    """Write a plain safetensors file, all or nothing, without a second copy in memory.
+
+    Raises:
+        OSError: it cannot be written; the message names the file.
+    """
+    plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    with replacing(path) as temporary:
+        try:
+            safetensors.torch.save_file(plain, temporary, dict(header) if header else None)
+        except safetensors.SafetensorError as error:
+            # safetensors hides errors of the system in a text of its own.
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+    return Path(path)
 
 
 def read_tensors(
@@ -46,7 +70,7 @@ def read_tensors(
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: corrupted, another format or version.
+        InputError: corrupted, another format or version.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{name}: expected a file, got nothing at {path}")
@@ -56,16 +80,16 @@ def read_tensors(
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         metadata: dict[str, Any] = json.loads(header.get(KEY, "{}"))
     except (safetensors.SafetensorError, ValueError) as error:
-        raise ValueError(
+        raise InputError(
             f"{name}: expected an intact safetensors file, got {path}: {error}"
         ) from error
     if metadata.get("format") != format_:
-        raise ValueError(
+        raise InputError(
             f"{name}: expected a file of format {format_!r}, got {metadata.get('format')!r} in "
             f"{path}"
         )
     if metadata.get("format_version") != version:
-        raise ValueError(
+        raise InputError(
             f"{name}: expected format version {version}, got {metadata.get('format_version')!r} "
             f"in {path}"
         )

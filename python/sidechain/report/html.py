@@ -14,6 +14,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from sidechain._version import __version__
+from sidechain.io.atomic import write_atomic
 from sidechain.metrics.bootstrap import Interval
 from sidechain.metrics.impact import functional, ranking
 from sidechain.report import feature_figures as dictionary_figures
@@ -24,7 +25,6 @@ from sidechain.report.media import (
     data_uri,
     spectrogram_png,
     svg,
-    write_atomically,
 )
 from sidechain.report.theme import Mode, Width, darkened
 
@@ -59,7 +59,7 @@ def write_report(data: ReportData, path: str | Path, *, audio: str = "flac") -> 
     Returns:
         The path.
     """
-    return write_atomically(path, render(data, audio=audio).encode())
+    return write_atomic(path, render(data, audio=audio).encode())
 
 
 def render(data: ReportData, *, audio: str = "flac") -> str:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,8 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
+from .._errors import InputError
+from ..io.same import difference
 from ..pipelines import SiteList, SitePattern, config_hash
 from ..pipelines import sites as list_sites
 from ..pipelines.generate import generate, model_name, quiet_settings, spread_seeds
@@ -172,12 +173,12 @@ def _check_same(folder: Path, facts: dict[str, Any], texts: list[str], seeds: li
     if not (folder / MANIFEST).exists():
         return
     manifest = Manifest.read(folder)
-    for name, value in json.loads(json.dumps(facts)).items():
-        there = manifest.provenance.get(name)
-        if there != value:
-            raise ValueError(
-                f"record: expected {name}={there!r} [how {folder} was recorded], got {value!r}"
-            )
+    other = difference({name: manifest.provenance.get(name) for name in facts}, facts)
+    if other is not None:
+        name, there, value = other
+        raise InputError(
+            f"record: expected {name}={there!r} [how {folder} was recorded], got {value!r}"
+        )
     known = read_prompts(folder, manifest)
     for name, new in (("prompts", texts), ("seeds", seeds)):
         old = known[name]

@@ -12,8 +12,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .._errors import InputError
+from ..io.run_folder import digest
 from ..taps import share
+from ..zoo.checksums import CHECKSUMS, WEIGHTS
 from ..zoo.music.attributes import ATTRIBUTES
+from .config import MODEL
 
 Array = NDArray[np.float64]
 Item = TypeVar("Item")
@@ -22,20 +26,53 @@ Item = TypeVar("Item")
 LOCALIZE_PROMPTS, VECTOR_PROMPTS, TEST_PROMPTS = 11, 23, 37
 
 
-def load(model: str) -> tuple[Any, dict[str, Any]]:
+def load(model: str, device: str = "cpu", dtype: str = "float32") -> tuple[Any, dict[str, Any]]:
     """Pipeline and judges of "zoo:music", or of a folder with a saved `MusicPipeline`.
 
+    Args:
+        model: which.
+        device: of both.
+        dtype: of the pipeline; the judges stay in float32.
+
     Raises:
-        ValueError: another name.
+        InputError: another name, or a device that this machine does not have.
         FileNotFoundError: no such folder.
     """
     from .. import zoo
 
-    if model != "zoo:music" and not Path(model).is_dir():
-        raise ValueError(f"model: expected zoo:music or a folder, got {model!r}")
-    pipe = zoo.music() if model == "zoo:music" else zoo.music(folder=model)
+    if model != MODEL and not Path(model).is_dir():
+        raise InputError(f"model: expected {MODEL} or a folder, got {model!r}")
+    check_device(device)
+    folder = None if model == MODEL else model
+    pipe = zoo.music(device, getattr(torch, dtype), folder)
     pipe.set_progress_bar_config(disable=True)
-    return pipe, zoo.judges()
+    return pipe, zoo.judges(device)
+
+
+def check_device(name: str) -> None:
+    """Check that torch can use a device.
+
+    Raises:
+        InputError: it cannot; the message has torch's reason.
+    """
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"--device: expected a device of this machine, got {name!r} ({reason})"
+        ) from None
+
+
+def inputs(config: Any) -> dict[str, str]:
+    """Digests of what a study reads, by field of its settings: a path does not say what it is."""
+    model = getattr(config, "model", MODEL)
+    found = {"model": digest(WEIGHTS / "music" / CHECKSUMS) if model == MODEL else digest(model)}
+    for name in ("vector", "dictionaries"):
+        path = getattr(config, name, None)
+        if path is not None:
+            found[name] = digest(path)
+    return found
 
 
 def noise_seed(seed: int, index: int) -> int:
@@ -68,7 +105,7 @@ def readings(judges: Mapping[str, Any], latents: Tensor) -> dict[str, dict[str, 
     return {
         name: {
             attribute: values.double().cpu().numpy()
-            for attribute, values in judge.probabilities(latents).items()
+            for attribute, values in judge.probabilities(latents.float()).items()
         }
         for name, judge in judges.items()
     }

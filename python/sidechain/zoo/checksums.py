@@ -7,6 +7,8 @@ import hashlib
 import json
 from pathlib import Path
 
+from ..io.atomic import write_text
+
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 CHECKSUMS = "checksums.json"
 
@@ -18,7 +20,7 @@ def write_checksums(folder: Path) -> None:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != CHECKSUMS
     }
-    (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n")
+    write_text(folder / CHECKSUMS, json.dumps(sums, indent=1) + "\n")
 
 
 def verify(folder: Path) -> None:

@@ -27,6 +27,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ...io.atomic import naming, sync_folder, write_text
+from ...io.tensors import write_safetensors
 from ..normaliser import Normaliser
 from .mesh import Mesh
 from .state import TrainState
@@ -82,14 +84,12 @@ def save(folder: Path, state: TrainState, facts: dict[str, Any]) -> Path:
             "files": sorted(entries, key=lambda e: int(e["first"])),
             **facts,
         }
-        path = partial / "manifest.json"
-        path.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        for written in (path, partial):
-            _sync(written)
+        write_text(partial / "manifest.json", json.dumps(manifest, indent=1))
         if target.exists():  # the same step again, after going back to an earlier checkpoint
             shutil.rmtree(target)
-        os.replace(partial, target)
-        _sync(folder)
+        with naming(target):
+            os.replace(partial, target)
+            sync_folder(folder)
         for old in _complete(folder)[:-KEPT]:
             shutil.rmtree(old)
     mesh.barrier()
@@ -146,10 +146,7 @@ def _write_slice(folder: Path, state: TrainState) -> dict[str, Any]:
     tensors["dead"] = torch.zeros(state.size, dtype=torch.bool, device=state.device)
     tensors["dead"][state.dead] = True
     path = folder / f"features-{number:05d}-of-{mesh.features:05d}.safetensors"
-    safetensors.torch.save_file(
-        {n: t.detach().cpu().contiguous() for n, t in tensors.items()}, path
-    )
-    _sync(path)
+    write_safetensors(path, tensors)
     return {
         "file": path.name,
         "first": state.first,
@@ -216,11 +213,3 @@ def _checksum(path: Path) -> int:
         while block := file.read(1 << 22):
             total = zlib.crc32(block, total)
     return total
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

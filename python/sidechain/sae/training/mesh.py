@@ -128,6 +128,15 @@ class Mesh:
         dist.broadcast(flag, src=0)
         return bool(flag.item())
 
+    def any(self, choice: bool) -> bool:
+        """Return whether one of the processes chose it."""
+        if self.world == 1:
+            return choice
+        device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        flag = torch.tensor([int(choice)], device=device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX)
+        return bool(flag.item())
+
     def barrier(self) -> None:
         """Wait for all processes."""
         if self.world > 1:

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -13,11 +13,14 @@ from typing import Any
 
 import torch
 
-from ...io.atomic import write_atomic
+from ..._errors import InputError
+from ...io.run_folder import read_json, write_json
+from ...io.same import difference
 from ...store import ActivationStore
 from ..config import SaeConfig
 from ..model import Sae
 from . import checkpoint
+from .interrupt import StopRequest
 from .log import LOGGERS, Log
 from .mesh import Mesh
 from .sources import Item, IterableSource, Source, StoreSource
@@ -29,6 +32,8 @@ from .train_metrics import Metrics
 RESULT = "sae.safetensors"
 SETTINGS = "run.json"
 CHECKPOINTS = "checkpoints"
+#: Settings that may change while a run goes on.
+_FREE = frozenset({"checkpoint_minutes"})
 
 
 class Trainer:
@@ -95,15 +100,20 @@ class Trainer:
         Returns:
             The dictionary; also written to `sae.safetensors`. A run that is finished already is
             only read.
+
+        Raises:
+            KeyboardInterrupt, SystemExit: after Ctrl-C or SIGTERM; a checkpoint of the step it was
+                in is written first (in a mesh, of the next step that is logged).
         """
-        self._claim()
+        self.claim()
         if self.result.exists():
             return Sae.load(self.result)
         state, offset = self._begin()
         metrics = Metrics(state)
         log = self._log(state, offset)
         try:
-            figures = self._loop(state, metrics, log)
+            with StopRequest() as request:
+                figures = self._loop(state, metrics, log, request)
         finally:
             if log is not None:
                 log.close()
@@ -111,23 +121,30 @@ class Trainer:
 
     # -- beginning ------------------------------------------------------------------------------
 
-    def _claim(self) -> None:
-        """Make the folder ours, or make sure it is."""
+    def claim(self) -> None:
+        """Make the folder that of this run, or check that it is; `run` does so first.
+
+        Raises:
+            InputError: it holds a run with other settings.
+            OSError: it cannot be written.
+        """
         path = self.out / SETTINGS
         if self.mesh.first:
             self.out.mkdir(parents=True, exist_ok=True)
             if not path.exists():
-                write_atomic(path, json.dumps(self._facts, indent=1).encode())
+                write_json(path, self._facts)
         self.mesh.barrier()
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
         for part, wanted in self._facts.items():
-            for name, value in wanted.items():
-                theirs = found.get(part, {}).get(name)
-                if theirs != value and name not in ("checkpoint_minutes",):
-                    raise ValueError(
-                        f"Trainer: expected {name}={theirs!r} [the run in {self.out}], got "
-                        f"{value!r}: go on with its settings, or choose another folder"
-                    )
+            now = {name: value for name, value in wanted.items() if name not in _FREE}
+            there = {name: found.get(part, {}).get(name) for name in now}
+            other = difference(there, now)
+            if other is not None:
+                name, theirs, value = other
+                raise InputError(
+                    f"Trainer: expected {name}={theirs!r} [the run in {self.out}], got "
+                    f"{value!r}: go on with its settings, or choose another folder"
+                )
 
     def _begin(self) -> tuple[TrainState, int]:
         found = checkpoint.latest(self.out / CHECKPOINTS)
@@ -159,7 +176,9 @@ class Trainer:
 
     # -- the loop -------------------------------------------------------------------------------
 
-    def _loop(self, state: TrainState, metrics: Metrics, log: Log | None) -> dict[str, float]:
+    def _loop(
+        self, state: TrainState, metrics: Metrics, log: Log | None, request: StopRequest
+    ) -> dict[str, float]:
         saved = time.monotonic()
         figures: dict[str, float] = {}
         batches = self.source.batches(self.train.batch, state.step, self.mesh, self.device)
@@ -175,15 +194,28 @@ class Trainer:
             metrics.add(train_step(state, rows))
             if log is not None:
                 log.step()
-            if state.step % self.train.log_every and state.step < self.train.steps:
+            asked = request.asked is not None and self.mesh.world == 1
+            if state.step % self.train.log_every and state.step < self.train.steps and not asked:
                 continue
             figures = self._tell(log, metrics.read()) or figures
             due = (time.monotonic() - saved) / 60 >= self.train.checkpoint_minutes
-            if self.mesh.agree(due) and state.step < self.train.steps:
+            stop = self.mesh.any(request.asked is not None)
+            if (stop or self.mesh.agree(due)) and state.step < self.train.steps:
                 figures = self._tell(log, metrics.flush()) or figures
                 self._save(state, log)
                 saved = time.monotonic()
+                if stop:
+                    self._stop(state, request)
         return self._tell(log, metrics.flush()) or figures
+
+    def _stop(self, state: TrainState, request: StopRequest) -> None:
+        if self.mesh.first:
+            print(
+                f"sidechain: note: {state.step} of {self.train.steps} steps are saved in "
+                f"{self.out / CHECKPOINTS}; the same command goes on from there",
+                file=sys.stderr,
+            )
+        request.stop()
 
     def _tell(self, log: Log | None, figures: dict[str, float] | None) -> dict[str, float] | None:
         if log is not None:

@@ -3,41 +3,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-
 import torch
 
 from ...store import ActivationStore, record
 from ...zoo.music.captions import fresh_captions
 from .. import common
-
-
-@dataclass(frozen=True)
-class CaptureConfig:
-    """Settings of `sidechain capture`; see `sidechain capture --help`."""
-
-    out: Path
-    model: str = "zoo:music"
-    prompts: int | tuple[str, ...] = 100
-    sites: str = "cross:*"
-    passes: str = "cond"
-    window: tuple[int | float, int | float] | None = None
-    every: int = 1
-    tokens: slice | None = None
-    dtype: str = "float16"
-    policy: str = "block"
-    queue_bytes: int = 256 << 20
-    shard_bytes: int = 256 << 20
-    seed: int = 0
-    steps: int = 20
-    guidance: float = 3.0
-    batch_rows: int = 64
+from .config import CaptureConfig
 
 
 def run(config: CaptureConfig) -> dict[str, ActivationStore]:
     """Record into `config.out`, or continue what was begun there."""
-    pipe, _ = common.load(config.model)
+    pipe, _ = common.load(config.model, config.device, config.model_dtype)
     count = config.prompts
     prompts = fresh_captions(count) if isinstance(count, int) else count
     return record(

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,37 +18,13 @@ from ...zoo.music.concepts import concept
 from .. import common
 from .. import localization as loc
 from .. import steering as st
+from ..config import MODEL
 from ..steering.run import Row, generate_rows, test_prompts
-from ..vectors.run import VectorConfig, build
+from ..vectors.config import VectorConfig
+from ..vectors.run import build
+from .config import SHORT, DemoConfig
 
 Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class DemoConfig:
-    """Sizes of a demo; `short` is what tests run."""
-
-    concepts: tuple[str, ...] = ("violin", "flute", "drums", "vocals", "fast", "happy", "jazz")
-    steered: tuple[str, ...] = ("drums", "vocals", "violin")
-    pairs: int = 4
-    vector_pairs: int = 16
-    prompts: int = 6
-    strengths: tuple[float, ...] = (0.0, 1.0, 2.0, 3.0, 4.0, 5.0)
-    steps: int = 12
-    guidance: float = 3.0
-    batch_rows: int = 24
-    seed: int = 0
-
-
-SHORT = DemoConfig(
-    concepts=("drums", "violin"),
-    steered=("drums",),
-    pairs=1,
-    vector_pairs=2,
-    prompts=2,
-    strengths=(0.0, 1.0, 2.0),
-    steps=4,
-)
 
 
 @dataclass(frozen=True)
@@ -77,9 +53,12 @@ class DemoResult:
     model: dict[str, Any]
 
 
-def settings(*, seed: int = 0, short: bool = False) -> DemoConfig:
+def settings(
+    *, seed: int = 0, short: bool = False, device: str = "cpu", dtype: str = "float32"
+) -> DemoConfig:
     """The config of `sidechain demo`."""
-    return replace(SHORT if short else DemoConfig(), seed=seed)
+    sizes = SHORT if short else DemoConfig()
+    return replace(sizes, seed=seed, device=device, dtype=dtype)
 
 
 def run(out: Path, config: DemoConfig) -> DemoResult:
@@ -98,11 +77,13 @@ def run(out: Path, config: DemoConfig) -> DemoResult:
         seconds[label] = seconds.get(label, 0.0) + time.perf_counter() - started
         return result
 
-    RunFolder(out, asdict(config))
+    RunFolder(out, "demo", config, common.inputs(config))
     shared: dict[str, Any] = {
         "steps": config.steps,
         "guidance": config.guidance,
         "batch_rows": config.batch_rows,
+        "device": config.device,
+        "dtype": config.dtype,
     }
     localization = timed(
         "localization",
@@ -116,7 +97,7 @@ def run(out: Path, config: DemoConfig) -> DemoResult:
             )
         ),
     )
-    pipe, judges = common.load("zoo:music")
+    pipe, judges = common.load(MODEL, config.device, config.dtype)
     steering: dict[str, st.Steering] = {}
     clips: list[SweepClips] = []
     for name in config.steered:

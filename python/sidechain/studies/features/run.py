@@ -8,7 +8,7 @@ read at all sites in one generation. What features are largest at can be heard i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,31 +29,12 @@ from ...store import ActivationStore, record
 from ...zoo.music.captions import fresh_captions
 from ...zoo.music.concepts import concept
 from .. import common
-from ..vectors.run import VectorConfig, dictionaries, prompt_pairs
+from ..vectors.config import VectorConfig
+from ..vectors.run import dictionaries, prompt_pairs
+from .config import DictionaryConfig
 
 #: Captions of the study are numbered from here: neither trained on nor held out by the recipe.
 FIRST_CAPTION = 500_000
-
-
-@dataclass(frozen=True)
-class DictionaryConfig:
-    """Settings of `sidechain sae score`; see `sidechain sae score --help`."""
-
-    out: Path
-    model: str = "zoo:music"
-    dictionaries: Path | None = None
-    sites: str = "cross:*"
-    concepts: tuple[str, ...] = ("drums", "vocals", "violin")
-    score: str = "tada"
-    activations: str = "open"
-    features: int = 3
-    moments: int = 3
-    pairs: int = 16
-    prompts: int = 32
-    steps: int = 20
-    guidance: float = 3.0
-    batch_rows: int = 32
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -172,13 +153,9 @@ def run(config: DictionaryConfig) -> DictionaryStudy:
         ValueError: an unknown concept or score, or no dictionary for these sites.
     """
     wanted = [concept(name) for name in config.concepts]
-    if config.score not in METHODS:
-        raise ValueError(
-            f"sae score: expected score to be one of {', '.join(METHODS)}, got {config.score!r}"
-        )
-    pipe, _ = common.load(config.model)
+    pipe, _ = common.load(config.model, config.device, config.dtype)
     saes = dictionaries(pipe, config.sites, config.dictionaries)
-    RunFolder(config.out, {**asdict(config), "out": None})
+    RunFolder(config.out, "sae score", config, common.inputs(config))
     stores = record_captions(config, pipe, list(saes))
     health = {
         site: measure(_on_store(sae, stores[site]), stores[site]) for site, sae in saes.items()
@@ -293,7 +270,7 @@ def _scores(name: str, statistics: dict[str, FeatureStatistics]) -> pd.DataFrame
 def listen(study: DictionaryStudy, found: Sequence[FeatureFound]) -> list[list[HeardMoment]]:
     """Clips of the moments of some features; every caption is generated once."""
     config = study.config
-    pipe, _ = common.load(config.model)
+    pipe, _ = common.load(config.model, config.device, config.dtype)
     saes = dictionaries(pipe, config.sites, config.dictionaries)
     texts = fresh_captions(config.prompts, FIRST_CAPTION)
     numbers = sorted({m.prompt for f in found for m in f.moments})

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -30,18 +30,12 @@ from ...metrics.impact import (
 )
 
 if TYPE_CHECKING:
-    from .run import LocalizationConfig
+    from .config import LocalizationConfig
 
 #: The ranking reads both judges: the mean of their scores.
 BOTH = "both"
 #: Share of the full effect that the sites to steer at must carry together when patched.
 STEERED_SHARE = 0.5
-
-
-class _Settings(Protocol):
-    tau: float
-    concepts: tuple[str, ...]
-    seeds: tuple[int, ...]
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,10 @@ dictionary features that score best.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..._errors import InputError
 from ...pipelines import sites as list_sites
 from ...sae import Sae
 from ...sae.features.scoring import feature_statistics
@@ -19,30 +18,7 @@ from ...taps import share
 from ...vectors import SteeringVector, caa, sae_features
 from ...zoo.music.concepts import concept
 from .. import common
-
-METHODS = ("caa", "sae")
-
-
-@dataclass(frozen=True)
-class VectorConfig:
-    """Settings of `sidechain vector`; see `sidechain vector --help`."""
-
-    concept: str
-    out: Path | None = None
-    model: str = "zoo:music"
-    prompts: tuple[Sequence[str], Sequence[str]] | None = None
-    pairs: int = 50
-    sites: str = "cross:*"
-    seed: int = 0
-    normalise: bool = False
-    steps: int = 20
-    guidance: float = 3.0
-    batch_rows: int = 64
-    method: str = "caa"
-    dictionaries: Path | None = None
-    features: int = 20
-    score: str = "tada"
-    weighting: str = "natural"
+from .config import VectorConfig as VectorConfig
 
 
 def build(pipe: Any, config: VectorConfig, *, progress: bool = True) -> SteeringVector:
@@ -51,12 +27,8 @@ def build(pipe: Any, config: VectorConfig, *, progress: bool = True) -> Steering
     Keys and values of the prompts are computed once a run and not once a step.
 
     Raises:
-        ValueError: an unknown method, or with "sae" a site without a dictionary.
+        InputError: neither concept nor prompts, or with "sae" a site without a dictionary.
     """
-    if config.method not in METHODS:
-        raise ValueError(
-            f"vector: expected method to be one of {', '.join(METHODS)}, got {config.method!r}"
-        )
     with share(pipe):
         return _build(pipe, config, progress)
 
@@ -78,7 +50,7 @@ def _build(pipe: Any, config: VectorConfig, progress: bool) -> SteeringVector:
             seeds=seeds,
             batch_size=batch_size,
             normalise=config.normalise,
-            concept=config.concept,
+            concept=config.concept or "",
             progress=progress,
             **call,
         )
@@ -100,7 +72,7 @@ def _build(pipe: Any, config: VectorConfig, progress: bool) -> SteeringVector:
         method=config.score,
         count=config.features,
         weighting=config.weighting,
-        concept=config.concept,
+        concept=config.concept or "",
         pairs=len(positive),
         seeds=seeds,
         call=call,
@@ -109,10 +81,12 @@ def _build(pipe: Any, config: VectorConfig, progress: bool) -> SteeringVector:
 
 def prompt_pairs(config: VectorConfig) -> tuple[list[str], list[str]]:
     """Prompts with and without the concept: given ones, or from its templates."""
+    if config.prompts is None and config.concept is None:
+        raise InputError("vector: expected a concept or prompts, got neither")
     if config.prompts is not None:
         positive, negative = (list(side)[: config.pairs] for side in config.prompts)
         return positive, negative
-    pairs = concept(config.concept).pairs(config.pairs, common.VECTOR_PROMPTS)
+    pairs = concept(config.concept or "").pairs(config.pairs, common.VECTOR_PROMPTS)
     return [pair.clean for pair in pairs], [pair.corrupted for pair in pairs]
 
 
@@ -125,7 +99,7 @@ def dictionaries(pipe: Any, pattern: str, folder: Path | None) -> dict[str, Sae]
         folder: with files named as the zoo's, `cross-6.safetensors`; None = those of the zoo.
 
     Raises:
-        ValueError: no site of the pattern has one.
+        InputError: no site of the pattern has one.
     """
     from ... import zoo
 
@@ -138,7 +112,7 @@ def dictionaries(pipe: Any, pattern: str, folder: Path | None) -> dict[str, Sae]
         found = {alias: Sae.load(path) for alias, path in paths.items() if path.is_file()}
     if not found:
         where = "the zoo" if folder is None else str(folder)
-        raise ValueError(
+        raise InputError(
             f"dictionaries: expected a dictionary in {where} for one of {', '.join(chosen)}, got "
             "none"
         )
@@ -147,7 +121,7 @@ def dictionaries(pipe: Any, pattern: str, folder: Path | None) -> dict[str, Sae]
 
 def run(config: VectorConfig) -> SteeringVector:
     """Make the vector and save it to `config.out` (safetensors)."""
-    pipe, _ = common.load(config.model)
+    pipe, _ = common.load(config.model, config.device, config.dtype)
     vector = build(pipe, config)
     if config.out is not None:
         config.out.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,6 @@ training caption had. Every cell counts clips whose most probable class is the o
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from scipy.stats import mannwhitneyu
 from torch import Tensor
 from tqdm import tqdm
 
+from ...io.atomic import write_text
 from ...metrics.bootstrap import proportion_interval
 from ..music.attributes import ATTRIBUTES, GENRES, INSTRUMENTS
 from ..music.captions import describe
@@ -196,6 +196,4 @@ def _witness(heard: list[tuple[Cell, Any]]) -> list[dict[str, Any]]:
 
 def write(rows: Any, path: Path) -> None:
     """Write the rows as JSON, atomically."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(rows, indent=1) + "\n")
-    os.replace(partial, path)
+    write_text(path, json.dumps(rows, indent=1) + "\n")

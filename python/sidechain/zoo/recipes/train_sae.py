@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from ... import sae, store
+from ...io.atomic import write_text
 from ...sae import Sae
 from ...sae.features.evaluate import measure
 from ..checksums import WEIGHTS, write_checksums
@@ -149,8 +150,8 @@ def make(out: Path, sites: Sequence[str], recipe: SaeRecipe) -> dict[str, dict[s
         trained = train(source, out / "runs" / dictionary_file(site).partition(".")[0], recipe)
         figures[site] = publish(trained, (source, held_out), target)
     text = json.dumps({"recipe": asdict(recipe), "sites": figures}, indent=1)
-    (target / "evaluation.json").write_text(text + "\n")
-    (target / "README.md").write_text(card(recipe, figures))
+    write_text(target / "evaluation.json", text + "\n")
+    write_text(target / "README.md", card(recipe, figures))
     write_checksums(target)
     return figures
 
