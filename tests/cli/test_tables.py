@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`sidechain curves` and `sidechain impact`: published tables, own tables, readers that leave."""
+"""`sidechain curves`, `impact` and `doctor`: published tables, own tables, readers that leave."""
 
 from __future__ import annotations
 
 import csv
 import io
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 from cli.support import write
+from sidechain._version import __version__
 from sidechain.cli import main as cli
 
 ORACLES = Path(__file__).parents[1] / "data" / "oracles"
@@ -89,3 +91,11 @@ class TestTables:
         assert run.stderr.read() == b""
         run.stderr.close()
         assert run.wait() == 0
+
+
+class TestDoctor:
+    def test_text_and_json(self, capsys):
+        assert cli.main(["doctor"]) == 0
+        assert __version__ in capsys.readouterr().out
+        assert cli.main(["doctor", "--json"]) == 0
+        assert isinstance(json.loads(capsys.readouterr().out), dict)

@@ -13,6 +13,8 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from ...io.atomic import naming
+
 LOGGERS = ("tensorboard", "wandb")
 METRICS = "metrics.jsonl"
 
@@ -48,7 +50,8 @@ class Log:
         progress: bool = True,
     ) -> None:
         self._rows = rows
-        self._file = open(folder / METRICS, "ab")  # noqa: SIM115
+        self._path = folder / METRICS
+        self._file = open(self._path, "ab")  # noqa: SIM115
         self._file.truncate(offset)
         self._bar = tqdm(
             total=total, initial=done, desc="sae", unit="step", disable=not progress, smoothing=0.1
@@ -86,8 +89,9 @@ class Log:
         self._last = step
         self._times = {at: moment for at, moment in self._times.items() if at >= step}
         line = {**figures, "tokens_per_s": round(speed, 1)}
-        self._file.write(json.dumps(line).encode() + b"\n")
-        self._file.flush()
+        with naming(self._path):
+            self._file.write(json.dumps(line).encode() + b"\n")
+            self._file.flush()
         self._bar.set_postfix_str(
             f"fvu {figures['fvu']:.3f}, L0 {figures['l0']:.1f}, dead {figures['dead']:.1%}, "
             f"{speed:,.0f} tokens/s"
@@ -97,8 +101,9 @@ class Log:
 
     def sync(self) -> None:
         """Put what was written on disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with naming(self._path):
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """End the bar and the file."""
