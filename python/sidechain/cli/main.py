@@ -108,7 +108,6 @@ def _capture(arguments: argparse.Namespace) -> int:
         "every": options.whole("--every", arguments.every, 1),
         "tokens": options.span("--tokens", arguments.tokens),
         "dtype": arguments.dtype,
-        "policy": arguments.policy,
         "queue_bytes": options.whole("--queue-mb", arguments.queue_mb, 1) << 20,
         "shard_bytes": options.whole("--shard-mb", arguments.shard_mb, 1) << 20,
         "seed": options.whole("--seed", arguments.seed, 0),
@@ -116,8 +115,7 @@ def _capture(arguments: argparse.Namespace) -> int:
     }
     study = _study("capture")
     for site, found in study.run(study.CaptureConfig(**settings)).items():
-        lost = f", {found.dropped} dropped" if found.dropped else ""
-        print(f"{settings['out']} {site}: {len(found)} rows of {found.width}{lost}")
+        print(f"{settings['out']} {site}: {len(found)} rows of {found.width}")
     return 0
 
 

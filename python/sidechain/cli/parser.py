@@ -176,13 +176,6 @@ def _add_capture(commands: Any, run: Command) -> None:
         help="of the rows on disk; int8 has a scale for each row (default %(default)s)",
     )
     parser.add_argument(
-        "--policy",
-        choices=("block", "drop", "spill", "error"),
-        default="block",
-        help="when the disk is slower than the model: wait, throw rows away and count them, park "
-        "them in a temporary file, or stop (default %(default)s)",
-    )
-    parser.add_argument(
         "--queue-mb", default="256", metavar="N", help="rows waiting in memory (default 256 MiB)"
     )
     parser.add_argument(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -64,9 +65,12 @@ def music(
     Example:
         >>> audio = sidechain.zoo.music()("a happy violin melody with drums").audios[0]
     """
+    from .music import codec
     from .music.pipeline import MusicPipeline
 
     path = _folder(folder, "music")
+    # Folders saved before the codec moved name its old module, which diffusers looks up here.
+    sys.modules.setdefault("sidechain.zoo.codec", codec)
     with _quiet():
         pipe = MusicPipeline.from_pretrained(path, local_files_only=True)
     # The argument of from_pretrained for the dtype changed its name; modules' own `to` did not.

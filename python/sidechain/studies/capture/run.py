@@ -26,7 +26,6 @@ class CaptureConfig:
     every: int = 1
     tokens: slice | None = None
     dtype: str = "float16"
-    policy: str = "block"
     queue_bytes: int = 256 << 20
     shard_bytes: int = 256 << 20
     seed: int = 0
@@ -52,7 +51,6 @@ def run(config: CaptureConfig) -> dict[str, ActivationStore]:
         every=config.every,
         tokens=config.tokens,
         dtype=getattr(torch, config.dtype),
-        policy=config.policy,
         queue_bytes=config.queue_bytes,
         shard_bytes=config.shard_bytes,
         num_inference_steps=config.steps,
