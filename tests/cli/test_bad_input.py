@@ -60,7 +60,7 @@ BAD = [
     ("capture --tokens 1:x", "--tokens: expected A:B or A:B:STEP"),
     ("capture --tokens ::-1", "--tokens: expected STEP >= 1"),
     ("capture --dtype float64", "invalid choice: 'float64'"),
-    ("capture --policy wait", "invalid choice: 'wait'"),
+    ("capture --policy spill", "unrecognized arguments: --policy"),
     ("capture --queue-mb 0", "--queue-mb: expected at least 1"),
     ("capture --shard-mb x", "--shard-mb: expected a whole number"),
     ("capture --passes both", "invalid choice: 'both'"),

@@ -16,7 +16,6 @@ from sidechain.cli.builder import flag_of, label
 from sidechain.sae.features.scoring import ACTIVATIONS, METHODS
 from sidechain.sae.training.log import LOGGERS
 from sidechain.store.manifest import DTYPES
-from sidechain.store.queue import POLICIES
 from sidechain.studies import config as shared
 from sidechain.studies.capture.config import CaptureConfig
 from sidechain.studies.features.config import ACTIVATIONS as OFFERED_ACTIVATIONS
@@ -118,7 +117,6 @@ def test_choices_are_those_of_the_library():
     assert set(WEIGHTINGS) == set(shared.WEIGHTINGS)
     assert tuple(ACTIVATIONS) == OFFERED_ACTIVATIONS
     assert tuple(MODES) == PASSES
-    assert tuple(POLICIES) == options(CaptureConfig)["policy"].choices
     assert tuple(DTYPES) == options(CaptureConfig)["dtype"].choices
     assert tuple(LOGGERS) == sae_train.LOGGERS
     assert tuple(SECTIONS) == bench.SECTIONS

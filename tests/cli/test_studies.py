@@ -86,7 +86,7 @@ def test_localize_own_prompts(studies, tmp_path):
 
 def test_capture(studies, capsys, tmp_path, monkeypatch):
     class Found(list):
-        width, dropped = 160, 7
+        width = 160
 
     from sidechain.studies import capture
 
@@ -99,11 +99,11 @@ def test_capture(studies, capsys, tmp_path, monkeypatch):
     prompts = write(tmp_path / "p.txt", "one\n\n two \n")
     line = (
         f"capture --prompts {prompts} --sites cross:5 --passes all --window 2:10 --every 4 "
-        "--tokens 1: --dtype int8 --policy spill --queue-mb 8 --shard-mb 2 --steps 12 "
+        "--tokens 1: --dtype int8 --queue-mb 8 --shard-mb 2 --steps 12 "
         "--guidance 2 --seed 5 --batch-rows 4 --out x"
     )
     assert cli.main(line.split()) == 0
-    assert capsys.readouterr().out == "x cross:5: 65 rows of 160, 7 dropped\n"
+    assert capsys.readouterr().out == "x cross:5: 65 rows of 160\n"
     assert studies.capture == CaptureConfig(
         prompts=("one", "two"),
         sites="cross:5",
@@ -112,7 +112,6 @@ def test_capture(studies, capsys, tmp_path, monkeypatch):
         every=4,
         tokens=slice(1, None),
         dtype="int8",
-        policy="spill",
         queue_bytes=8 << 20,
         shard_bytes=2 << 20,
         steps=12,

@@ -25,8 +25,7 @@ def run(config: CaptureConfig, given: Mapping[str, Any]) -> int:
         raise
     write_settings(config.out, "capture", config)
     for site, found in stores.items():
-        lost = f", {found.dropped} dropped" if found.dropped else ""
-        print(f"{config.out} {site}: {len(found)} rows of {found.width}{lost}")
+        print(f"{config.out} {site}: {len(found)} rows of {found.width}")
     return 0
 
 

@@ -57,7 +57,15 @@ class Shard:
 
 @dataclass
 class SiteEntry:
-    """One site as the manifest knows it."""
+    """One site as the manifest knows it.
+
+    Attributes:
+        width: elements of a row.
+        folder: where its shards are, relative to the store.
+        rows: in all shards.
+        dropped: rows that an older writer threw away when the disk was slow.
+        shards: in the order they were written.
+    """
 
     width: int
     folder: str
@@ -77,7 +85,7 @@ class Manifest:
         timesteps: of every step [S], or None where unknown.
         sigmas: of every step [S], or None.
         block_bytes: rows of a shard are checksummed in blocks of this many bytes at most.
-        progress: what the writer was last told it had finished.
+        cursor: what the writer was last told it had finished.
         next_group: number of the next shards.
         statistics: file name and CRC-32.
         prompts: file name and CRC-32, or None.
@@ -90,7 +98,7 @@ class Manifest:
     timesteps: list[float] | None = None
     sigmas: list[float] | None = None
     block_bytes: int = BLOCK_BYTES
-    progress: int = 0
+    cursor: int = 0
     next_group: int = 0
     statistics: dict[str, Any] | None = None
     prompts: dict[str, Any] | None = None
@@ -125,6 +133,8 @@ class Manifest:
                 f"store: expected {MANIFEST} in {folder} [nothing was ever committed there?], got "
                 "no such file"
             ) from None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"store: expected a manifest in {path}, got {error}") from None
         try:
             content = json.loads(text)
             found = content.pop("format"), content.pop("version")
@@ -137,6 +147,8 @@ class Manifest:
                 name: SiteEntry(**{**site, "shards": [Shard(**s) for s in site["shards"]]})
                 for name, site in content["sites"].items()
             }
+            if "progress" in content:  # the name of the cursor in older stores
+                content["cursor"] = content.pop("progress")
             manifest = cls(**content)
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"store: expected a manifest in {path}, got {error!r}") from None

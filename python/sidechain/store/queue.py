@@ -1,23 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The queue between generation and the writer thread: bounded in bytes, with a policy when full."""
+"""The write queue between generation and the writer thread, bounded in bytes."""
 
 from __future__ import annotations
 
-import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from .labels import BroadcastLabels
-
-POLICIES = ("block", "drop", "spill", "error")
 
 Rows = Mapping[str, tuple[Tensor, BroadcastLabels]]
 
@@ -26,74 +19,17 @@ _BATCH_BYTES = 1 << 20
 _PATIENCE = 0.05
 
 
-@dataclass
-class Spilled:
-    """Rows that wait on disk: where they are in the spill file."""
-
-    offset: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
-class Spill:
-    """A file that takes rows when memory is full and gives them back in order."""
-
-    def __init__(self, folder: Path) -> None:
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 closed by close()
-        self._end = 0
-        self._waiting = 0
-        self._lock = threading.Lock()
-        self.rows = 0
-
-    def put(self, rows: Tensor) -> Spilled:
-        """Append a contiguous CPU tensor."""
-        content = rows.contiguous().view(torch.uint8).numpy().data.cast("B")
-        with self._lock:
-            self._file.seek(self._end)
-            self._file.write(content)
-            self._file.flush()
-            place = Spilled(self._end, tuple(rows.shape), rows.dtype)
-            self._end += len(content)
-            self._waiting += 1
-            self.rows += len(rows)
-        return place
-
-    def take(self, place: Spilled) -> Tensor:
-        """Read a tensor back; the file is emptied once nothing waits in it."""
-        size = int(np.prod(place.shape)) * place.dtype.itemsize
-        content = torch.empty(size, dtype=torch.uint8)
-        with self._lock:
-            self._file.seek(place.offset)
-            got = self._file.readinto(content.numpy().data)
-            if got != size:
-                raise OSError(f"store: expected {size} bytes in the spill file, got {got}")
-            self._waiting -= 1
-            if not self._waiting:
-                self._file.truncate(0)
-                self._end = 0
-        return content.view(place.dtype).reshape(place.shape)
-
-    def close(self) -> None:
-        """Give the space back."""
-        self._file.close()
-
-
-class Channel:
+class WriteQueue:
     """First in, first out; rows count against `limit` bytes, everything else passes.
 
     Args:
         limit: bytes of rows that may wait. A single piece larger than that waits for an empty
             queue.
-        policy: what happens to rows that find no room: "block" (wait), "drop" (throw away and
-            count), "spill" (wait on disk), "error" (raise).
-        spill: file for "spill".
         batch_bytes: rows that `get` hands out together, at most.
     """
 
-    def __init__(
-        self, limit: int, policy: str, spill: Spill | None, batch_bytes: int = _BATCH_BYTES
-    ) -> None:
-        self.limit, self.policy, self.spill = limit, policy, spill
+    def __init__(self, limit: int, batch_bytes: int = _BATCH_BYTES) -> None:
+        self.limit = limit
         self.waiting_bytes = 0  # queued, and taken but not yet done
         self.peak_bytes = 0
         self._queued_bytes = 0
@@ -130,44 +66,22 @@ class Channel:
         if first or self._urgent or self._queued_bytes >= self._enough:
             self._changed.notify_all()
 
-    def put_rows(self, rows: Rows, ready: Callable[[], None] | None = None) -> bool:
-        """Add ("rows", (rows, ready)), or do with the rows what the policy says.
+    def put_rows(self, rows: Rows, ready: Callable[[], None] | None = None) -> None:
+        """Add ("rows", (rows, ready)); waits for room.
 
         Args:
             rows: by site.
             ready: to be called before the rows are looked at.
-
-        Returns:
-            Whether they were kept.
-
-        Raises:
-            RuntimeError: no room, with policy "error".
         """
         size = sum(tensor.nbytes for tensor, _ in rows.values())
         with self._changed:
             self._check()
             if not self._fits(size):
-                if self.policy == "drop":
-                    return False
-                if self.policy == "error":
-                    raise RuntimeError(
-                        f"store: expected room for {size} bytes in the queue of {self.limit} "
-                        f"[policy='error'], got {self.waiting_bytes} bytes waiting"
-                    )
-                if self.policy == "block":
-                    self._urgent = True
-                    self._changed.notify_all()
-                    self._changed.wait_for(lambda: self._failure is not None or self._fits(size))
-                    self._check()
-            if self._fits(size) or self.spill is None:
-                self._add(("rows", (rows, ready)), size)
-                return True
-        # Outside of the lock: the writer thread goes on while the disk is busy.
-        if ready is not None:
-            ready()
-        placed = {site: (self.spill.put(tensor), labels) for site, (tensor, labels) in rows.items()}
-        self.put(("rows", (placed, None)))
-        return True
+                self._urgent = True
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._failure is not None or self._fits(size))
+                self._check()
+            self._add(("rows", (rows, ready)), size)
 
     def get(self) -> list[Any]:
         """Take some items, in order, waiting for them; their bytes count until `done`."""

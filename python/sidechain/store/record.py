@@ -37,7 +37,6 @@ def record(
     every: int = 1,
     tokens: slice | None = None,
     dtype: torch.dtype = torch.float16,
-    policy: str = "block",
     queue_bytes: int = 256 << 20,
     shard_bytes: int = 256 << 20,
     progress: bool = True,
@@ -62,7 +61,6 @@ def record(
         every: keep every so manieth step of these.
         tokens: slice of tokens. None = all.
         dtype: stored: float32 | float16 | bfloat16 | int8.
-        policy: what happens when the disk is too slow, see `ActivationWriter`.
         queue_bytes: rows that may wait in memory.
         shard_bytes: size of the files.
         progress: show a progress bar.
@@ -95,10 +93,9 @@ def record(
         mode="resume",
         shard_bytes=shard_bytes,
         queue_bytes=queue_bytes,
-        policy=policy,
         provenance=facts,
     )
-    first, count = writer.progress, len(texts)
+    first, count = writer.cursor, len(texts)
     bar = tqdm(total=count, initial=first, desc="record", unit="prompt", disable=not progress)
     with bar, writer:
         writer.set_prompts(texts, all_seeds)
@@ -107,7 +104,7 @@ def record(
             for start in range(first, count, batch_size):
                 stop = min(start + batch_size, count)
                 recorder.first = start
-                with writer.unit(progress=stop):
+                with writer.unit(cursor=stop):
                     generate(pipe, texts[start:stop], all_seeds[start:stop], settings)
                     tap.end()
                 bar.update(stop - start)
@@ -131,7 +128,7 @@ class _Recorder:
         prompt = self.first + np.arange(found.samples)
         length = len(found.tokens)
         branch = np.array([BRANCHES.index(name) for name in found.branches])
-        kept = self.writer.write(
+        self.writer.write(
             found.rows,
             step=found.step,
             branch=np.repeat(branch, found.samples * length),
@@ -140,8 +137,7 @@ class _Recorder:
             copy=False,
             ready=found.ready,
         )
-        if kept:
-            self.rows += found.samples * length * len(branch)
+        self.rows += found.samples * length * len(branch)
 
 
 def _texts(prompts: Sequence[str]) -> list[str]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._errors import InputError
 from .checksums import CHECKSUMS, WEIGHTS, verify
 
 if TYPE_CHECKING:
@@ -61,6 +63,7 @@ def music(
 
     Raises:
         FileNotFoundError: no weights there.
+        InputError: a folder with something else.
         ValueError: a damaged weight file.
 
     Example:
@@ -68,11 +71,22 @@ def music(
     """
     import torch
 
+    from .music import codec
     from .music.pipeline import MusicPipeline
 
     path = _folder(folder, "music")
+    # Folders saved before the codec moved name its old module, which diffusers looks up here.
+    sys.modules.setdefault("sidechain.zoo.codec", codec)
     with _quiet():
-        pipe = MusicPipeline.from_pretrained(path, local_files_only=True)
+        try:
+            pipe = MusicPipeline.from_pretrained(path, local_files_only=True)
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            if folder is None:
+                raise
+            raise InputError(
+                f"music: expected a saved MusicPipeline in {path}, got "
+                f"{type(error).__name__}: {' '.join(str(error).split())}"
+            ) from error
     # The argument of from_pretrained for the dtype changed its name; modules' own `to` did not.
     for part in (pipe.text_encoder, pipe.transformer, pipe.codec):
         torch.nn.Module.to(part, device, dtype or torch.float32)

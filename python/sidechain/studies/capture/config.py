@@ -40,12 +40,6 @@ class CaptureConfig(Sampling, Model):
     )
     dtype: str = choice("float16", "of the rows on disk; int8 has a scale for each row", STORED)
     model_dtype: str = choice("float32", "of the model's weights", DTYPES, group="model")
-    policy: str = choice(
-        "block",
-        "when the disk is slower than the model: wait, throw rows away and count them, park them "
-        "in a temporary file, or stop",
-        ("block", "drop", "spill", "error"),
-    )
     queue_bytes: int = option(
         256 << 20,
         "rows waiting in memory, in MiB (default 256)",

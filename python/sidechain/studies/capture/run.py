@@ -28,7 +28,6 @@ def run(config: CaptureConfig) -> dict[str, ActivationStore]:
         every=config.every,
         tokens=config.tokens,
         dtype=getattr(torch, config.dtype),
-        policy=config.policy,
         queue_bytes=config.queue_bytes,
         shard_bytes=config.shard_bytes,
         num_inference_steps=config.steps,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The store as its writer thread sees it: units of rows become durable groups of shards."""
+"""The store as its writer thread sees it: units of rows become durable, all or nothing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .shard import OpenShard, decode, encode
 from .statistics import Statistics
 
 
-class Sink:
+class Transaction:
     """Appends units to a store; not for use from several threads.
 
     A unit is complete or absent: rows written since the last `end` are forgotten by `rollback`, by
@@ -42,8 +42,7 @@ class Sink:
         self._statistics = {n: load_statistics(folder, manifest, n) for n in manifest.sites}
         self._unit = {name: Statistics(site.width) for name, site in manifest.sites.items()}
         self._named = named_files(manifest)
-        self._progress = manifest.progress
-        self._dropped = dict.fromkeys(manifest.sites, 0)
+        self._cursor = manifest.cursor
         self._committed_at = time.monotonic()
 
     # -- rows -----------------------------------------------------------------------------------
@@ -84,15 +83,15 @@ class Sink:
 
     # -- units ----------------------------------------------------------------------------------
 
-    def end(self, progress: int | None = None) -> None:
+    def end(self, cursor: int | None = None) -> None:
         """Complete a unit; commit if a shard is full or the last commit is long ago."""
         for site, statistics in self._unit.items():
             self._statistics[site].merge(statistics)
             self._unit[site] = Statistics(statistics.width)
         for shard in self._open.values():
             shard.mark()
-        if progress is not None:
-            self._progress = progress
+        if cursor is not None:
+            self._cursor = cursor
         full = any(shard.nbytes >= self.shard_bytes for shard in self._open.values())
         if full or time.monotonic() - self._committed_at >= self.seconds:
             self.commit()
@@ -103,10 +102,6 @@ class Sink:
             self._unit[site] = Statistics(statistics.width)
         for shard in self._open.values():
             shard.rollback()
-
-    def drop(self, site: str, rows: int) -> None:
-        """Count rows that were thrown away."""
-        self._dropped[site] += rows
 
     def commit(self) -> None:
         """Make the complete units durable; rows of an unfinished unit must not be there."""
@@ -119,10 +114,7 @@ class Sink:
             else:
                 shard.abandon()
             del self._open[site]
-        for site, lost in self._dropped.items():
-            self.manifest.sites[site].dropped += lost
-            self._dropped[site] = 0
-        self.manifest.progress = self._progress
+        self.manifest.cursor = self._cursor
         number = self.manifest.next_group
         self.manifest.next_group += 1
         tensors: dict[str, Tensor] = {}
