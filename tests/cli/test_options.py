@@ -105,7 +105,7 @@ def test_no_abbreviations_and_no_empty_values(name, capsys):
         flag = flag_of(field, option)
         needed = [f for f in options(SETTINGS[name]) if f not in defaults(SETTINGS[name])]
         line = [*name.split(), *["given"] * len(needed)]
-        assert cli.main([*line, flag[:-1], "7"]) == 2
+        assert cli.main([*line, f"{flag[:-1]}=7"]) == 2
         assert "unrecognized arguments" in capsys.readouterr().err
         if not option.empty and not option.choices:
             assert cli.main([*line, flag, ""]) == 2
