@@ -2,51 +2,64 @@
 """Tap, patch and steer the attention of diffusion models.
 
 `sites` says where; `capture`, `patch` and `steer` say what happens there; `share` makes it cheaper.
-Everything else is imported on first use, so that `import sidechain` needs nothing but torch.
+Everything is imported on first use: `import sidechain` alone imports neither torch nor NumPy.
 """
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
-from .sites import sites
-from .taps import capture, contexts, patch, share, steer
+from ._lazy import lazy
 
 if TYPE_CHECKING:
+    from ._errors import InputError
+    from .pipelines.sites import sites
+    from .taps.cache_context import share
+    from .taps.capture import capture, contexts
+    from .taps.patch import patch
+    from .taps.steer import steer
     from .vectors import SteeringVector
 
-__all__ = ["SteeringVector", "capture", "contexts", "patch", "share", "sites", "steer"]
+    def __getattr__(name: str) -> Any: ...  # rooms and __version__, for type checkers
 
-_LAZY_MODULES = frozenset(
-    {
-        "bench",
-        "cli",
-        "data",
-        "doctor",
-        "metrics",
-        "ops",
-        "reference",
-        "report",
-        "sae",
-        "store",
-        "studies",
-        "testing",
-        "vectors",
-        "zoo",
-    }
+
+_ROOMS = (
+    "bench",
+    "cli",
+    "doctor",
+    "io",
+    "metrics",
+    "ops",
+    "pipelines",
+    "reference",
+    "report",
+    "sae",
+    "store",
+    "studies",
+    "taps",
+    "testing",
+    "vectors",
+    "zoo",
 )
+__all__ = [
+    "InputError",
+    "SteeringVector",
+    "capture",
+    "contexts",
+    "patch",
+    "share",
+    "sites",
+    "steer",
+]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _LAZY_MODULES:
-        return importlib.import_module(f".{name}", __name__)
-    if name == "SteeringVector":
-        return importlib.import_module(".vectors", __name__).SteeringVector
-    if name == "__version__":
-        return importlib.import_module("._version", __name__).__version__
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, *_LAZY_MODULES, "__version__"})
+lazy(
+    __name__,
+    {
+        **dict.fromkeys(("capture", "contexts", "patch", "share", "steer"), ".taps"),
+        "sites": ".pipelines",
+        "SteeringVector": ".vectors",
+        "InputError": "._errors",
+        "__version__": "._version",
+    },
+    modules=_ROOMS,
+)

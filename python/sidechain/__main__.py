@@ -3,7 +3,7 @@
 
 import sys
 
-from sidechain.cli import main
+from sidechain.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:] or ["doctor"]))

@@ -12,10 +12,11 @@ import pytest
 
 import sidechain
 from bench.support import doubling
-from sidechain import cli
-from sidechain.bench import command, ops, results
+from sidechain.bench import ops, results
+from sidechain.bench import run as command
 from sidechain.bench.cases import Row, run_case
 from sidechain.bench.machine import Machine
+from sidechain.cli import main as cli
 
 ROOT = Path(__file__).resolve().parents[2]
 

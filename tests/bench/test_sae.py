@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from sidechain.bench import command, results
+from sidechain.bench import results
+from sidechain.bench import run as command
 from sidechain.bench.cases import Row
 from sidechain.bench.machine import Machine
 from sidechain.bench.sae import common, encode, memory, peers, race

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from sidechain.bench import command, results, store
+from sidechain.bench import results, store
+from sidechain.bench import run as command
 from sidechain.bench.machine import Machine
 from sidechain.bench.store import Site
 from sidechain.store import ActivationStore

@@ -14,9 +14,10 @@ from gpu.support import on
 from gpu.waits import LISTS, stand_in, waits_of
 from sae.cases import CASES, batches, has_fused, make
 from sae.oracle import DenseTrainer
-from sidechain.sae import checkpoint, train
-from sidechain.sae.metrics import Metrics
-from sidechain.sae.step import train_step
+from sidechain.sae import train
+from sidechain.sae.training import checkpoint
+from sidechain.sae.training.step import train_step
+from sidechain.sae.training.train_metrics import Metrics
 from sidechain.testing.tolerance import assert_close
 
 PATHS = [(case, "autograd") for case in CASES] + [(c, "fused") for c in CASES if has_fused(c)]
@@ -107,7 +108,7 @@ def test_goes_on_bit_for_bit(
             raise Cut
         return train_step(state, rows)
 
-    monkeypatch.setattr("sidechain.sae.trainer.train_step", cut)
+    monkeypatch.setattr("sidechain.sae.training.trainer.train_step", cut)
     for steps in (3, 9, 12, 1000):
         left[0] = steps
         try:

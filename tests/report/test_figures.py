@@ -9,7 +9,8 @@ from pathlib import Path
 import matplotlib
 import pytest
 
-from sidechain.report import dictionary_figures, figures
+from sidechain.report import feature_figures as dictionary_figures
+from sidechain.report import figures
 from sidechain.report.data import Clip, Sweep
 from sidechain.report.media import save_figure, svg
 from sidechain.report.theme import THEMES, darkened

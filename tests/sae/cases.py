@@ -8,7 +8,7 @@ import torch
 from sae.oracle import planted
 from sidechain.sae import Normaliser, Rows, SaeConfig, TrainConfig
 from sidechain.sae.config import SELECTING
-from sidechain.sae.state import TrainState
+from sidechain.sae.training.state import TrainState
 
 D, D_OUT, F, N, STEPS = 24, 20, 64, 96, 16
 CASES = {

@@ -13,9 +13,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sae.cases import D, F, N, batches, has_fused, make
 from sae.oracle import planted
-from sidechain.sae import Rows, SaeConfig, TrainConfig, Trainer, checkpoint, from_environment
-from sidechain.sae.sources import IterableSource
-from sidechain.sae.step import train_step
+from sidechain.sae import Rows, SaeConfig, TrainConfig, Trainer, from_environment
+from sidechain.sae.training import checkpoint
+from sidechain.sae.training.sources import IterableSource
+from sidechain.sae.training.step import train_step
 
 
 def main() -> None:

@@ -19,8 +19,9 @@ import torch
 
 from sae.cases import batches, has_fused, make
 from sae.oracle import DenseTrainer
-from sidechain.sae import Codes, Mesh, Sae, checkpoint
-from sidechain.sae.step import train_step
+from sidechain.sae import Codes, Mesh, Sae
+from sidechain.sae.training import checkpoint
+from sidechain.sae.training.step import train_step
 from sidechain.testing.tolerance import assert_close
 
 MESHES = {"2 x 1": (2, 1), "1 x 2": (1, 2), "2 x 2": (2, 2)}
@@ -125,7 +126,7 @@ def test_slices():
 
 def test_exact_batch_selection_with_ties(monkeypatch):
     """keep_batch_largest over slices played one after the other: the histograms are sums."""
-    from sidechain.sae import select
+    from sidechain.sae.training import select
 
     generator = torch.Generator().manual_seed(0)
     rows, features, total = 8, 40, 60

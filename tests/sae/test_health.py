@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from sidechain.sae import Normaliser, Sae, SaeConfig
-from sidechain.sae.health import measure, top_moments
+from sidechain.sae.features.evaluate import measure, top_moments
 from sidechain.store import ActivationStore, ActivationWriter
 
 D, F, STEPS, PROMPTS, TOKENS = 5, 12, (0, 3), 4, 7

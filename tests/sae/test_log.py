@@ -7,7 +7,7 @@ import itertools
 import json
 import time
 
-from sidechain.sae.log import METRICS, Log
+from sidechain.sae.training.log import METRICS, Log
 
 FIGURES = {"fvu": 0.5, "l0": 4.0, "dead": 0.0}
 

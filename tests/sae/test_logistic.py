@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 
-from sidechain.sae.logistic import logistic_weights
+from sidechain.sae.features.logistic import logistic_weights
 
 
 def examples(rows=14, features=60, positive=6, shift=0.7, seed=0):

@@ -8,7 +8,7 @@ import torch
 
 from sae.cases import CASES, batches, has_fused, make
 from sae.oracle import DenseTrainer
-from sidechain.sae.step import train_step
+from sidechain.sae.training.step import train_step
 from sidechain.testing.tolerance import assert_close
 
 

@@ -5,7 +5,7 @@ import torch
 
 from sidechain import capture
 from sidechain.sae import Normaliser, Sae, SaeConfig
-from sidechain.sae.scoring import (
+from sidechain.sae.features.scoring import (
     ACTIVATIONS,
     METHODS,
     FeatureStatistics,
@@ -114,7 +114,7 @@ def test_tiles_do_not_matter(pipe, architecture, tile, monkeypatch):
     x = torch.randn(5, 13, sae.config.d_in, generator=torch.Generator().manual_seed(0))
     z = sae.preactivations(x, step=1).detach().relu().view(5, 13, F)
     codes = [sae.encode(sample, step=1) for sample in x]
-    monkeypatch.setattr("sidechain.sae.scoring._PAIRS", tile)
+    monkeypatch.setattr("sidechain.sae.features.scoring._PAIRS", tile)
     sums, squares = open_sums(sae, x, 1)
     torch.testing.assert_close(sums, z.sum(1))
     torch.testing.assert_close(squares, z.square().sum(1))

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from sae.oracle import planted
-from sidechain import cli
+from sidechain.cli import main as cli
 from sidechain.sae import (
     IterableSource,
     Normaliser,
@@ -25,11 +25,11 @@ from sidechain.sae import (
     StoreSource,
     TrainConfig,
     Trainer,
-    checkpoint,
     train,
 )
-from sidechain.sae.state import TrainState
-from sidechain.sae.step import train_step
+from sidechain.sae.training import checkpoint
+from sidechain.sae.training.state import TrainState
+from sidechain.sae.training.step import train_step
 from sidechain.store import ActivationStore, ActivationWriter
 from sidechain.testing import tiny_pipeline
 
@@ -128,7 +128,7 @@ def test_cut_off_anywhere_and_continued(settings, tmp_path, monkeypatch):
             raise Cut
         return real(state, rows)
 
-    monkeypatch.setattr("sidechain.sae.trainer.train_step", cut)
+    monkeypatch.setattr("sidechain.sae.training.trainer.train_step", cut)
     for steps in (3, 9, 26, 12, 1000):
         left[0] = steps
         try:
@@ -224,7 +224,7 @@ class TestCheckpoints:
         checkpoint.save(tmp_path, self.trained(2), {})
         for name in ("os.replace", "safetensors.torch.save_file", "os.fsync"):
             with monkeypatch.context() as patch:
-                patch.setattr(f"sidechain.sae.checkpoint.{name}", broken)
+                patch.setattr(f"sidechain.sae.training.checkpoint.{name}", broken)
                 with pytest.raises(OSError, match="no space"):
                     checkpoint.save(tmp_path, self.trained(4), {})
             assert checkpoint.latest(tmp_path).step == 2

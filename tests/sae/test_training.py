@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from sae.oracle import planted
 from sidechain.ops import topk_encode
 from sidechain.sae import Codes, Normaliser, Rows, SaeConfig, TrainConfig
-from sidechain.sae.groups import by_level
-from sidechain.sae.init import encoder_scale, geometric_median, random_rows
-from sidechain.sae.losses import dead_codes
-from sidechain.sae.metrics import Metrics
-from sidechain.sae.resample import resample
-from sidechain.sae.state import TrainState
-from sidechain.sae.step import train_step
-from sidechain.sae.train_config import Schedule
+from sidechain.sae.initialise import encoder_scale, geometric_median, random_rows
+from sidechain.sae.training.groups import by_level
+from sidechain.sae.training.losses import dead_codes
+from sidechain.sae.training.resample import resample
+from sidechain.sae.training.state import TrainState
+from sidechain.sae.training.step import train_step
+from sidechain.sae.training.train_config import Schedule
+from sidechain.sae.training.train_metrics import Metrics
 
 D, F, N = 16, 48, 64
 
@@ -162,7 +162,7 @@ class TestDeadFeatures:
         x[3, 2] = torch.nan
         w = {**state.weights, "b_pre": state.b_pre + 0.1}
         compact = {**w, "w_enc": w["w_enc"][state.dead]}
-        monkeypatch.setattr("sidechain.sae.losses._TILE", tile)
+        monkeypatch.setattr("sidechain.sae.training.losses._TILE", tile)
         codes = dead_codes(state, k, x, compact)
         width = min(k, len(state.dead))
         wanted = topk_encode(

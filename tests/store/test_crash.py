@@ -42,7 +42,7 @@ def write_some(folder: Path, units: int = TOTAL) -> None:
         mode="resume",
         shard_bytes=2 * UNIT_ROWS * WIDTH * 4,
     ) as writer:
-        for unit in range(writer.progress, units):
+        for unit in range(writer.cursor, units):
             write_unit(writer, unit)
             if unit % 2:
                 writer.flush()
@@ -190,7 +190,7 @@ def test_an_exception_inside_a_unit_forgets_it(
     ):
         for unit in range(3):
             write_unit(writer, unit)
-        with writer.unit(progress=99):
+        with writer.unit(cursor=99):
             writer.write({"a": torch.ones(7, WIDTH)})
             raise kind
     check(folder, expected)

@@ -85,7 +85,7 @@ class TestShards:
     ) -> None:
         rows = torch.randn(1000, 64)
         with ActivationWriter(tmp_path / "s", {"a": 64}, dtype=torch.float32) as writer:
-            writer._sink.manifest.block_bytes = 64 * 4 * 100
+            writer._transaction.manifest.block_bytes = 64 * 4 * 100
             for part in rows.split(33):
                 writer.write({"a": part})
         store = ActivationStore(tmp_path / "s", verify="full")
@@ -163,7 +163,7 @@ def fill(folder: Path, units: int = UNITS) -> None:
     with ActivationWriter(
         folder, {"cross:3": WIDTH}, dtype=torch.float32, mode="resume", shard_bytes=9000
     ) as writer:
-        for unit in range(writer.progress, units):
+        for unit in range(writer.cursor, units):
             write_unit(writer, unit)
 
 

@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sidechain import _native
-from sidechain.store import Moments, Permutation, gather
-from sidechain.store.runs import Runs
+from sidechain.store import Moments, Permutation, row_index
+from sidechain.store.row_index import RowIndex
 
 host: Any = _native.host()
 pytestmark = pytest.mark.skipif(host is None, reason=f"_host {_native.absent('_host')}")
@@ -45,7 +45,7 @@ def test_permute_is_the_same_on_every_instruction_set(isa: str, size: int, count
     keep=st.lists(st.lists(st.booleans(), max_size=40).map(lambda m: np.array(m, bool)), max_size=5)
 )
 def test_locate_finds_every_row(keep: list[np.ndarray]) -> None:
-    runs = Runs(keep)
+    runs = RowIndex(keep)
     pairs = [(s, r) for s, mask in enumerate(keep) for r in np.flatnonzero(mask)]
     assert len(runs) == len(pairs)
     rows = np.random.default_rng(0).permutation(len(pairs))
@@ -53,7 +53,7 @@ def test_locate_finds_every_row(keep: list[np.ndarray]) -> None:
         assert list(zip(*found, strict=True)) == [pairs[row] for row in rows]
 
 
-def _without_native(runs: Runs, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _without_native(runs: RowIndex, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_native, "host", lambda: None)
         return runs.locate(rows)
@@ -62,13 +62,13 @@ def _without_native(runs: Runs, rows: np.ndarray) -> tuple[np.ndarray, np.ndarra
 @pytest.mark.parametrize("row", [-1, 4])
 @pytest.mark.parametrize("native", [True, False])
 def test_locate_refuses_rows_that_do_not_exist(row: int, native: bool) -> None:
-    runs = Runs([np.array([True, False, True]), np.ones(2, bool)])
+    runs = RowIndex([np.array([True, False, True]), np.ones(2, bool)])
     locate = runs.locate if native else lambda rows: _without_native(runs, rows)
     with pytest.raises(IndexError, match=r"locate: expected rows within \[0, 4\), got"):
         locate(np.array([row]))
 
 
-def test_locate_refuses_a_table_of_other_runs() -> None:
+def test_locate_refuses_a_table_of_another_index() -> None:
     ends, one = np.array([4, 9]), np.zeros(2, np.int64)
     with pytest.raises(ValueError, match="locate: expected ends, shard, shift"):
         host.locate(np.array([0]), ends, one, one, np.zeros(1, np.int64), 2)
@@ -85,13 +85,13 @@ def test_gather_any_row_size(row_bytes: int, tmp_path: Path, monkeypatch: Any) -
     shard = random.integers(0, 3, 200)
     row = np.array([random.integers(0, len(shards[s])) for s in shard])
     guarded = np.full((204, row_bytes), 7, np.uint8)  # two rows on each side must stay
-    gather.gather_rows(shards, shard, row, guarded[2:-2])
+    row_index.gather_rows(shards, shard, row, guarded[2:-2])
     wanted = np.stack([shards[s][r] for s, r in zip(shard, row, strict=True)])
     assert np.array_equal(guarded[2:-2], wanted)
     assert (guarded[:2] == 7).all() and (guarded[-2:] == 7).all()
     monkeypatch.setattr(_native, "host", lambda: None)
     again = np.zeros_like(wanted)
-    gather.gather_rows(shards, shard, row, again)
+    row_index.gather_rows(shards, shard, row, again)
     assert np.array_equal(again, wanted)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import sidechain
 from sidechain.store import ActivationStore, record
-from sidechain.store.stream import StreamTap
+from sidechain.taps.stream import StreamTap
 from sidechain.testing import tiny_pipeline
 from sidechain.testing.tiny import generate
 
@@ -163,7 +163,6 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"generator": 1}, ValueError, r"expected no generator \[set by record\]"),
     ({"seeds": []}, ValueError, "expected at least one seed"),
     ({"dtype": torch.float64}, TypeError, "expected dtype float32"),
-    ({"policy": "wait"}, ValueError, "expected policy to be one of"),
 ]
 
 

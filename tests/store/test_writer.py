@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from sidechain.store import ActivationStore, ActivationWriter
-from sidechain.store.sink import Sink
+from sidechain.store.transaction import Transaction
 
-from .conftest import UNIT_ROWS, WIDTH, rows_of, write_unit
+from .conftest import UNIT_ROWS, WIDTH, write_unit
 
 UNIT_BYTES = UNIT_ROWS * WIDTH * 4
 
@@ -21,32 +21,30 @@ UNIT_BYTES = UNIT_ROWS * WIDTH * 4
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """While it is not set, the writer thread stands still: a disk that is too slow."""
-    event, inner = threading.Event(), Sink.append
+    event, inner = threading.Event(), Transaction.append
 
-    def append(self: Sink, *args: Any) -> None:
+    def append(self: Transaction, *args: Any) -> None:
         event.wait(30)
         inner(self, *args)
 
-    monkeypatch.setattr(Sink, "append", append)
+    monkeypatch.setattr(Transaction, "append", append)
     return event
 
 
-def writer_with(folder: Path, policy: str, **options: Any) -> ActivationWriter:
+def small_queue(folder: Path) -> ActivationWriter:
     return ActivationWriter(
         folder,
         {"cross:3": WIDTH},
         dtype=torch.float32,
-        policy=policy,
         queue_bytes=3 * UNIT_BYTES,
-        **options,
     )
 
 
-class TestPolicies:
-    def test_block_waits_and_bounds_memory(
+class TestFullQueue:
+    def test_writing_waits_and_bounds_memory(
         self, tmp_path: Path, gate: threading.Event, expected: Callable[..., Tensor]
     ) -> None:
-        writer = writer_with(tmp_path / "s", "block")
+        writer = small_queue(tmp_path / "s")
         done = []
 
         def produce() -> None:
@@ -63,58 +61,6 @@ class TestPolicies:
         writer.close()
         assert writer.peak_bytes <= 3 * UNIT_BYTES
         assert torch.equal(ActivationStore(tmp_path / "s").read(range(250)), expected(10))
-
-    def test_drop_counts_what_is_lost(
-        self, tmp_path: Path, gate: threading.Event, expected: Callable[..., Tensor]
-    ) -> None:
-        with writer_with(tmp_path / "s", "drop") as writer:
-            kept = []
-            for unit in range(10):
-                kept.append(writer.write({"cross:3": rows_of(unit)}, prompt=unit))
-            assert kept == [True] * 3 + [False] * 7
-            gate.set()
-            writer.flush()
-            assert writer.write({"cross:3": rows_of(10)}, prompt=10)
-        assert writer.dropped == {"cross:3": 7 * UNIT_ROWS}
-        store = ActivationStore(tmp_path / "s")
-        assert store.dropped == 7 * UNIT_ROWS
-        assert torch.equal(store.read(range(75)), expected(3))
-        assert torch.equal(store.read(range(75, 100)), rows_of(10))
-
-    def test_spill_keeps_everything_in_order(
-        self, tmp_path: Path, gate: threading.Event, expected: Callable[..., Tensor]
-    ) -> None:
-        (tmp_path / "elsewhere").mkdir()
-        with writer_with(tmp_path / "s", "spill", spill_folder=tmp_path / "elsewhere") as writer:
-            for unit in range(10):
-                write_unit(writer, unit)
-            assert writer._spill is not None and writer._spill.rows == 7 * UNIT_ROWS
-            assert writer.peak_bytes <= 3 * UNIT_BYTES
-            gate.set()
-            writer.flush()
-            for unit in range(10, 12):
-                write_unit(writer, unit)
-        assert torch.equal(ActivationStore(tmp_path / "s").read(range(300)), expected(12))
-
-    def test_error_raises_and_forgets_the_unit(
-        self, tmp_path: Path, gate: threading.Event, expected: Callable[..., Tensor]
-    ) -> None:
-        with writer_with(tmp_path / "s", "error") as writer:
-            for unit in range(2):
-                write_unit(writer, unit)
-            message = rf"expected room for {UNIT_BYTES} bytes in the queue of {3 * UNIT_BYTES}"
-            with pytest.raises(RuntimeError, match=message), writer.unit():
-                for _ in range(2):
-                    writer.write({"cross:3": rows_of(7)})
-            gate.set()
-        assert torch.equal(ActivationStore(tmp_path / "s").read(range(50)), expected(2))
-        assert len(ActivationStore(tmp_path / "s")) == 50
-
-    def test_a_piece_larger_than_the_queue_goes_through(self, tmp_path: Path) -> None:
-        with ActivationWriter(tmp_path / "s", {"a": 4}, queue_bytes=10) as writer:
-            for _ in range(5):
-                writer.write({"a": torch.ones(100, 4)})
-        assert len(ActivationStore(tmp_path / "s")) == 500
 
 
 class TestInput:
@@ -183,7 +129,6 @@ BAD_WRITERS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"sites": {"a:1": 2, "a-1": 2}}, ValueError, "expected sites with different folder names"),
     ({"dtype": torch.float64}, TypeError, "expected dtype float32"),
     ({"mode": "w"}, ValueError, "expected mode to be one of create, append, resume"),
-    ({"policy": "wait"}, ValueError, "expected policy to be one of block, drop, spill, error"),
     ({"queue_bytes": 0}, ValueError, "expected queue_bytes >= 1"),
     ({"shard_bytes": 1.5}, ValueError, "expected shard_bytes >= 1"),
     ({"branches": []}, ValueError, "expected 1 to 255 branches, got 0"),

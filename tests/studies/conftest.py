@@ -14,7 +14,7 @@ class Model:
     """A tiny music pipeline with tiny random judges, and a count of what it generates."""
 
     def __init__(self, layers: int = 3) -> None:
-        from sidechain.zoo.judge import LatentJudge, MelJudge
+        from sidechain.zoo.music.judge import LatentJudge, MelJudge
 
         self.pipe = tiny_pipeline("music", layers=layers)
         torch.manual_seed(0)
@@ -48,6 +48,6 @@ def shared_model() -> Model:
 def model(shared_model: Model, monkeypatch: pytest.MonkeyPatch) -> Model:
     """What the studies load instead of the shipped weights."""
     shared_model.reset()
-    monkeypatch.setattr(common, "load", lambda name: (shared_model.pipe, shared_model.judges))
+    monkeypatch.setattr(common, "load", lambda *_: (shared_model.pipe, shared_model.judges))
     monkeypatch.setattr(common, "generate", shared_model.generate)
     return shared_model

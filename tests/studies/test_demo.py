@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from sidechain.report import demo as report
-from sidechain.studies import demo
+from sidechain.studies.demo import page as report
+from sidechain.studies.demo import run as demo
 
 
 def test_settings():

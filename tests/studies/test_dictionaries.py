@@ -7,15 +7,15 @@ import pandas as pd
 import pytest
 import torch
 
-from sidechain.report import dictionary as report
+from sidechain.pipelines import sites
 from sidechain.sae import Sae, SaeConfig
-from sidechain.sae.health import measure
-from sidechain.sae.scoring import METHODS
-from sidechain.sites import sites
+from sidechain.sae.features.evaluate import measure
+from sidechain.sae.features.scoring import METHODS
 from sidechain.store import ActivationStore
 from sidechain.studies import steering
-from sidechain.studies.dictionaries import DictionaryConfig, listen, run
-from sidechain.studies.vectors import VectorConfig, build
+from sidechain.studies.features import page as report
+from sidechain.studies.features.run import DictionaryConfig, listen, run
+from sidechain.studies.vectors.run import VectorConfig, build
 from sidechain.vectors import SteeringVector
 
 F = 20
@@ -112,7 +112,7 @@ def test_more_features_come_closer_to_the_mean_difference(model, folder):
 
 
 BAD = {
-    "score": ({"score": "best"}, "expected score to be one of tada"),
+    "score": ({"score": "best"}, "score: expected one of tada"),
     "concept": ({"concepts": ("love",)}, "concept: expected one of"),
     "sites": ({"sites": "cross:0"}, r"expected a dictionary in .* for one of cross:0, got none"),
 }
@@ -129,7 +129,7 @@ def test_bad_settings(model, tmp_path, folder, name):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"method": "magic"}, "expected method to be one of caa, sae"),
+        ({"method": "magic"}, "method: expected one of caa, sae"),
         ({"method": "sae", "sites": "cross:0"}, r"sites of cross:1-2 .*, got cross:0"),
     ],
 )

@@ -215,7 +215,7 @@ class TestCheckEqual:
 
     def test_sees_a_difference(self, model, config, monkeypatch):
         """The check would notice taps that do nothing."""
-        module = sys.modules[loc.LocalizationConfig.__module__]
+        module = sys.modules["sidechain.studies.localization.run"]
         monkeypatch.setattr(module, "patch", lambda *_, **__: contextlib.nullcontext())
         found = loc.check_equal(model.pipe, config, "violin")
         assert found["all_minus_clean"] > 0.0

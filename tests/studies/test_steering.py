@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -14,14 +14,14 @@ import pytest
 import soundfile
 import torch
 
-from sidechain.data.concepts import concept
 from sidechain.studies import common, vectors
 from sidechain.studies import steering as st
 from sidechain.studies.steering import analyse
 from sidechain.testing import tiny_pipeline
 from sidechain.vectors import SteeringVector
+from sidechain.zoo.music.concepts import concept
 
-module = sys.modules[st.SteeringConfig.__module__]
+module = importlib.import_module("sidechain.studies.steering.run")
 NAMES = [f"transformer_blocks.{index}.attn2" for index in range(3)]
 TABLES = ("readings.csv", "curves.csv", "scores.csv", "summary.json")
 

@@ -8,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sidechain.data.concepts import concept
 from sidechain.studies import common, vectors
 from sidechain.vectors import SteeringVector, caa
+from sidechain.zoo.music.concepts import concept
 
 
 @pytest.fixture

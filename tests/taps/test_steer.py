@@ -425,7 +425,7 @@ class TestContract:
             generate(pipe, PROMPTS, callback=change)
 
     def test_a_vector_of_another_model(self, direction: Tensor) -> None:
-        from sidechain.sites import config_hash
+        from sidechain.pipelines import config_hash
         from sidechain.vectors import Provenance
 
         other = tiny_pipeline(layers=2)

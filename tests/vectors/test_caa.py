@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import sidechain
-from sidechain.sites import config_hash
+from sidechain.pipelines import config_hash
 from sidechain.testing import generate, tiny_pipeline
 from sidechain.vectors import SteeringVector, caa
 

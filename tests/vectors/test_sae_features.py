@@ -4,7 +4,7 @@ import torch
 
 from sidechain import sites, steer
 from sidechain.sae import Normaliser, Sae, SaeConfig
-from sidechain.sae.scoring import FeatureStatistics
+from sidechain.sae.features.scoring import FeatureStatistics
 from sidechain.vectors import WEIGHTINGS, SteeringVector, sae_features
 
 F, STEPS = 16, 4

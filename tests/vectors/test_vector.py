@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import sidechain
-from sidechain.sites import config_hash
+from sidechain.pipelines import config_hash
 from sidechain.testing import generate, tiny_pipeline
 from sidechain.vectors import Provenance, SteeringVector
 

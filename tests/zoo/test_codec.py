@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from sidechain.zoo.codec import LinearMelCodec, log_mel
+from sidechain.zoo.music.codec import LinearMelCodec, log_mel
 
 RANK = 40
 

@@ -8,10 +8,10 @@ import json
 import pytest
 
 from sidechain import store, zoo
-from sidechain.data.music.captions import fresh_captions
-from sidechain.sae.health import measure
-from sidechain.sites import config_hash
+from sidechain.pipelines import config_hash
+from sidechain.sae.features.evaluate import measure
 from sidechain.zoo import load
+from sidechain.zoo.music.captions import fresh_captions
 from sidechain.zoo.recipes import train_sae
 
 FOLDER = load.WEIGHTS / load.SAES

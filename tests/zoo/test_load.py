@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from sidechain import zoo
-from sidechain.data.music.attributes import ATTRIBUTES
 from sidechain.testing import tiny_pipeline
-from sidechain.zoo import load
-from sidechain.zoo.judge import LatentJudge, MelJudge
+from sidechain.zoo import checksums, load
+from sidechain.zoo.music.attributes import ATTRIBUTES
+from sidechain.zoo.music.judge import LatentJudge, MelJudge
 
 
 @pytest.fixture(scope="module")
@@ -31,13 +31,13 @@ def folder(tmp_path):
     (tmp_path / "part").mkdir()
     (tmp_path / "part" / "weights.bin").write_bytes(bytes(range(256)))
     (tmp_path / "config.json").write_text("{}")
-    load.write_checksums(tmp_path)
+    checksums.write_checksums(tmp_path)
     return tmp_path
 
 
 class TestVerify:
     def test_whole(self, folder):
-        load.verify(folder)
+        checksums.verify(folder)
         sums = json.loads((folder / "checksums.json").read_text())
         assert sorted(sums) == ["config.json", "part/weights.bin"]
 
@@ -47,16 +47,16 @@ class TestVerify:
         data[100] ^= 1
         path.write_bytes(data)
         with pytest.raises(ValueError, match=r"zoo: expected part/weights\.bin with SHA-256 .*got"):
-            load.verify(folder)
+            checksums.verify(folder)
 
     def test_missing_file(self, folder):
         (folder / "config.json").unlink()
         with pytest.raises(FileNotFoundError, match=r"zoo: expected the file .*config\.json"):
-            load.verify(folder)
+            checksums.verify(folder)
 
-    @pytest.mark.parametrize("function", [load.verify, load.music, load.judges])
+    @pytest.mark.parametrize("function", [checksums.verify, load.music, load.judges])
     def test_missing_folder(self, tmp_path, function):
-        call = {} if function is load.verify else {"folder": tmp_path / "none"}
+        call = {} if function is checksums.verify else {"folder": tmp_path / "none"}
         with pytest.raises(FileNotFoundError, match=r"zoo: expected weights .*got none"):
             function(*([] if call else [tmp_path / "none"]), **call)
 
@@ -80,7 +80,7 @@ class TestMusic:
         pipe.save_pretrained(tmp_path)
         for listed in (False, True):
             if listed:
-                load.write_checksums(tmp_path)
+                checksums.write_checksums(tmp_path)
             again = zoo.music(folder=tmp_path)
             again.set_progress_bar_config(disable=True)
             found, expected = (

@@ -14,10 +14,9 @@ import torch
 from scipy.signal import correlate
 from scipy.stats import rankdata
 
-from sidechain.data.music.attributes import draw
-from sidechain.data.music.render import Renderer
-from sidechain.zoo.load import WEIGHTS
-from sidechain.zoo.musicnn import (
+from sidechain.zoo.checksums import WEIGHTS
+from sidechain.zoo.music.attributes import draw
+from sidechain.zoo.music.musicnn import (
     TAGS,
     WITNESSES,
     Heard,
@@ -26,6 +25,7 @@ from sidechain.zoo.musicnn import (
     log_mel,
     music_tagger,
 )
+from sidechain.zoo.music.render import Renderer
 from sidechain.zoo.recipes.convert_musicnn import build, find_checkpoint
 
 EXPECTED = Path(__file__).parent / "expected" / "musicnn.json"

@@ -12,8 +12,8 @@ from diffusers import DPMSolverMultistepScheduler, StableAudioDiTModel
 from transformers import PreTrainedTokenizerFast, T5EncoderModel
 
 from sidechain.testing import tiny_pipeline
-from sidechain.zoo.codec import LinearMelCodec
-from sidechain.zoo.pipeline import MusicPipeline
+from sidechain.zoo.music.codec import LinearMelCodec
+from sidechain.zoo.music.pipeline import MusicPipeline
 
 PROMPTS = ["a happy violin melody with drums", "a slow piano song"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sidechain.zoo.musicnn import music_tagger
+from sidechain.zoo.music.musicnn import music_tagger
 from sidechain.zoo.recipes.convert_musicnn import convert, find_checkpoint
 from sidechain.zoo.recipes.tensor_bundle import MAGIC, read_bundle, read_table
 

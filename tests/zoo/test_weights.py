@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from sidechain import zoo
-from sidechain.data.concepts import CONCEPTS
-from sidechain.data.music.attributes import INSTRUMENTS
-from sidechain.data.music.captions import vocabulary
-from sidechain.sites import sites
+from sidechain.pipelines import sites
 from sidechain.zoo import load
+from sidechain.zoo.music.attributes import INSTRUMENTS
+from sidechain.zoo.music.captions import vocabulary
+from sidechain.zoo.music.concepts import CONCEPTS
 
 pytestmark = pytest.mark.skipif(
     not (load.WEIGHTS / "music" / load.CHECKSUMS).is_file(),

@@ -150,10 +150,10 @@ class Sweep:
 
     def __init__(self, pipe: Any, judges: Mapping[str, Any]) -> None:
         from sidechain import sites
-        from sidechain.data.concepts import concept
         from sidechain.studies.steering import SteeringConfig
         from sidechain.studies.steering.run import test_prompts
-        from sidechain.studies.vectors import VectorConfig, build
+        from sidechain.studies.vectors.run import VectorConfig, build
+        from sidechain.zoo.music.concepts import concept
 
         self.pipe, self.judges = pipe, judges
         self.config = SteeringConfig(out=Path("unused"), concept="drums", steps=STEPS)

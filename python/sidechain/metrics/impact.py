@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
+from .thresholds import TAU
+
 Array = NDArray[np.float64]
 
-TAU = 0.10
 ROUNDING = 1e-9  # a mean of decimal impacts may miss the threshold by less than this
 
 

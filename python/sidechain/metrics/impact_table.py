@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from sidechain.metrics.impact import TAU, functional, mean_impact, ranking
+from sidechain.metrics.impact import functional, mean_impact, ranking
 from sidechain.metrics.tables import Row, read_table
+from sidechain.metrics.thresholds import TAU
 
 COLUMNS = ("model", "block", "attn", "mean_impact", "functional")
 

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sidechain.metrics.bootstrap import Interval
-from sidechain.metrics.impact import TAU, Cumulative
+from sidechain.metrics.impact import Cumulative
+from sidechain.metrics.thresholds import TAU
 
 Array = NDArray[np.float64]
 

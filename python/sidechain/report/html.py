@@ -14,16 +14,17 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from sidechain._version import __version__
+from sidechain.io.atomic import write_atomic
 from sidechain.metrics.bootstrap import Interval
 from sidechain.metrics.impact import functional, ranking
-from sidechain.report import dictionary_figures, figures
+from sidechain.report import feature_figures as dictionary_figures
+from sidechain.report import figures
 from sidechain.report.data import Arm, FeatureCard, ImpactMap, ReportData, Sweep, Table, Tradeoff
 from sidechain.report.media import (
     audio_bytes,
     data_uri,
     spectrogram_png,
     svg,
-    write_atomically,
 )
 from sidechain.report.theme import Mode, Width, darkened
 
@@ -58,7 +59,7 @@ def write_report(data: ReportData, path: str | Path, *, audio: str = "flac") -> 
     Returns:
         The path.
     """
-    return write_atomically(path, render(data, audio=audio).encode())
+    return write_atomic(path, render(data, audio=audio).encode())
 
 
 def render(data: ReportData, *, audio: str = "flac") -> str:

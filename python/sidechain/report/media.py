@@ -5,9 +5,7 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 import re
-import tempfile
 from pathlib import Path
 
 import matplotlib
@@ -16,6 +14,8 @@ import soundfile
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
+
+from sidechain.io.atomic import write_atomic
 
 BROWSER_FONTS = (
     "-apple-system, Segoe UI, Roboto, Helvetica Neue, Liberation Sans, Arial, sans-serif"
@@ -39,10 +39,10 @@ def save_figure(figure: Figure, path: str | Path, *, dpi: int = 200) -> Path:
     if kind not in {"png", "svg", "pdf"}:
         raise ValueError(f"save_figure: expected a .png, .svg or .pdf file, got {target.name}")
     if kind == "svg":
-        return write_atomically(target, svg(figure).encode())
+        return write_atomic(target, svg(figure).encode())
     stream = io.BytesIO()
     figure.savefig(stream, format=kind, dpi=dpi)
-    return write_atomically(target, stream.getvalue())
+    return write_atomic(target, stream.getvalue())
 
 
 def spectrogram_png(
@@ -92,22 +92,3 @@ def data_uri(content: bytes | str, kind: str) -> str:
     """Wrap content as a data URI of that MIME type."""
     raw = content.encode() if isinstance(content, str) else content
     return f"data:{kind};base64,{base64.b64encode(raw).decode()}"
-
-
-def write_atomically(path: str | Path, content: bytes) -> Path:
-    """Write a file so that readers see the old or the new content, never a part of it."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes files private
-        temporary.replace(target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return target

@@ -1,16 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sparse dictionaries of what flows through a site: architectures, training, files."""
 
-from .config import ARCHITECTURES, Provenance, SaeConfig
-from .log import LOGGERS
-from .mesh import Mesh, from_environment
-from .model import Codes, Sae
-from .normaliser import Normaliser
-from .online import PipelineSource
-from .sources import IterableSource, Source, StoreSource
-from .state import Rows
-from .train_config import TrainConfig
-from .trainer import Trainer, train
+from typing import TYPE_CHECKING
+
+from .._lazy import lazy
+
+if TYPE_CHECKING:
+    from .config import ARCHITECTURES, Provenance, SaeConfig
+    from .model import Codes, Sae
+    from .normaliser import Normaliser
+    from .training.log import LOGGERS
+    from .training.mesh import Mesh, from_environment
+    from .training.pipeline_source import PipelineSource
+    from .training.sources import IterableSource, Source, StoreSource
+    from .training.state import Rows
+    from .training.train_config import TrainConfig
+    from .training.trainer import Trainer, train
 
 __all__ = [
     "ARCHITECTURES",
@@ -31,3 +36,20 @@ __all__ = [
     "from_environment",
     "train",
 ]
+
+# The config is imported by the command line, which imports no torch before a command runs.
+lazy(
+    __name__,
+    {
+        **dict.fromkeys(("ARCHITECTURES", "Provenance", "SaeConfig"), ".config"),
+        **dict.fromkeys(("Codes", "Sae"), ".model"),
+        "Normaliser": ".normaliser",
+        "LOGGERS": ".training.log",
+        **dict.fromkeys(("Mesh", "from_environment"), ".training.mesh"),
+        "PipelineSource": ".training.pipeline_source",
+        **dict.fromkeys(("IterableSource", "Source", "StoreSource"), ".training.sources"),
+        "Rows": ".training.state",
+        "TrainConfig": ".training.train_config",
+        **dict.fromkeys(("Trainer", "train"), ".training.trainer"),
+    },
+)

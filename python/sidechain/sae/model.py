@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..io.tensors import read_tensors, write_tensors
 from ..ops import Codes, sparse_decode, topk_encode
-from . import files
 from .config import SELECTING, Provenance, SaeConfig
-from .init import encoder_scale, random_rows
+from .initialise import encoder_scale, random_rows
 from .normaliser import Normaliser
 
 __all__ = ["Codes", "Sae"]
+
+FORMAT = "sidechain.sae"
+FORMAT_VERSION = 1
+WEIGHTS = ("w_enc", "b_enc", "w_dec", "b_dec", "threshold", "b_gate", "r_mag")
 
 
 class Sae(nn.Module):
@@ -273,7 +278,17 @@ class Sae(nn.Module):
         Raises:
             OSError: the place cannot be written.
         """
-        return files.save(self, path)
+        tensors = dict(self._weights())
+        tensors |= self.normaliser.tensors("normaliser")
+        if self.target_normaliser is not self.normaliser:
+            tensors |= self.target_normaliser.tensors("target_normaliser")
+        metadata = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "config": self.config.to_json(),
+            "provenance": self.provenance.to_json(),
+        }
+        return write_tensors(path, tensors, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, device: Any = None) -> Sae:
@@ -283,4 +298,41 @@ class Sae(nn.Module):
             FileNotFoundError: there is none.
             ValueError: corrupted, or another format.
         """
-        return files.load(path, device=device)
+        tensors, metadata = read_tensors("Sae", Path(path), FORMAT, FORMAT_VERSION)
+        try:
+            sae = cls(
+                SaeConfig.from_json(metadata["config"]),
+                normaliser=Normaliser.from_tensors(tensors, "normaliser"),
+                target_normaliser=Normaliser.from_tensors(tensors, "target_normaliser"),
+                provenance=Provenance.from_json(metadata["provenance"]),
+            )
+            sae.fill(tensors)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"Sae: expected a complete file of format {FORMAT!r}, got {path}: {error}"
+            ) from error
+        return sae.to(device).eval()
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy weights named as in a file into this dictionary.
+
+        Raises:
+            ValueError: a tensor is missing, left over, or of another shape.
+        """
+        wanted = self._weights()
+        given = {name: t for name, t in tensors.items() if "." not in name}
+        if given.keys() != wanted.keys():
+            raise ValueError(f"expected tensors {sorted(wanted)}, got {sorted(given)}")
+        with torch.no_grad():
+            for name, tensor in wanted.items():
+                if tensor.shape != given[name].shape:
+                    raise ValueError(
+                        f"expected {name} of shape {list(tensor.shape)}, got "
+                        f"{list(given[name].shape)}"
+                    )
+                tensor.copy_(given[name])
+
+    def _weights(self) -> dict[str, Tensor]:
+        """Weights by their names in a file, those that the architecture has."""
+        found = {name: getattr(self, name) for name in WEIGHTS if getattr(self, name) is not None}
+        return found if self.config.tied_bias else found | {"b_pre": self.b_pre}

@@ -7,10 +7,14 @@ without a scale for each step the last ones are noise to the loss.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
-from ..taps.grid import resample
+from ..pipelines.time_grid import resample
+
+_TENSORS = ("mean", "scale", "steps", "timesteps", "sigmas")  # in the order of the arguments
 
 
 class Normaliser(nn.Module):
@@ -142,3 +146,16 @@ class Normaliser(nn.Module):
         scale = resample(self.scale.log()[:, None], self.timesteps, grid)[:, 0].exp()
         chosen = torch.arange(len(grid)) if steps is None else steps
         return Normaliser(mean, scale, chosen, grid, sigmas)
+
+    # -- files ----------------------------------------------------------------------------------
+
+    def tensors(self, prefix: str) -> dict[str, Tensor]:
+        """Return its tensors as they are named in a file."""
+        found = {f"{prefix}.{name}": getattr(self, name) for name in _TENSORS}
+        return {name: t for name, t in found.items() if t is not None}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor], prefix: str) -> Normaliser | None:
+        """Return the normaliser that `tensors` took apart; None if it is not there."""
+        mean, scale, *grid = (tensors.get(f"{prefix}.{name}") for name in _TENSORS)
+        return None if mean is None or scale is None else cls(mean, scale, *grid)

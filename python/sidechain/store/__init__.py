@@ -7,10 +7,11 @@ for batch in acts["cross:5"].batches(4096, seed=0, normalise="step"):
 """
 
 from .batches import Batch, Batches
-from .permutation import Permutation
-from .reader import ActivationStore, Labels
-from .recording import record
+from .labels import Labels
+from .reader import ActivationStore
+from .record import record
 from .shard import Damage
+from .shuffle import Permutation
 from .statistics import Moments, Statistics
 from .writer import ActivationWriter
 

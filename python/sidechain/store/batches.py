@@ -8,7 +8,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,11 +16,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .._device import send
-from .permutation import Permutation
+from .labels import Labels
+from .protocol import RowReader
 from .shard import decode
-
-if TYPE_CHECKING:
-    from .reader import ActivationStore, Labels
+from .shuffle import Permutation
 
 SHUFFLES = ("rows", "blocks", "off")
 NORMALISATIONS = ("step", "global")
@@ -80,7 +79,7 @@ class Batches:
 
     def __init__(
         self,
-        store: ActivationStore,
+        store: RowReader,
         batch_size: int,
         *,
         seed: int = 0,
@@ -92,7 +91,7 @@ class Batches:
         labels: bool = False,
         drop_last: bool = True,
         prefetch: int = 2,
-        target: ActivationStore | None = None,
+        target: RowReader | None = None,
         part: tuple[int, int] | None = None,
     ) -> None:
         self.store, self.target, self.part = store, target, part
@@ -264,7 +263,7 @@ class _Loader:
 
     def __init__(
         self,
-        store: ActivationStore,
+        store: RowReader,
         normalise: str | None,
         device: torch.device,
         dtype: torch.dtype | None,

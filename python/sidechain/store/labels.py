@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Labels of rows on their way to disk: numbers that hold for many rows stay numbers."""
+"""Labels of rows: as read from a store, and on their way to disk."""
 
 from __future__ import annotations
 
@@ -9,11 +9,29 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
-from .layout import COLUMNS, Columns
+from .manifest import COLUMNS, Columns
 from .statistics import Cell
 
 Label = int | NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What is known about rows; each [n].
+
+    Attributes:
+        step: scheduler step, int64.
+        branch: number of the CFG pass in `ActivationStore.branches`, int64.
+        prompt: number of the prompt, int64, -1 where not known.
+        token: number within the sample, int64.
+    """
+
+    step: Tensor
+    branch: Tensor
+    prompt: Tensor
+    token: Tensor
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import warnings
 import zlib
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .batches import Batches
-from .gather import gather_rows
-from .layout import COLUMNS, DTYPES, Manifest, read_prompts
+from .labels import Labels
+from .manifest import COLUMNS, DTYPES, Manifest, read_prompts
 from .recount import load_statistics
-from .runs import Runs
+from .row_index import RowIndex, gather_rows
 from .shard import Damage, MappedShard, decode
-
-
-@dataclass(frozen=True)
-class Labels:
-    """What is known about rows; each [n].
-
-    Attributes:
-        step: scheduler step, int64.
-        branch: number of the CFG pass in `ActivationStore.branches`, int64.
-        prompt: number of the prompt, int64, -1 where not known.
-        token: number within the sample, int64.
-    """
-
-    step: Tensor
-    branch: Tensor
-    prompt: Tensor
-    token: Tensor
 
 
 class ActivationStore:
@@ -109,14 +91,14 @@ class ActivationStore:
         self._filter = (_steps(steps), self._passes(passes), wanted)
         found = load_statistics(self.folder, self._manifest, self.site)
         self.statistics = found.select(*self._filter[:2])
-        self._runs = Runs([self._kept(shard) for shard in self._shards])
+        self._rows = RowIndex([self._kept(shard) for shard in self._shards])
         self._report(damaged)
 
     # -- rows -----------------------------------------------------------------------------------
 
     def __len__(self) -> int:
         """Rows that can be read."""
-        return len(self._runs)
+        return len(self._rows)
 
     @property
     def row_bytes(self) -> int:
@@ -126,7 +108,7 @@ class ActivationStore:
     @property
     def fingerprint(self) -> int:
         """A number that changes with the rows: shards, damage and filters."""
-        parts = [self._runs.shard, self._runs.row, self._runs.ends]
+        parts = [self._rows.shard, self._rows.row, self._rows.ends]
         checksum = zlib.crc32(self.site.encode())
         for shard in self._shards:
             checksum = zlib.crc32(str(shard.shard).encode(), checksum)
@@ -152,11 +134,11 @@ class ActivationStore:
 
     def gather(self, rows: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
         """Copy stored rows [n, row_bytes] by number, unchecked."""
-        gather_rows([shard.rows for shard in self._shards], *self._runs.locate(rows), out)
+        gather_rows([shard.rows for shard in self._shards], *self._rows.locate(rows), out)
 
     def labels(self, rows: Tensor | NDArray[Any] | Sequence[int]) -> Labels:
         """Labels of rows by number."""
-        shard, row = self._runs.locate(np.asarray(rows, dtype=np.int64))
+        shard, row = self._rows.locate(np.asarray(rows, dtype=np.int64))
         found = {}
         for name, dtype in COLUMNS.items():
             columns = [

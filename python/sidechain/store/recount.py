@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load
 
 from .labels import BroadcastLabels
-from .layout import DTYPES, Manifest
+from .manifest import DTYPES, Manifest
 from .shard import MappedShard, decode
 from .statistics import Statistics
 

@@ -15,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .._atomic import sync_folder
+from ..io.atomic import naming, sync_folder
 from .labels import BroadcastLabels, join_columns
-from .layout import (
+from .manifest import (
     COLUMNS,
     Columns,
     Manifest,
@@ -72,7 +72,8 @@ class OpenShard:
 
     def append(self, pieces: Sequence[tuple[Bytes, BroadcastLabels]]) -> None:
         """Add rows [n, row_bytes] with their labels, piece by piece, in one write."""
-        _write(self._descriptor, [rows.data.cast("B") for rows, _ in pieces])
+        with naming(self.path):
+            _write(self._descriptor, [rows.data.cast("B") for rows, _ in pieces])
         for rows, labels in pieces:
             self._sum(rows)
             self._labels.append(labels)
@@ -114,11 +115,12 @@ class OpenShard:
             self._close_block()
         tail = pack_tail(join_columns(self._labels), np.array(self._checksums, dtype=np.uint32))
         padding = tail_offset(self.rows, self.row_bytes) - self.nbytes
-        _write(self._descriptor, [memoryview(bytes(padding) + tail)])
-        os.fsync(self._descriptor)
-        self._close()
-        os.replace(self.partial, self.path)
-        sync_folder(self.path.parent)
+        with naming(self.path):
+            _write(self._descriptor, [memoryview(bytes(padding) + tail)])
+            os.fsync(self._descriptor)
+            self._close()
+            os.replace(self.partial, self.path)
+            sync_folder(self.path.parent)
         return Shard(self.file, self.rows, zlib.crc32(tail))
 
     def abandon(self) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Many small units handled as one, without giving up that each is there whole or not at all."""
+"""Many small units written as one piece, while each stays complete or absent."""
 
 from __future__ import annotations
 
@@ -8,43 +8,42 @@ from typing import Any
 
 from torch import Tensor
 
-from .channel import Spill, Spilled
 from .labels import BroadcastLabels
-from .sink import Sink
+from .transaction import Transaction
 
 Item = tuple[str, Any]
 
 
-class Units:
-    """Collects rows and ends of units, and gives them to the sink together.
+class UnitBatch:
+    """Collects rows and ends of units, and gives them to the transaction together.
 
     Rows of complete units go as one piece for each site. If that fails, it is undone and repeated
     unit by unit, so that an error costs the unit in which it happens and those after it, no other.
     """
 
-    def __init__(self, sink: Sink, spill: Spill | None) -> None:
-        self.sink, self.spill = sink, spill
+    def __init__(self, transaction: Transaction) -> None:
+        self.transaction = transaction
         self._items: list[Item] = []
-        self._inside = False  # the sink holds rows of a unit that has not ended
+        self._inside = False  # the transaction holds rows of a unit that has not ended
 
     def add(self, kind: str, content: Any) -> None:
-        """Collect ("rows", (rows, ready)), ("end", progress) or ("dropped", counts)."""
+        """Collect ("rows", (rows, ready)) or ("end", cursor)."""
         if kind == "rows":
             rows, ready = content
             if ready is not None:
                 ready()
-            content = {site: (self._fetch(held), labels) for site, (held, labels) in rows.items()}
+            content = rows
         self._items.append((kind, content))
 
     def forget(self) -> None:
-        """Say that the sink was rolled back."""
+        """Say that the transaction was rolled back."""
         self._inside = False
 
     def flush(self) -> None:
-        """Give everything collected to the sink."""
+        """Give everything collected to the transaction."""
         items, self._items = self._items, []
         if self._inside:
-            # Its first rows are in the sink already and cannot be repeated.
+            # Its first rows are written already and cannot be repeated.
             first = _after_end(items, first=True)
             self._append(items[:first])
             self._end(items[:first])
@@ -53,14 +52,13 @@ class Units:
         try:
             self._append(items[:last])
         except (OSError, ValueError):
-            self.sink.rollback()
+            self.transaction.rollback()
             for item in items[:last]:
                 self._append([item])
                 self._end([item])
         else:
             self._end(items[:last])
         self._append(items[last:])
-        self._end(items[last:])  # no end there, but rows may have been dropped
         self._inside = self._inside or any(kind == "rows" for kind, _ in items[last:])
 
     def _append(self, items: Sequence[Item]) -> None:
@@ -70,24 +68,13 @@ class Units:
                 for site, piece in content.items():
                     pieces.setdefault(site, []).append(piece)
         for site, found in pieces.items():
-            self.sink.append(site, found)
+            self.transaction.append(site, found)
 
     def _end(self, items: Sequence[Item]) -> None:
-        for kind, content in items:
-            if kind == "dropped":
-                for site, lost in content.items():
-                    self.sink.drop(site, lost)
         ends = [content for kind, content in items if kind == "end"]
         if ends:
-            self.sink.end(next((p for p in reversed(ends) if p is not None), None))
+            self.transaction.end(next((c for c in reversed(ends) if c is not None), None))
             self._inside = False
-
-    def _fetch(self, held: Tensor | Spilled) -> Tensor:
-        if isinstance(held, Spilled):
-            if self.spill is None:
-                raise RuntimeError("store: expected a spill file behind spilled rows, got none")
-            return self.spill.take(held)
-        return held
 
 
 def _after_end(items: Sequence[Item], first: bool) -> int:

@@ -15,25 +15,19 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from .._atomic import write_atomic
-from .channel import POLICIES, Channel, Spill
+from ..io.atomic import write_atomic
 from .labels import BroadcastLabels, read_labels
-from .layout import (
-    DTYPES,
-    MANIFEST,
-    Manifest,
-    SiteEntry,
-    site_folder,
-)
-from .sink import Lock, Sink, check_facts, clean
-from .units import Units
+from .manifest import DTYPES, MANIFEST, Manifest, SiteEntry, site_folder
+from .queue import WriteQueue
+from .transaction import Lock, Transaction, check_facts, clean
+from .units import UnitBatch
 
 MODES = ("create", "append", "resume")
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class ActivationWriter:
-    """Writes rows of activations into a store; see `layout` for the files.
+    """Writes rows of activations into a store; see `manifest` for the files.
 
         with ActivationWriter("acts", {"cross:3": 160}) as writer:
             writer.write({"cross:3": rows}, step=4, branch="cond", prompt=17)
@@ -50,12 +44,8 @@ class ActivationWriter:
         branches: names of the CFG passes.
         mode: "create" (refuses a store that is there), "append" (needs one), "resume" (either).
         shard_bytes: a shard is closed by the unit that fills it.
-        queue_bytes: rows that may wait in memory.
-        policy: what `write` does when they are reached: "block" waits, "drop" throws the rows away
-            and counts them in the manifest, "spill" puts them into a temporary file in
-            `spill_folder`, "error" raises.
+        queue_bytes: rows that may wait in memory; `write` waits when they are reached.
         commit_seconds: longest time between commits while rows come in.
-        spill_folder: None = `folder`.
         provenance: kept in the manifest.
 
     Raises:
@@ -74,29 +64,24 @@ class ActivationWriter:
         mode: str = "create",
         shard_bytes: int = 256 << 20,
         queue_bytes: int = 256 << 20,
-        policy: str = "block",
         commit_seconds: float = 60.0,
-        spill_folder: str | Path | None = None,
         provenance: Mapping[str, Any] | None = None,
     ) -> None:
         self.folder = Path(folder)
         wanted = _manifest(sites, dtype, branches, provenance)
-        _check_options(mode, policy, shard_bytes, queue_bytes)
+        _check_options(mode, shard_bytes, queue_bytes)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = Lock(self.folder)
-        self._spill: Spill | None = None
         try:
             manifest = _open(self.folder, wanted, mode)
-            self._sink = Sink(self.folder, manifest, shard_bytes, commit_seconds)
-            if policy == "spill":
-                self._spill = Spill(Path(spill_folder or self.folder))
+            self._transaction = Transaction(self.folder, manifest, shard_bytes, commit_seconds)
         except BaseException:
             self._lock.release()
             raise
         self.dtype = dtype
         self.branches = tuple(branches)
         self.sites = dict(sites)
-        self._channel = Channel(queue_bytes, policy, self._spill, batch_bytes=shard_bytes)
+        self._queue = WriteQueue(queue_bytes, batch_bytes=shard_bytes)
         self._in_unit = False
         self._grid: Any = None
         self._failure: BaseException | None = None
@@ -107,24 +92,19 @@ class ActivationWriter:
     # -- what the caller does -------------------------------------------------------------------
 
     @property
-    def progress(self) -> int:
-        """The `progress` of the last unit that was committed: where to go on after a crash."""
-        return self._sink.manifest.progress
+    def cursor(self) -> int:
+        """The `cursor` of the last unit that was committed: where to go on after a crash."""
+        return self._transaction.manifest.cursor
 
     @property
     def rows(self) -> dict[str, int]:
         """Committed rows by site."""
-        return {name: site.rows for name, site in self._sink.manifest.sites.items()}
-
-    @property
-    def dropped(self) -> dict[str, int]:
-        """Rows thrown away by policy "drop" by site, as of the last commit."""
-        return {name: site.dropped for name, site in self._sink.manifest.sites.items()}
+        return {name: site.rows for name, site in self._transaction.manifest.sites.items()}
 
     @property
     def peak_bytes(self) -> int:
         """Most bytes of rows that ever waited in memory."""
-        return self._channel.peak_bytes
+        return self._queue.peak_bytes
 
     def set_grid(self, timesteps: ArrayLike, sigmas: ArrayLike | None = None) -> None:
         """Say which timestep and noise level every step number stands for, [S] each.
@@ -135,12 +115,12 @@ class ActivationWriter:
         times = np.asarray(timesteps, dtype=np.float64).tolist()
         noise = None if sigmas is None else np.asarray(sigmas, dtype=np.float64).tolist()
         if (times, noise) != self._grid:
-            self._ask(lambda: self._sink.set_grid(times, noise))
+            self._ask(lambda: self._transaction.set_grid(times, noise))
             self._grid = (times, noise)
 
     def set_prompts(self, prompts: Sequence[str], seeds: Sequence[int]) -> None:
         """Keep what the numbers of the `prompt` column stand for."""
-        self._ask(lambda: self._sink.set_prompts(prompts, seeds))
+        self._ask(lambda: self._transaction.set_prompts(prompts, seeds))
 
     def write(
         self,
@@ -152,7 +132,7 @@ class ActivationWriter:
         token: ArrayLike | None = None,
         copy: bool = True,
         ready: Callable[[], None] | None = None,
-    ) -> bool:
+    ) -> None:
         """Add rows of one or several sites.
 
         Args:
@@ -165,12 +145,9 @@ class ActivationWriter:
             ready: called before the rows are looked at; waits for a copy that is still under way.
                 Such rows must be on the CPU, in the dtype of the store, and handed over.
 
-        Returns:
-            Whether the rows were kept (False only with policy "drop").
-
         Raises:
             TypeError, ValueError: rows or labels that do not fit.
-            RuntimeError: the queue is full, with policy "error"; the writer is closed.
+            RuntimeError: the writer is closed.
             OSError: the writer thread has failed, for example on a full disk.
         """
         self._check_open()
@@ -181,20 +158,16 @@ class ActivationWriter:
         for site, tensor in rows.items():
             labels = read_labels(len(tensor), step, branch, prompt, token)
             packed[site] = (tensor.detach().to("cpu", target, copy=copy).contiguous(), labels)
-        kept = self._channel.put_rows(packed, ready)
-        if not kept:
-            lost = {site: len(tensor) for site, tensor in rows.items()}
-            self._channel.put(("dropped", lost), urgent=False)
+        self._queue.put_rows(packed, ready)
         if not self._in_unit:
-            self._channel.put(("end", None), urgent=False)
-        return kept
+            self._queue.put(("end", None), urgent=False)
 
     @contextlib.contextmanager
-    def unit(self, progress: int | None = None) -> Iterator[None]:
+    def unit(self, cursor: int | None = None) -> Iterator[None]:
         """Write several times, all or nothing; an exception inside forgets the rows of the unit.
 
         Args:
-            progress: what `ActivationWriter.progress` says once this unit is committed.
+            cursor: what `ActivationWriter.cursor` says once this unit is committed.
         """
         self._check_open()
         if self._in_unit:
@@ -203,16 +176,16 @@ class ActivationWriter:
         try:
             yield
         except BaseException:
-            self._channel.put(("rollback", None))
+            self._queue.put(("rollback", None))
             raise
         else:
-            self._channel.put(("end", progress), urgent=False)
+            self._queue.put(("end", cursor), urgent=False)
         finally:
             self._in_unit = False
 
     def flush(self) -> None:
         """Wait until everything is written, and commit it."""
-        self._ask(self._sink.commit)
+        self._ask(self._transaction.commit)
 
     def close(self) -> None:
         """Commit what is complete and end the thread.
@@ -225,10 +198,8 @@ class ActivationWriter:
         self._closed = True
         if self._thread.is_alive():
             with contextlib.suppress(BaseException):
-                self._channel.put(("close", None))
+                self._queue.put(("close", None))
         self._thread.join()
-        if self._spill is not None:
-            self._spill.close()
         self._lock.release()
         if self._failure is not None:
             raise self._failure
@@ -293,7 +264,7 @@ class ActivationWriter:
         """Have the thread do something in its turn, and wait for it."""
         self._check_open()
         answer = _Answer(question)
-        self._channel.put(("ask", answer))
+        self._queue.put(("ask", answer))
         while not answer.ready.wait(0.2):
             if not self._thread.is_alive():
                 raise self._failure or RuntimeError("store: the writer thread has ended")
@@ -301,36 +272,36 @@ class ActivationWriter:
             raise answer.error
 
     def _run(self) -> None:
-        units = Units(self._sink, self._spill)
+        units = UnitBatch(self._transaction)
         try:
             while True:
-                for kind, content in self._channel.get():
-                    if kind in ("rows", "end", "dropped"):
+                for kind, content in self._queue.get():
+                    if kind in ("rows", "end"):
                         units.add(kind, content)
                         continue
                     units.flush()
                     if kind == "ask":
                         content.run()
                     else:
-                        self._sink.rollback()
+                        self._transaction.rollback()
                         units.forget()
                     if kind == "close":
-                        self._sink.commit()
+                        self._transaction.commit()
                         return
                 units.flush()
-                self._channel.done()
+                self._queue.done()
         except BaseException as error:
             self._failure = self._salvage(error)
-            self._channel.fail(self._failure)
+            self._queue.fail(self._failure)
 
     def _salvage(self, error: BaseException) -> BaseException:
         """Keep the complete units if that is still possible; say what is intact."""
         try:
-            self._sink.rollback()
-            self._sink.commit()
+            self._transaction.rollback()
+            self._transaction.commit()
         except BaseException:
             with contextlib.suppress(OSError):
-                self._sink.abandon()
+                self._transaction.abandon()
         if not isinstance(error, OSError) or error.errno is None:
             return error
         kept = Manifest.read(self.folder)
@@ -379,13 +350,9 @@ def _manifest(
     return Manifest(_NAMES[dtype], entries, list(branches), provenance=dict(provenance or {}))
 
 
-def _check_options(mode: str, policy: str, shard_bytes: int, queue_bytes: int) -> None:
+def _check_options(mode: str, shard_bytes: int, queue_bytes: int) -> None:
     if mode not in MODES:
         raise ValueError(f"store: expected mode to be one of {', '.join(MODES)}, got {mode!r}")
-    if policy not in POLICIES:
-        raise ValueError(
-            f"store: expected policy to be one of {', '.join(POLICIES)}, got {policy!r}"
-        )
     for name, value in (("shard_bytes", shard_bytes), ("queue_bytes", queue_bytes)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"store: expected {name} >= 1, got {value!r}")

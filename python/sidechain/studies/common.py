@@ -3,24 +3,21 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import math
-import os
-import platform
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import pandas as pd
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from .._version import __version__
-from ..data.music.attributes import ATTRIBUTES
+from .._errors import InputError
+from ..io.run_folder import digest
 from ..taps import share
+from ..zoo.checksums import CHECKSUMS, WEIGHTS
+from ..zoo.music.attributes import ATTRIBUTES
+from .config import MODEL
 
 Array = NDArray[np.float64]
 Item = TypeVar("Item")
@@ -29,20 +26,53 @@ Item = TypeVar("Item")
 LOCALIZE_PROMPTS, VECTOR_PROMPTS, TEST_PROMPTS = 11, 23, 37
 
 
-def load(model: str) -> tuple[Any, dict[str, Any]]:
+def load(model: str, device: str = "cpu", dtype: str = "float32") -> tuple[Any, dict[str, Any]]:
     """Pipeline and judges of "zoo:music", or of a folder with a saved `MusicPipeline`.
 
+    Args:
+        model: which.
+        device: of both.
+        dtype: of the pipeline; the judges stay in float32.
+
     Raises:
-        ValueError: another name.
+        InputError: another name, or a device that this machine does not have.
         FileNotFoundError: no such folder.
     """
     from .. import zoo
 
-    if model != "zoo:music" and not Path(model).is_dir():
-        raise ValueError(f"model: expected zoo:music or a folder, got {model!r}")
-    pipe = zoo.music() if model == "zoo:music" else zoo.music(folder=model)
+    if model != MODEL and not Path(model).is_dir():
+        raise InputError(f"model: expected {MODEL} or a folder, got {model!r}")
+    check_device(device)
+    folder = None if model == MODEL else model
+    pipe = zoo.music(device, getattr(torch, dtype), folder)
     pipe.set_progress_bar_config(disable=True)
-    return pipe, zoo.judges()
+    return pipe, zoo.judges(device)
+
+
+def check_device(name: str) -> None:
+    """Check that torch can use a device.
+
+    Raises:
+        InputError: it cannot; the message has torch's reason.
+    """
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"--device: expected a device of this machine, got {name!r} ({reason})"
+        ) from None
+
+
+def inputs(config: Any) -> dict[str, str]:
+    """Digests of what a study reads, by field of its settings: a path does not say what it is."""
+    model = getattr(config, "model", MODEL)
+    found = {"model": digest(WEIGHTS / "music" / CHECKSUMS) if model == MODEL else digest(model)}
+    for name in ("vector", "dictionaries"):
+        path = getattr(config, name, None)
+        if path is not None:
+            found[name] = digest(path)
+    return found
 
 
 def noise_seed(seed: int, index: int) -> int:
@@ -75,7 +105,7 @@ def readings(judges: Mapping[str, Any], latents: Tensor) -> dict[str, dict[str, 
     return {
         name: {
             attribute: values.double().cpu().numpy()
-            for attribute, values in judge.probabilities(latents).items()
+            for attribute, values in judge.probabilities(latents.float()).items()
         }
         for name, judge in judges.items()
     }
@@ -102,93 +132,3 @@ def batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
     """Consecutive pieces of at most `size` items."""
     for start in range(0, len(items), size):
         yield items[start : start + size]
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a whole file or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
-
-
-def write_table(path: Path, table: pd.DataFrame) -> None:
-    """Write a table as CSV, whole or not at all."""
-    write_text(path, table.to_csv(index=False, float_format="%.6f"))
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON, whole or not at all; what is undefined (NaN) becomes null."""
-    text = json.dumps(_nan_to_none(content), indent=1, default=str, allow_nan=False)
-    write_text(path, text + "\n")
-
-
-def _nan_to_none(content: Any) -> Any:
-    if isinstance(content, Mapping):
-        return {key: _nan_to_none(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [_nan_to_none(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content
-
-
-def digest(path: Path) -> str:
-    """SHA-256 of a file, for configs: its path alone does not say what is in it."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def facts() -> dict[str, str]:
-    """Versions that a manifest should name."""
-    import diffusers
-
-    return {
-        "sidechain": __version__,
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "python": platform.python_version(),
-        "threads": str(torch.get_num_threads()),
-    }
-
-
-class RunFolder:
-    """A folder that remembers its config and the finished parts of a run."""
-
-    def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
-        """Open `path`, or start it; a folder in which nothing was finished yet starts anew.
-
-        Raises:
-            ValueError: it holds a run with another config.
-            PermissionError: it cannot be written.
-        """
-        self.path = path
-        text = json.dumps(config, sort_keys=True, default=str)
-        config_hash = hashlib.sha256(text.encode()).hexdigest()[:16]
-        manifest = path / "manifest.json"
-        if manifest.is_file() and not self._unused():
-            known = json.loads(manifest.read_text())
-            if known.get("config_hash") != config_hash:
-                raise ValueError(
-                    f"--out: expected a new folder or the same settings as in {manifest}, "
-                    "got other settings"
-                )
-        else:
-            write_json(
-                manifest,
-                {"config_hash": config_hash, "config": json.loads(text), "versions": facts()},
-            )
-        (path / "parts").mkdir(exist_ok=True)
-
-    def _unused(self) -> bool:
-        others = {entry.name for entry in self.path.iterdir()} - {"manifest.json", "parts"}
-        return not others and not any(self.path.glob("parts/*.csv"))
-
-    def part(self, name: str) -> pd.DataFrame | None:
-        """A finished part, or None."""
-        file = self.path / "parts" / f"{name}.csv"
-        return pd.read_csv(file, keep_default_na=False) if file.is_file() else None
-
-    def save_part(self, name: str, rows: pd.DataFrame) -> pd.DataFrame:
-        """Save a part; reading it back gives the same numbers as a continued run would see."""
-        write_table(self.path / "parts" / f"{name}.csv", rows)
-        saved = self.part(name)
-        assert saved is not None
-        return saved

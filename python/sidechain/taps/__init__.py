@@ -2,10 +2,10 @@
 """What happens at a site: record it, replace it, steer it."""
 
 from .base import Tap
-from .capturing import Capture, Labels, capture, contexts
-from .patching import Patch, patch
-from .sharing import Share, share
-from .steering import MODES, Steer, VectorLike, steer
+from .cache_context import Share, share
+from .capture import Capture, Labels, capture, contexts
+from .patch import Patch, patch
+from .steer import MODES, Steer, VectorLike, steer
 
 __all__ = [
     "MODES",

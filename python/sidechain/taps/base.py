@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from ..sites import Run, RunContext, Site, SiteList, observe, release
+from ..pipelines import Run, RunContext, Site, SiteList, observe, release
 from . import processor
 from .options import Steps, Window, same_device
 from .processor import Operation

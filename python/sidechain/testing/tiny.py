@@ -161,10 +161,10 @@ def _stable_audio(layers: int, scheduler: Any) -> Any:
 
 
 def _music(layers: int, scheduler: Any) -> Any:
-    from ..zoo.codec import LinearMelCodec
-    from ..zoo.pipeline import MusicPipeline
+    from ..zoo.music.codec import LinearMelCodec
+    from ..zoo.music.pipeline import MusicPipeline
+    from ..zoo.music.text import build_text_encoder, build_tokenizer
     from ..zoo.recipes.train_music import MusicRecipe, build_scheduler, build_transformer
-    from ..zoo.text import build_text_encoder, build_tokenizer
 
     tokenizer = build_tokenizer()
     transformer = build_transformer(MusicRecipe(layers=layers, heads=2, head_width=8))

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..sites import SiteList, SitePattern, config_hash
-from ..sites import sites as list_sites
+from ..pipelines import SiteList, SitePattern, config_hash
+from ..pipelines import sites as list_sites
+from ..pipelines.generate import generate, model_name, quiet_settings, spread_seeds
 from ..taps import Capture, capture
-from ..taps.generation import generate, model_name, quiet_settings, spread_seeds
 from .vector import Provenance, SteeringVector, unit
 
 

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..pipelines import config_hash
+from ..pipelines import sites as list_sites
+from ..pipelines.generate import model_name
 from ..sae import Sae
-from ..sae.scoring import FeatureStatistics, on_grid
-from ..sites import config_hash
-from ..sites import sites as list_sites
-from ..taps.generation import model_name
+from ..sae.features.scoring import FeatureStatistics, on_grid
 from .vector import Provenance, SteeringVector
 
 #: Weights of scores [k] that sum to 1; "natural" and "none" are of their own.
@@ -50,7 +50,7 @@ def sae_features(
         pipe: the pipeline that the statistics are of.
         saes: dictionary of each site.
         statistics: of `feature_statistics`, by the same keys.
-        method: score that picks features, one of `sidechain.sae.scoring.METHODS`.
+        method: score that picks features, one of `sidechain.sae.features.scoring.METHODS`.
         count: features at each step.
         weighting: "natural": a_j is how much more feature j is kept with the concept than without
             it, so that strength 1 is the natural difference in these features; "none": a_j = 1,

@@ -12,9 +12,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from .._tensors import read_tensors, write_tensors
-from ..sites import SitePattern, config_hash, sites
-from ..taps.grid import resample, same_grid
+from ..io.tensors import read_tensors, write_tensors
+from ..pipelines import SitePattern, config_hash, sites
+from ..pipelines.time_grid import resample, same_grid
 
 FORMAT = "sidechain.vector"
 FORMAT_VERSION = 1

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
+# The folder `music` is imported first: loaded later, it would take the place of the function.
+from . import music as _music  # noqa: F401
 from .load import dictionaries, dictionary, dictionary_file, judges, localized, music
 
 __all__ = [
@@ -20,7 +22,7 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "music_tagger":  # its module needs diffusers and librosa
-        from .musicnn import music_tagger
+        from .music.musicnn import music_tagger
 
         return music_tagger
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

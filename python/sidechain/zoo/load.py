@@ -1,54 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load the shipped music model and its judges, after a check that their files are whole."""
+"""Load what ships with the package, after a check that its files are whole."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+from .._errors import InputError
+from .checksums import CHECKSUMS, WEIGHTS, verify
 
-from ..sae import Sae
+if TYPE_CHECKING:
+    import torch
 
-WEIGHTS = Path(__file__).resolve().parent / "weights"
-CHECKSUMS = "checksums.json"
+    from ..sae import Sae
+
 SAES = "sae"
-
-
-def write_checksums(folder: Path) -> None:
-    """Write `checksums.json` (SHA-256 of every other file below `folder`)."""
-    sums = {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != CHECKSUMS
-    }
-    (folder / CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n")
-
-
-def verify(folder: Path) -> None:
-    """Check a weight folder against its checksums.
-
-    Raises:
-        FileNotFoundError: the folder, its list or a listed file is missing.
-        ValueError: a file differs from what was saved.
-    """
-    listing = folder / CHECKSUMS
-    if not listing.is_file():
-        raise FileNotFoundError(f"zoo: expected weights with {CHECKSUMS} in {folder}, got none")
-    for name, expected in json.loads(listing.read_text()).items():
-        path = folder / name
-        if not path.is_file():
-            raise FileNotFoundError(f"zoo: expected the file {path} [{CHECKSUMS}], got none")
-        found = hashlib.sha256(path.read_bytes()).hexdigest()
-        if found != expected:
-            raise ValueError(
-                f"zoo: expected {name} with SHA-256 {expected[:12]}..., got {found[:12]}...; "
-                "the file is damaged, install the package again"
-            )
 
 
 def _folder(given: Path | str | None, shipped: str) -> Path:
@@ -78,34 +48,48 @@ def _quiet() -> Iterator[None]:
 
 def music(
     device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     folder: Path | str | None = None,
 ) -> Any:
     """The text-to-music pipeline of the zoo, ready to call.
 
     Args:
         device: where to put it.
-        dtype: float32, or float16 | bfloat16 on devices that compute in them.
+        dtype: None = float32, or float16 | bfloat16 on devices that compute in them.
         folder: another saved `MusicPipeline` instead of the shipped one.
 
     Returns:
-        A `sidechain.zoo.pipeline.MusicPipeline`.
+        A `sidechain.zoo.music.pipeline.MusicPipeline`.
 
     Raises:
         FileNotFoundError: no weights there.
+        InputError: a folder with something else.
         ValueError: a damaged weight file.
 
     Example:
         >>> audio = sidechain.zoo.music()("a happy violin melody with drums").audios[0]
     """
-    from .pipeline import MusicPipeline
+    import torch
+
+    from .music import codec
+    from .music.pipeline import MusicPipeline
 
     path = _folder(folder, "music")
+    # Folders saved before the codec moved name its old module, which diffusers looks up here.
+    sys.modules.setdefault("sidechain.zoo.codec", codec)
     with _quiet():
-        pipe = MusicPipeline.from_pretrained(path, local_files_only=True)
+        try:
+            pipe = MusicPipeline.from_pretrained(path, local_files_only=True)
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            if folder is None:
+                raise
+            raise InputError(
+                f"music: expected a saved MusicPipeline in {path}, got "
+                f"{type(error).__name__}: {' '.join(str(error).split())}"
+            ) from error
     # The argument of from_pretrained for the dtype changed its name; modules' own `to` did not.
     for part in (pipe.text_encoder, pipe.transformer, pipe.codec):
-        torch.nn.Module.to(part, device, dtype)
+        torch.nn.Module.to(part, device, dtype or torch.float32)
     return pipe
 
 
@@ -116,7 +100,7 @@ def judges(device: str | torch.device = "cpu", folder: Path | str | None = None)
         FileNotFoundError: no weights there.
         ValueError: a damaged weight file.
     """
-    from .judge import LatentJudge, MelJudge
+    from .music.judge import LatentJudge, MelJudge
 
     path = _folder(folder, "judges")
     with _quiet():
@@ -151,6 +135,8 @@ def dictionary(site: str, device: str | torch.device = "cpu") -> Sae:
         raise ValueError(
             f"dictionary: expected a site of {', '.join(known) or 'none shipped'}, got {site!r}"
         )
+    from ..sae import Sae
+
     folder = WEIGHTS / SAES
     verify(folder)
     return Sae.load(folder / dictionary_file(site), device=device)

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from sidechain.sae import Normaliser, SaeConfig
-from sidechain.sae.state import Rows, TrainState
-from sidechain.sae.step import train_step
-from sidechain.sae.train_config import TrainConfig
+from sidechain.sae.training.state import Rows, TrainState
+from sidechain.sae.training.step import train_step
+from sidechain.sae.training.train_config import TrainConfig
 
 from .common import LR, Shape, Start
 

@@ -16,9 +16,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from ..._atomic import write_atomic
+from ...io.atomic import write_atomic
+from ...io.run_folder import write_json as write_json
+from ...io.tensors import write_safetensors as write_safetensors
 from ..config import Provenance, SaeConfig
-from ..files import fill
 from ..model import Sae
 
 #: Rows whose norm is this close to 1 were normalised, in whatever precision they were kept.
@@ -48,17 +49,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file, whole or not at all; its folder is made if it is missing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, data)
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON object, whole or not at all."""
-    write_bytes(path, (json.dumps(content, indent=1) + "\n").encode())
-
-
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """Read every tensor of a safetensors file, as it was stored.
 
@@ -76,16 +66,11 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         ) from None
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors as one safetensors file, whole or not at all."""
-    write_bytes(path, safetensors.torch.save({k: cpu(t) for k, t in tensors.items()}))
-
-
 def write_pickle(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a state dict with `torch.save`, whole or not at all."""
     stream = io.BytesIO()
     torch.save({k: cpu(t) for k, t in tensors.items()}, stream)
-    write_bytes(path, stream.getvalue())
+    write_atomic(path, stream.getvalue())
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
@@ -157,7 +142,7 @@ def assemble(
     )
     given = {name: tensor.float() for name, tensor in tensors.items()}
     try:
-        fill(sae, given)
+        sae.fill(given)
     except ValueError as error:
         raise ValueError(f"formats: {source}: {error}") from None
     return sae.eval()

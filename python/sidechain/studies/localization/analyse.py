@@ -6,11 +6,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
+from ...io.run_folder import write_json, write_table
 from ...metrics.bootstrap import (
     ConceptScores,
     Interval,
@@ -27,21 +28,14 @@ from ...metrics.impact import (
     rank_stability,
     ranking,
 )
-from .. import common
 
 if TYPE_CHECKING:
-    from .run import LocalizationConfig
+    from .config import LocalizationConfig
 
 #: The ranking reads both judges: the mean of their scores.
 BOTH = "both"
 #: Share of the full effect that the sites to steer at must carry together when patched.
 STEERED_SHARE = 0.5
-
-
-class _Settings(Protocol):
-    tau: float
-    concepts: tuple[str, ...]
-    seeds: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -184,10 +178,10 @@ class Localization:
 
     def write(self, out: Path) -> None:
         """Write `scores.csv`, `impact.csv`, `ranking.csv` and `summary.json`."""
-        common.write_table(out / "scores.csv", self.scores)
-        common.write_table(out / "impact.csv", self.impact_table())
-        common.write_table(out / "ranking.csv", self.ranking_table())
-        common.write_json(out / "summary.json", self.summary())
+        write_table(out / "scores.csv", self.scores)
+        write_table(out / "impact.csv", self.impact_table())
+        write_table(out / "ranking.csv", self.ranking_table())
+        write_json(out / "summary.json", self.summary())
 
 
 def analyse(config: LocalizationConfig, sites: Sequence[str], scores: pd.DataFrame) -> Localization:

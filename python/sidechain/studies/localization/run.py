@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
@@ -19,32 +18,14 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ...data.concepts import DEFAULT_CONCEPTS, concept
-from ...metrics.impact import TAU
-from ...sites import sites as list_sites
+from ...io.run_folder import RunFolder
+from ...pipelines import sites as list_sites
 from ...taps import contexts, patch
+from ...zoo.music.concepts import concept
 from .. import common
 from .analyse import Localization, analyse
+from .config import LocalizationConfig
 from .presets import Preset, row_masks, single_presets, top_presets, window_presets
-
-
-@dataclass(frozen=True)
-class LocalizationConfig:
-    """Settings of `sidechain localize`; see `sidechain localize --help`."""
-
-    out: Path
-    model: str = "zoo:music"
-    concepts: tuple[str, ...] = DEFAULT_CONCEPTS
-    prompts: Mapping[str, Sequence[tuple[str, str]]] | None = None
-    sites: str = "cross:*"
-    how: str = "context"
-    windows: int = 1
-    pairs: int = 16
-    seeds: tuple[int, ...] = (0,)
-    steps: int = 20
-    guidance: float = 3.0
-    batch_rows: int = 64
-    tau: float = TAU
 
 
 @dataclass(frozen=True)
@@ -74,10 +55,11 @@ def run(config: LocalizationConfig) -> Localization:
     """
     for name in config.concepts:
         concept(name)
-    pipe, judges = common.load(config.model)
+    config.check_prompts()
+    pipe, judges = common.load(config.model, config.device, config.dtype)
     names = _site_names(pipe, config)
     presets = single_presets(names) + window_presets(names, config.windows)
-    folder = common.RunFolder(config.out, {**asdict(config), "out": None})
+    folder = RunFolder(config.out, "localize", config, common.inputs(config))
     everywhere = dict.fromkeys(config.concepts, presets)
     parts = _measure(config, folder, pipe, judges, everywhere, "sites", config.seeds)
     ranking = analyse(config, names, parts)
@@ -97,7 +79,7 @@ def _site_names(pipe: Any, config: LocalizationConfig) -> list[str]:
 
 def _measure(
     config: LocalizationConfig,
-    folder: common.RunFolder,
+    folder: RunFolder,
     pipe: Any,
     judges: Mapping[str, Any],
     presets: Mapping[str, Sequence[Preset]],

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from ...data.concepts import Concept
+from ...io.run_folder import write_json, write_table
 from ...metrics import curves
 from ...metrics.bootstrap import Interval, mean_interval, proportion_interval
-from .. import common
+from ...zoo.music.concepts import Concept
 
 #: Arms whose reach sets the cut-off of the area: the real directions, not the controls.
 CUTOFF_ARMS = ("localized", "all")
@@ -129,10 +129,10 @@ class Steering:
 
     def write(self, out: Path) -> None:
         """Write `readings.csv`, `curves.csv`, `scores.csv` and `summary.json`."""
-        common.write_table(out / "readings.csv", self.readings)
-        common.write_table(out / "curves.csv", self.curve_table())
-        common.write_table(out / "scores.csv", self.score_table())
-        common.write_json(
+        write_table(out / "readings.csv", self.readings)
+        write_table(out / "curves.csv", self.curve_table())
+        write_table(out / "scores.csv", self.score_table())
+        write_json(
             out / "summary.json",
             {
                 "concept": self.concept.name,

@@ -8,8 +8,9 @@ random direction of the same norm at the localized sites. Strength 0 is generate
 from __future__ import annotations
 
 import contextlib
+import io
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,42 +20,19 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ...data.concepts import Concept, concept
+from ..._errors import InputError
+from ...io.atomic import write_atomic
+from ...io.run_folder import RunFolder
 from ...metrics.distance import feature_distance
-from ...sites import sites as list_sites
+from ...pipelines import sites as list_sites
 from ...taps import steer
 from ...vectors import SteeringVector
+from ...zoo.music.concepts import CONCEPTS, Concept, concept
 from .. import common
-from ..vectors import METHODS, VectorConfig, build, dictionaries
+from ..vectors.config import VectorConfig
+from ..vectors.run import build, dictionaries
 from .analyse import Steering, analyse
-
-ARMS = ("localized", "all", "ablated", "random")
-
-
-@dataclass(frozen=True)
-class SteeringConfig:
-    """Settings of `sidechain steer`; see `sidechain steer --help`."""
-
-    out: Path
-    concept: str | None = None
-    vector: Path | None = None
-    model: str = "zoo:music"
-    strengths: tuple[float, ...] = (0.0, 1.0, 2.0, 4.0, 8.0)
-    sites: str | None = None
-    prompts: int | tuple[str, ...] = 16
-    arms: tuple[str, ...] = ARMS
-    passes: str = "cond_only"
-    renorm: bool = False
-    steps: int = 20
-    guidance: float = 3.0
-    batch_rows: int = 64
-    seed: int = 0
-    audio: bool = False
-    method: str = "caa"
-    dictionaries: Path | None = None
-    features: int = 20
-    score: str = "tada"
-    weighting: str = "natural"
+from .config import SteeringConfig
 
 
 @dataclass(frozen=True)
@@ -73,21 +51,36 @@ def run(config: SteeringConfig) -> Steering:
         ValueError: neither concept nor vector, a vector of another model, unknown sites, or `out`
             holds a run with other settings.
     """
-    pipe, judges = common.load(config.model)
+    pipe, judges = common.load(config.model, config.device, config.dtype)
     given = None if config.vector is None else SteeringVector.load(config.vector, pipe)
-    name = config.concept or (given.concept if given is not None else None)
-    if name is None:
-        raise ValueError("steer: expected a concept or a vector file, got neither")
-    wanted = concept(name)
+    wanted = scored_concept(config, given)
     localized = localized_sites(pipe, config.sites, wanted.name)
     _check_sites(pipe, localized, _held_sites(config, pipe, given))
-    content = None if config.vector is None else common.digest(config.vector)
-    folder = common.RunFolder(config.out, {**asdict(config), "out": None, "vector": content})
+    folder = RunFolder(config.out, "steer", config, common.inputs(config))
     vector = given if given is not None else _make_vector(config, pipe, wanted, folder)
     readings = sweep(config, pipe, judges, vector, wanted, localized, folder)
     result = analyse(readings, wanted, localized)
     result.write(config.out)
     return result
+
+
+def scored_concept(config: SteeringConfig, given: SteeringVector | None) -> Concept:
+    """Return the concept that the classifiers read: the one steered, unless `scored_as` names it.
+
+    Raises:
+        InputError: neither a concept nor a vector, or one that no classifier knows.
+    """
+    name = config.concept or (given.concept if given is not None else None)
+    if name is None and config.scored_as is None:
+        raise InputError("steer: expected a concept or a vector file, got neither")
+    if config.scored_as is not None:
+        return concept(config.scored_as)
+    if given is not None and name not in CONCEPTS:
+        raise InputError(
+            f"--scored-as: expected one of {', '.join(CONCEPTS)} [what the classifiers score; the "
+            f"vector {config.vector} is of {name!r}], got none"
+        )
+    return concept(name or "")
 
 
 def localized_sites(pipe: Any, pattern: str | None, name: str) -> list[str]:
@@ -103,10 +96,6 @@ def _held_sites(config: SteeringConfig, pipe: Any, given: SteeringVector | None)
     """Sites that the vector has, or will have once it is made."""
     if given is not None:
         return given.sites
-    if config.method not in METHODS:
-        raise ValueError(
-            f"steer: expected method to be one of {', '.join(METHODS)}, got {config.method!r}"
-        )
     if config.method == "sae":
         return list(dictionaries(pipe, VectorConfig.sites, config.dictionaries))
     return VectorConfig.sites
@@ -122,7 +111,7 @@ def _check_sites(pipe: Any, localized: Sequence[str], pattern: Any) -> None:
 
 
 def _make_vector(
-    config: SteeringConfig, pipe: Any, wanted: Concept, folder: common.RunFolder
+    config: SteeringConfig, pipe: Any, wanted: Concept, folder: RunFolder
 ) -> SteeringVector:
     saved = folder.path / "vector.safetensors"
     if saved.is_file():
@@ -130,7 +119,7 @@ def _make_vector(
     made = build(
         pipe,
         VectorConfig(
-            concept=wanted.name,
+            concept=config.concept or wanted.name,
             normalise=False,
             steps=config.steps,
             guidance=config.guidance,
@@ -162,7 +151,7 @@ def sweep(
     vector: SteeringVector,
     wanted: Concept,
     localized: Sequence[str],
-    folder: common.RunFolder | None = None,
+    folder: RunFolder | None = None,
 ) -> pd.DataFrame:
     """Readings of every clip; batches that are parts of `folder` are not generated again.
 
@@ -245,7 +234,7 @@ def _read(
     tables = []
     for name, judge in judges.items():
         with torch.no_grad():
-            stages = judge.stages(latents)
+            stages = judge.stages(latents.float())
             distance = feature_distance(stages, [stage[origin] for stage in stages])
         table = pd.DataFrame(
             {
@@ -257,7 +246,7 @@ def _read(
                 "judge": name,
                 "score": found[name][wanted.attribute][:, wanted.class_index],
                 "distance": np.where(
-                    [row.arm == "none" for row in rows], 0.0, distance.double().numpy()
+                    [row.arm == "none" for row in rows], 0.0, distance.double().cpu().numpy()
                 ),
             }
         )
@@ -277,4 +266,6 @@ def _write_audio(out: Path, pipe: Any, latents: Tensor, rows: Sequence[Row]) -> 
     waves = pipe.codec.audio(pipe.codec.decode(latents))
     for row, wave in zip(rows, waves, strict=True):
         name = f"{row.prompt:03d}_{row.arm}_{row.strength:g}.flac"
-        soundfile.write(folder / name, wave, pipe.codec.config.sample_rate)
+        clip = io.BytesIO()
+        soundfile.write(clip, wave, pipe.codec.config.sample_rate, format="FLAC")
+        write_atomic(folder / name, clip.getvalue())

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from .. import judges, music, music_tagger
-from ..load import WEIGHTS, write_checksums
+from ..checksums import WEIGHTS, write_checksums
 from . import dataset, train_judges, train_music
 from .card import write_card
 from .evaluate import evaluate, write

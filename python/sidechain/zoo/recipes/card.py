@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ...io.atomic import write_text
+
 _HEAD = """---
 license: apache-2.0
 library_name: diffusers
@@ -38,7 +40,7 @@ _LIMITS = """
 
 ## Data and licence
 Clips were rendered with the FluidR3 sound font (MIT, Frank Wen); captions come from templates in
-`sidechain.data.music`. Weights: Apache-2.0. `make zoo-music` makes all of it again from nothing.
+`sidechain.zoo.music`. Weights: Apache-2.0. `make zoo-music` makes all of it again from nothing.
 """
 
 
@@ -136,4 +138,4 @@ def write_card(music: Path, judges: Path) -> None:
     }
     training = json.loads((music / "training.json").read_text())
     evaluation = json.loads((music / "evaluation.json").read_text())
-    (music / "README.md").write_text(card(training, evaluation, facts))
+    write_text(music / "README.md", card(training, evaluation, facts))

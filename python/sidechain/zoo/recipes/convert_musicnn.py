@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..load import WEIGHTS, write_checksums
-from ..musicnn import MusicTagger
+from ...io.atomic import write_text
+from ..checksums import WEIGHTS, write_checksums
+from ..music.musicnn import MusicTagger
 from .tensor_bundle import read_bundle
 
 EPSILON = 1e-3  # of TensorFlow's batch normalisation
@@ -104,7 +105,7 @@ def export(target: Path) -> None:
     licence = metadata.distribution("musicnn").read_text("LICENSE.md")
     if not licence:
         raise FileNotFoundError("convert_musicnn: expected LICENSE.md in the wheel, got none")
-    (target / "LICENSE").write_text(licence.strip() + "\n")
+    write_text(target / "LICENSE", licence.strip() + "\n")
     write_checksums(target)
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ...data.music.attributes import ATTRIBUTES, draw
-from ..codec import log_mel
+from ...io.atomic import replacing, write_text
+from ..music.attributes import ATTRIBUTES, draw
+from ..music.codec import log_mel
 
 CHUNK = 250
 #: Test clips have seeds from here on, training clips below.
@@ -20,7 +21,7 @@ TEST_SEED = 1_000_000
 
 
 def _render_chunk(seeds: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    from ...data.music.render import Renderer
+    from ..music.render import Renderer
 
     render = Renderer()
     clips = [draw(seed) for seed in seeds]
@@ -56,10 +57,11 @@ def build(folder: Path, *, train: int, test: int, workers: int | None = None) ->
         mels.flush()
         del mels
         os.replace(temporary, mels_path)
-        np.save(labels_path, labels)
+        with replacing(labels_path) as partial, open(partial, "wb") as file:
+            np.save(file, labels)
     facts = {
         "train": train,
         "test": test,
         "attributes": {k: list(v) for k, v in ATTRIBUTES.items()},
     }
-    (folder / "dataset.json").write_text(json.dumps(facts, indent=2))
+    write_text(folder / "dataset.json", json.dumps(facts, indent=2))

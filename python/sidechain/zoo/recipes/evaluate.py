@@ -8,7 +8,6 @@ training caption had. Every cell counts clips whose most probable class is the o
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +19,10 @@ from scipy.stats import mannwhitneyu
 from torch import Tensor
 from tqdm import tqdm
 
-from ...data.music.attributes import ATTRIBUTES, GENRES, INSTRUMENTS
-from ...data.music.captions import describe
+from ...io.atomic import write_text
 from ...metrics.bootstrap import proportion_interval
+from ..music.attributes import ATTRIBUTES, GENRES, INSTRUMENTS
+from ..music.captions import describe
 
 PROMPT_SEED = 90_001
 
@@ -167,8 +167,8 @@ def _row(cell: Cell, latents: Tensor, judges: Mapping[str, Any]) -> dict[str, An
 
 def _witness(heard: list[tuple[Cell, Any]]) -> list[dict[str, Any]]:
     """AUC of the tagger's evidence for every concept that its tags have words for."""
-    from ...data.concepts import CONCEPTS
-    from ..musicnn import WITNESSES
+    from ..music.concepts import CONCEPTS
+    from ..music.musicnn import WITNESSES
 
     rows = []
     for name in WITNESSES:
@@ -196,6 +196,4 @@ def _witness(heard: list[tuple[Cell, Any]]) -> list[dict[str, Any]]:
 
 def write(rows: Any, path: Path) -> None:
     """Write the rows as JSON, atomically."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(rows, indent=1) + "\n")
-    os.replace(partial, path)
+    write_text(path, json.dumps(rows, indent=1) + "\n")

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from ...data.music.captions import FILLERS
-from ..codec import LinearMelCodec
-from ..load import write_checksums
-from ..pipeline import MusicPipeline
-from ..text import build_text_encoder, build_tokenizer
+from ...io.atomic import write_text
+from ..checksums import write_checksums
+from ..music.captions import FILLERS
+from ..music.codec import LinearMelCodec
+from ..music.pipeline import MusicPipeline
+from ..music.text import build_text_encoder, build_tokenizer
 from .train_music import MusicRecipe, build_scheduler, build_transformer
 
 
@@ -64,7 +65,7 @@ def export_music(run: Path, target: Path, recipe: MusicRecipe) -> None:
     for path in target.rglob("config.json"):  # where a part was loaded from is nobody's business
         config = json.loads(path.read_text())
         config.pop("_name_or_path", None)
-        path.write_text(json.dumps(config, indent=2) + "\n")
+        write_text(path, json.dumps(config, indent=2) + "\n")
     shutil.copy(run / "log.jsonl", target / "training_log.jsonl")
     shutil.copy(run / "training.json", target / "training.json")
     write_checksums(target)

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ...data.music.attributes import ATTRIBUTES
-from ..codec import LinearMelCodec
-from ..judge import Judge, LatentJudge, MelJudge
+from ...io.atomic import write_text
+from ..music.attributes import ATTRIBUTES
+from ..music.codec import LinearMelCodec
+from ..music.judge import Judge, LatentJudge, MelJudge
 from .train_music import encode_all
 
 
@@ -117,4 +118,4 @@ def train(
             "seconds": round(seconds),
         }
         judge.save_pretrained(out / name)
-        (out / name / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
+        write_text(out / name / "training.json", json.dumps(facts, indent=2) + "\n")

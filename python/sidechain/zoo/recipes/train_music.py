@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,14 +18,15 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DPMSolverMultistepScheduler, StableAudioDiTModel
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ...data.music.captions import caption
-from ..codec import LinearMelCodec
-from ..pipeline import rotary_embedding
-from ..text import MAX_TOKENS, TEXT_WIDTH, build_text_encoder, build_tokenizer
+from ...io.atomic import replacing, write_text
+from ...io.tensors import write_safetensors
+from ..music.captions import caption
+from ..music.codec import LinearMelCodec
+from ..music.pipeline import rotary_embedding
+from ..music.text import MAX_TOKENS, TEXT_WIDTH, build_text_encoder, build_tokenizer
 
 TRAIN_TIMESTEPS = 1000
 GLOBAL_WIDTH = 64  # width of the (always zero) global condition; text acts by cross-attention only
@@ -186,7 +186,7 @@ def train(data: Path, out: Path, recipe: MusicRecipe) -> None:
             _save(out, model, optimizer, average, step, seconds)
             saved = time.perf_counter()
     summary = {"recipe": asdict(recipe), "clips": len(latents), "seconds": round(seconds), **facts}
-    (out / "training.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_text(out / "training.json", json.dumps(summary, indent=2) + "\n")
 
 
 def _step_loss(
@@ -233,7 +233,6 @@ def _save(
         "step": step,
         "seconds": seconds,
     }
-    torch.save(state, out / "state.partial.pt")
-    os.replace(out / "state.partial.pt", out / "state.pt")
-    save_file(average, out / "ema.partial.safetensors")
-    os.replace(out / "ema.partial.safetensors", out / "ema.safetensors")
+    with replacing(out / "state.pt") as partial:
+        torch.save(state, partial)
+    write_safetensors(out / "ema.safetensors", average)

@@ -20,10 +20,12 @@ from typing import Any
 import torch
 
 from ... import sae, store
-from ...data.music.captions import fresh_captions
+from ...io.atomic import write_text
 from ...sae import Sae
-from ...sae.health import measure
-from ..load import SAES, WEIGHTS, dictionary_file, music, write_checksums
+from ...sae.features.evaluate import measure
+from ..checksums import WEIGHTS, write_checksums
+from ..load import SAES, dictionary_file, music
+from ..music.captions import fresh_captions
 
 #: All cross-attentions of the model: a concept enters through several of them.
 SITES = tuple(f"cross:{index}" for index in range(8))
@@ -148,8 +150,8 @@ def make(out: Path, sites: Sequence[str], recipe: SaeRecipe) -> dict[str, dict[s
         trained = train(source, out / "runs" / dictionary_file(site).partition(".")[0], recipe)
         figures[site] = publish(trained, (source, held_out), target)
     text = json.dumps({"recipe": asdict(recipe), "sites": figures}, indent=1)
-    (target / "evaluation.json").write_text(text + "\n")
-    (target / "README.md").write_text(card(recipe, figures))
+    write_text(target / "evaluation.json", text + "\n")
+    write_text(target / "README.md", card(recipe, figures))
     write_checksums(target)
     return figures
 

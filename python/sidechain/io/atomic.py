@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files that are there whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary file beside `path`; it takes its place once the block is left.
+
+    For what is written by a library or in pieces. The folder is made if it is missing.
+
+    Raises:
+        OSError: the place cannot be written; it names `path`, and what was there is untouched.
+    """
+    target = Path(path)
+    with naming(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(
+            dir=target.parent, prefix=f".{target.name}.", suffix=".part"
+        )
+        os.close(handle)
+    temporary = Path(name)
+    try:
+        with naming(target):
+            yield temporary
+            sync_file(temporary)
+            # mkstemp is private to its owner; the result is an ordinary file.
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(temporary, 0o666 & ~umask)
+            os.replace(temporary, target)
+            sync_folder(target.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an OSError of the block name a path: that of a full disk names none, or a temporary."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+
+
+def write_atomic(path: str | os.PathLike[str], data: bytes) -> Path:
+    """Write a file so that a reader, a crash or a full disk never sees half of it.
+
+    Raises:
+        OSError: the place cannot be written; it names the file, and what was there is untouched.
+    """
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(data)
+    return Path(path)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> Path:
+    """Write a text file in UTF-8, whole or not at all."""
+    return write_atomic(path, text.encode("utf-8"))
+
+
+def sync_file(path: Path) -> None:
+    """Put what was written to a file on disk."""
+    _sync(path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the renames in a folder survive a power cut."""
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

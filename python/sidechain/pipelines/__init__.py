@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All that is known about diffusers pipelines: families, attention sites, steps and branches."""
+
+from . import families as families
+from .adapter import Adapter, CallShape, config_hash, execution_device, register_adapter
+from .sites import Site, SiteList, SitePattern, sites
+from .tracker import Observer, Run, RunContext, observe, release
+
+__all__ = [
+    "Adapter",
+    "CallShape",
+    "Observer",
+    "Run",
+    "RunContext",
+    "Site",
+    "SiteList",
+    "SitePattern",
+    "config_hash",
+    "execution_device",
+    "observe",
+    "register_adapter",
+    "release",
+    "sites",
+]

@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pipeline families: one file each, which registers an `Adapter` when it is imported."""
+
+from . import stable_audio
+
+__all__ = ["stable_audio"]

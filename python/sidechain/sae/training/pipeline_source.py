@@ -1,0 +1,208 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training rows straight from a running pipeline: nothing but one buffer is ever kept."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..._device import send
+from ...pipelines import SitePattern, config_hash
+from ...pipelines import sites as list_sites
+from ...pipelines.generate import generate, model_name, quiet_settings
+from ...store import Permutation, Statistics
+from ...taps.options import Steps
+from ...taps.stream import StepRows, StreamTap
+from ..config import Provenance
+from ..initialise import mix
+from ..normaliser import Normaliser
+from .mesh import Mesh
+from .sources import count_rows, fit, join
+from .state import Rows
+
+
+class PipelineSource:
+    """Rows of a site while a pipeline generates.
+
+    Calls fill a buffer, which is shuffled and used up before the next calls. Which prompts and
+    which noise a call gets is a function of the seed and its number, so a run that continues
+    generates the buffer it was in again and goes on in it. In a mesh every slice of the rows comes
+    from calls of its own.
+
+    Args:
+        pipe: diffusers pipeline.
+        site: one site.
+        prompts: drawn without replacement, over and over.
+        target: another site, for a transcoder.
+        buffer: rows that are shuffled together, at least.
+        batch_size: prompts in one call.
+        passes: "cond", "uncond" or "all".
+        steps: window of steps, see `capture`.
+        every: keep every so manieth step.
+        tokens: slice of tokens. None = all.
+        dtype: of the rows in the buffer.
+        seed: of prompts, noise and order.
+        **call: arguments of every pipeline call (num_inference_steps, guidance_scale, ...).
+
+    Raises:
+        ValueError: no prompts, or a pattern that names another number of sites than one.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        site: SitePattern,
+        prompts: Sequence[str],
+        *,
+        target: SitePattern | None = None,
+        buffer: int = 1 << 18,
+        batch_size: int = 8,
+        passes: str = "cond",
+        steps: Steps = None,
+        every: int = 1,
+        tokens: slice | None = None,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+        **call: Any,
+    ) -> None:
+        if isinstance(prompts, str) or not len(prompts):
+            raise ValueError(f"PipelineSource: expected a list of prompts, got {prompts!r}")
+        self._pipe, self._prompts = pipe, list(prompts)
+        patterns = [site] if target is None else [site, target]
+        self._sites = [_one_site(pipe, pattern) for pattern in patterns]
+        self._settings = quiet_settings("PipelineSource", pipe, call)
+        self._buffer, self._batch_size, self._seed = buffer, batch_size, seed
+        self._passes, self._steps = passes, steps
+        self._found: list[StepRows] = []
+        self._tap = StreamTap(
+            pipe, list({s.name: s.alias for s in self._sites}.values()), passes, steps, every,
+            tokens, dtype, self._found.append,
+        )  # fmt: skip
+        self._first: Rows | None = None
+        self._facts: dict[str, Any] = {
+            "prompts": len(self._prompts),
+            "sites": [s.alias for s in self._sites],
+            "model": model_name(pipe),
+            "config_hash": config_hash(pipe),
+            "buffer": buffer,
+            "batch_size": batch_size,
+            "passes": passes,
+            "steps": steps,
+            "every": every,
+            "tokens": str(tokens),
+            "seed": seed,
+            "call": {k: v for k, v in call.items() if isinstance(v, str | int | float | None)},
+        }
+
+    def widths(self) -> tuple[int, int]:
+        """Return d_in and d_out."""
+        return self._sites[0].width, self._sites[-1].width
+
+    def normalisers(self, kind: str, *, centre: bool) -> tuple[Normaliser, Normaliser | None]:
+        """Return normalisers fitted to the first buffer."""
+        rows = self._fill(0, 0, 1)
+        run = self._found_run
+        grid = {"timesteps": run.timesteps.cpu(), "sigmas": run.sigmas}
+        made: list[Normaliser | None] = [None, None]
+        for place, x in enumerate((rows.x, rows.target)):
+            if x is not None:
+                statistics = Statistics(x.shape[1])
+                count_rows(statistics, x, rows.step)
+                made[place] = fit(statistics, kind, centre=centre, **grid)
+        return made[0] or Normaliser.identity(rows.x.shape[1]), made[1]
+
+    def batches(self, batch: int, start: int, mesh: Mesh, device: torch.device) -> Iterator[Rows]:
+        """Yield this process's rows from batch number `start` on."""
+        first, last = mesh.rows(batch)
+        own = last - first
+        each = self._calls_per_fill(mesh.data) * self._rows_per_call // own
+        if not each:
+            raise ValueError(
+                f"PipelineSource: expected a buffer of at least {own} rows [one batch], got "
+                f"{self._buffer}"
+            )
+        for number in itertools.count(start // each):
+            rows = self._fill(number, mesh.data_rank, mesh.data)
+            order = Permutation(len(rows.x), self._seed, number)
+            begin = start % each if number == start // each else 0
+            for place in range(begin, each):
+                chosen = order(np.arange(place * own, (place + 1) * own))
+                yield _pick(rows, torch.from_numpy(chosen), device)
+
+    def identity(self) -> dict[str, Any]:
+        """Return what decides the rows."""
+        return self._facts
+
+    def provenance(self) -> Provenance:
+        """Return site, model and passes."""
+        return Provenance(
+            site=self._sites[0].alias,
+            target_site=self._sites[1].alias if len(self._sites) > 1 else "",
+            model=self._facts["model"],
+            config_hash=self._facts["config_hash"],
+            passes=(self._passes,),
+            source="generation",
+        )
+
+    @property
+    def _rows_per_call(self) -> int:
+        if self._first is None:
+            self._first = self._call(0)
+        return len(self._first.x)
+
+    def _calls_per_fill(self, parts: int) -> int:
+        """Calls that each of `parts` processes makes for one buffer."""
+        return max(1, -(-self._buffer // (self._rows_per_call * parts)))
+
+    def _fill(self, number: int, part: int, parts: int) -> Rows:
+        calls = self._calls_per_fill(parts)
+        known = self._first if number == 0 and part == 0 else None
+        made = [] if known is None else [known]
+        for place in range(len(made), calls):
+            made.append(self._call((number * calls + place) * parts + part))
+        return join(made)
+
+    def _call(self, number: int) -> Rows:
+        """Generate call `number` and return its rows, ordered by step."""
+        total = len(self._prompts)
+        numbers = range(number * self._batch_size, (number + 1) * self._batch_size)
+        chosen = [
+            self._prompts[int(Permutation(total, self._seed, i // total)(np.array([i % total]))[0])]
+            for i in numbers
+        ]
+        self._found.clear()
+        with self._tap:
+            generate(self._pipe, chosen, [mix(self._seed, 3, i) for i in numbers], self._settings)
+            self._tap.end()
+        for found in self._found:
+            if found.ready is not None:
+                found.ready()
+        self._found_run = self._found[0].run
+        step = torch.cat(
+            [torch.full((len(f.rows[self._sites[0].alias]),), f.step) for f in self._found]
+        )
+        x, *target = (torch.cat([f.rows[s.alias] for f in self._found]) for s in self._sites)
+        self._found.clear()
+        return Rows(x, step, target[0] if target else None)
+
+
+def _one_site(pipe: Any, pattern: SitePattern) -> Any:
+    found = list_sites(pipe, pattern)
+    if len(found) != 1:
+        raise ValueError(
+            f"PipelineSource: expected one site, got {len(found)} for {pattern!r}: "
+            f"{', '.join(s.alias for s in found)}"
+        )
+    return found[0]
+
+
+def _pick(rows: Rows, chosen: Tensor, device: torch.device) -> Rows:
+    x, step, target = (None if t is None else send(t[chosen], device) for t in rows)
+    if x is None:
+        raise RuntimeError("PipelineSource: expected rows, got none")
+    return Rows(x, step, target)

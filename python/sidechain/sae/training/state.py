@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything a training run changes, as tensors of the features this process owns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..config import SELECTING, Provenance, SaeConfig
+from ..initialise import encoder_scale, geometric_median, random_rows
+from ..model import Sae
+from ..normaliser import Normaliser
+from .mesh import Mesh
+from .train_config import Schedule, TrainConfig
+
+MATRICES = ("w_enc", "w_dec")
+
+
+class Rows(NamedTuple):
+    """Rows of a batch.
+
+    Attributes:
+        x: [N, d_in], any float dtype.
+        step: scheduler step of each row [N] int64, or None.
+        target: [N, d_out] of a transcoder, or None.
+    """
+
+    x: Tensor
+    step: Tensor | None = None
+    target: Tensor | None = None
+
+
+class TrainState:
+    """Weights, moments and counters of a run.
+
+    Attributes:
+        weights: trained tensors by name, the slice of this process; `threshold` of batch_topk and
+            matryoshka is among them though no gradient reaches it.
+        moments: (mean, square) of Adam for each trained tensor.
+        last_fired: [F'] int64, number of the step (from 1) in which a feature last fired.
+        dead: local numbers of the features found dead at the last look, int64.
+        dead_total: number of them over all processes.
+        smallest: smallest value that the last batch kept, of batch_topk and matryoshka, or None.
+            It is not saved: no result depends on it.
+        prefixes: of the config, [P] int64 on the device.
+        step: steps done.
+        fixed_b_pre: [d_in] of an untied bias, or None.
+    """
+
+    def __init__(
+        self,
+        config: SaeConfig,
+        train: TrainConfig,
+        normaliser: Normaliser,
+        target_normaliser: Normaliser | None = None,
+        *,
+        mesh: Mesh | None = None,
+        device: Any = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.config, self.train = config, train
+        self.schedule = Schedule(config, train)
+        self.mesh = mesh or Mesh()
+        self.device = torch.device(device)
+        self.normaliser = normaliser.to(self.device)
+        self.target_normaliser = (
+            self.normaliser if target_normaliser is None else target_normaliser.to(self.device)
+        )
+        # Looked up once: it waits for the device.
+        self._as_given = {n for n in (self.normaliser, self.target_normaliser) if n.is_identity}
+        self.first, stop = self.mesh.shard(config.features)
+        self.mesh.rows(train.batch)
+        self.size = stop - self.first
+        self.step = 0
+        self.weights = {name: t.to(self.device, dtype) for name, t in self._initial(stop).items()}
+        self.fixed_b_pre = (
+            None if config.tied_bias else torch.zeros(config.d_in, dtype=dtype, device=self.device)
+        )
+        self.moments = {name: self._zeros(name) for name in self.trained}
+        self.last_fired = torch.zeros(self.size, dtype=torch.int64, device=self.device)
+        self.dead = torch.zeros(0, dtype=torch.int64, device=self.device)
+        self.dead_total = 0
+        self.smallest: Tensor | None = None
+        self.prefixes = torch.tensor(config.prefixes, dtype=torch.int64, device=self.device)
+
+    def _initial(self, stop: int) -> dict[str, Tensor]:
+        config, size, seed = self.config, self.size, self.train.seed
+        w_dec = random_rows(seed, 0, self.first, stop, config.width_out)
+        w_enc = w_dec.clone()
+        if config.transcoder:
+            w_enc = random_rows(seed, 1, self.first, stop, config.d_in)
+        selecting = config.architecture in SELECTING
+        w_enc *= encoder_scale(config.d_in, config.features, selecting=selecting)
+        made = {
+            "w_enc": w_enc,
+            "w_dec": w_dec,
+            "b_enc": torch.zeros(size),
+            "b_dec": torch.zeros(config.width_out),
+        }
+        if config.architecture in ("batch_topk", "matryoshka"):
+            made["threshold"] = torch.tensor(math.nan)
+        elif config.architecture == "jumprelu":
+            made["threshold"] = torch.full((size,), self.schedule.threshold_init)
+        elif config.architecture == "gated":
+            made["b_gate"], made["r_mag"] = torch.zeros(size), torch.zeros(size)
+        return made
+
+    def _zeros(self, name: str) -> tuple[Tensor, Tensor]:
+        weight = self.weights[name]
+        narrow = self.train.bf16_moments and name in MATRICES
+        zero = torch.zeros_like(weight, dtype=torch.bfloat16 if narrow else weight.dtype)
+        return zero, zero.clone()
+
+    @property
+    def trained(self) -> list[str]:
+        """Names of the weights that gradients reach."""
+        return [n for n, t in self.weights.items() if n != "threshold" or t.dim()]
+
+    @property
+    def b_pre(self) -> Tensor:
+        """What is subtracted before encoding, [d_in]."""
+        return self.weights["b_dec"] if self.fixed_b_pre is None else self.fixed_b_pre
+
+    @property
+    def row_weight(self) -> float:
+        """Factor w of the loss sum_n w |e_n|^2 / 2 over all rows of a batch."""
+        return 2.0 / (self.train.batch * self.config.width_out)
+
+    def start_biases(self, rows: Rows) -> None:
+        """Set `b_dec`, and an untied `b_pre`, to the middle of the first batch."""
+        kind = self.train.bias_init
+        if kind == "zero":
+            return
+        x, target = (self.mesh.gather_rows(t) for t in self.normalised(rows))
+        middle = geometric_median if kind == "geometric_median" else _mean
+        self.weights["b_dec"].copy_(middle(target))
+        if self.fixed_b_pre is not None:
+            self.fixed_b_pre.copy_(middle(x))
+
+    def normalised(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        """Return the normalised input and target of a batch, float32.
+
+        They may be the memory of `rows`: nobody writes to them.
+        """
+        x = self._normalise(self.normaliser, rows.x, rows)
+        if rows.target is None:
+            if self.config.transcoder:
+                raise ValueError("TrainState: expected rows with a target [transcoder], got none")
+            return x, x
+        return x, self._normalise(self.target_normaliser, rows.target, rows)
+
+    def _normalise(self, normaliser: Normaliser, x: Tensor, rows: Rows) -> Tensor:
+        if normaliser in self._as_given:
+            return x.to(normaliser.mean.dtype)
+        return normaliser.normalise(x, rows.step)
+
+    def look_for_dead(self) -> None:
+        """Renew the set of dead features; the one place of a step that waits for the device."""
+        self.dead = self.silent().nonzero()[:, 0]
+        self.dead_total = int(self.mesh.sum_features(self.silent().sum()))
+
+    def silent(self) -> Tensor:
+        """Return which features count as dead now, [F'] bool."""
+        return self.step - self.last_fired >= self.schedule.dead_steps
+
+    def named(self) -> Iterator[tuple[str, Tensor, bool]]:
+        """Yield (name, tensor, whether its first axis is cut over the features)."""
+        for name, tensor in self.weights.items():
+            yield name, tensor, name != "b_dec" and tensor.dim() > 0
+        for name, pair in self.moments.items():
+            for kind, tensor in zip(("mean", "square"), pair, strict=True):
+                yield f"{name}.{kind}", tensor, name != "b_dec"
+        yield "last_fired", self.last_fired, True
+        if self.fixed_b_pre is not None:
+            yield "b_pre", self.fixed_b_pre, False
+
+    def to_sae(self, provenance: Provenance | None = None) -> Sae:
+        """Return the dictionary as it is now, whole, on the CPU, in eval mode.
+
+        Every process of a mesh has to call it.
+        """
+        parts = {}
+        for name, tensor in self.weights.items():
+            whole = tensor.dim() == 0 or name == "b_dec"
+            parts[name] = tensor if whole else self.mesh.gather_features(tensor)
+        sae = Sae(
+            self.config,
+            normaliser=_copy(self.normaliser),
+            target_normaliser=(
+                _copy(self.target_normaliser)
+                if self.target_normaliser is not self.normaliser
+                else None
+            ),
+            provenance=provenance,
+        )
+        with torch.no_grad():
+            for name, tensor in parts.items():
+                getattr(sae, name).copy_(tensor)
+            if self.fixed_b_pre is not None:
+                sae.b_pre = self.fixed_b_pre.float().cpu()
+        return sae.eval()
+
+
+def _mean(x: Tensor) -> Tensor:
+    return x.mean(0, dtype=torch.float64)
+
+
+def _copy(normaliser: Normaliser) -> Normaliser:
+    grid: list[Tensor | None] = [
+        normaliser.steps,
+        normaliser.timesteps,
+        normaliser.sigmas,
+    ]
+    copies = [None if t is None else t.cpu().clone() for t in grid]
+    return Normaliser(normaliser.mean.cpu().clone(), normaliser.scale.cpu().clone(), *copies)

@@ -1,0 +1,325 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a dictionary is trained: settings, and what they mean at a given step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from ..config import SELECTING, SaeConfig
+
+SCHEDULES = ("linear", "cosine", "constant")
+NORMALISATIONS = ("step", "global", "none")
+BIAS_INITS = ("mean", "geometric_median", "zero")
+PENALTIES = ("tanh", "l0")
+PATHS = ("auto", "fused", "autograd")
+PRECISIONS = ("fp32", "bf16", "int8")
+
+_CHOICES = {
+    "decay": SCHEDULES,
+    "normalise": NORMALISATIONS,
+    "bias_init": BIAS_INITS,
+    "penalty": PENALTIES,
+    "path": PATHS,
+    "precision": PRECISIONS,
+}
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a dictionary is trained.
+
+    The loss is (1 / N) sum_n [|e_n|^2 + further terms] / d_out over normalised rows, so that the
+    reconstruction part is close to the fraction of variance unexplained and the coefficients of
+    further terms are those of the papers, which set them beside |e|^2.
+
+    Attributes:
+        tokens: rows to train on; the run is tokens // batch steps.
+        batch: N, rows of a step over all processes.
+        lr: learning rate; None = 2e-4 / sqrt(F / 2^14) (arXiv 2406.04093).
+        warmup: share of the steps over which lr rises linearly from 0.
+        decay: "linear" and "cosine" fall to 0 over the last `decay_share`; or "constant".
+        decay_share: share of the steps.
+        betas, eps, weight_decay: of AdamW (`weight_decay` of the matrices only).
+        clip: limit of the global gradient norm; None = none.
+        normalise: "step" (mean and scale of each step), "global", "none".
+        centre: whether the normaliser subtracts the mean; it prevents most dead features
+            (arXiv 2605.31518).
+        bias_init: start of `b_dec`, from the first batch.
+        seed: of the weights, the order of the data and resampling.
+        path: "fused" (no autograd, no gradient tensors: topk, batch_topk, and matryoshka of up
+            to 16 prefixes), "autograd", or "auto".
+        precision: of the encoder, see `sidechain.ops.topk_encode`; autograd: fp32 only.
+        k_start: features kept at the beginning; None = k.
+        k_anneal: share of the steps in which k falls linearly from `k_start`.
+        multi_k: topk only: a second reconstruction from this many features (arXiv 2406.04093,
+            appendix A.5); None = none.
+        multi_weight: its weight.
+        threshold_decay: of the running mean of the smallest value kept, batch_topk and matryoshka.
+        aux_k: dead features that reconstruct the residual; None = d_out / 2; 0 = none.
+        aux_weight: its weight.
+        dead_tokens: a feature that did not fire for this many rows is dead; None = a tenth of the
+            run, at most 10 million.
+        dead_every: steps between looks at which features are dead.
+        resample: share of the steps between resamplings of dead features; 0 = never
+            (Bricken et al. 2023). Not in the last quarter of the run.
+        sparsity: coefficient of the penalty of relu, gated and jumprelu.
+        sparsity_warmup: share of the steps over which it rises linearly from 0.
+        penalty: of jumprelu: "tanh" (Anthropic, Circuits Updates January 2025: tanh(c v |w_dec|),
+            c = 4, and `pre_act`), or "l0" (arXiv 2407.14435: the count itself; its gradient
+            reaches the thresholds alone).
+        pre_act: coefficient of relu(threshold - z) |w_dec| with penalty "tanh", which gives dead
+            features a gradient.
+        bandwidth: of the rectangle kernel; None = 2 (tanh) or 0.001 sqrt(d_in) (l0; the paper's
+            inputs have norm 1, ours sqrt(d_in)).
+        threshold_init: None = 0.1 (tanh) or 0.001 sqrt(d_in) (l0).
+        log_every: steps between metrics.
+        checkpoint_minutes: longest time between checkpoints.
+        bf16_moments: keep Adam's moments of the matrices in bfloat16, rounded stochastically
+            (fused path only).
+    """
+
+    tokens: int
+    batch: int = 4096
+    lr: float | None = None
+    warmup: float = 0.05
+    decay: str = "linear"
+    decay_share: float = 0.2
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float | None = None
+    normalise: str = "step"
+    centre: bool = True
+    bias_init: str = "mean"
+    seed: int = 0
+    path: str = "auto"
+    precision: str = "fp32"
+    k_start: int | None = None
+    k_anneal: float = 0.2
+    multi_k: int | None = None
+    multi_weight: float = 1 / 8
+    threshold_decay: float = 0.999
+    aux_k: int | None = None
+    aux_weight: float = 1 / 32
+    dead_tokens: int | None = None
+    dead_every: int = 100
+    resample: float = 0.0
+    sparsity: float = 5.0
+    sparsity_warmup: float = 0.05
+    penalty: str = "tanh"
+    pre_act: float = 3e-6
+    bandwidth: float | None = None
+    threshold_init: float | None = None
+    log_every: int = 100
+    checkpoint_minutes: float = 10.0
+    bf16_moments: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "betas", tuple(self.betas))
+        for name, known in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(
+                    f"TrainConfig: expected {name} to be one of {', '.join(known)}, got {value!r}"
+                )
+        for name in ("tokens", "batch", "dead_every", "log_every"):
+            _whole(name, getattr(self, name), 1)
+        for name in ("k_start", "multi_k", "dead_tokens"):
+            if getattr(self, name) is not None:
+                _whole(name, getattr(self, name), 1)
+        if self.aux_k is not None:
+            _whole("aux_k", self.aux_k, 0)
+        if self.tokens < self.batch:
+            raise ValueError(
+                f"TrainConfig: expected tokens >= {self.batch} [one batch], got {self.tokens}"
+            )
+        for name in ("warmup", "decay_share", "k_anneal", "resample", "sparsity_warmup"):
+            _number(name, getattr(self, name), 0.0, 1.0)
+        for name in ("lr", "clip", "bandwidth", "threshold_init"):
+            if getattr(self, name) is not None:
+                _number(name, getattr(self, name), 0.0, math.inf, above=True)
+        for name in (
+            "eps", "weight_decay", "multi_weight", "aux_weight", "sparsity", "pre_act",
+            "checkpoint_minutes",
+        ):  # fmt: skip
+            _number(name, getattr(self, name), 0.0, math.inf)
+        for beta in (*self.betas, self.threshold_decay):
+            if not 0 <= beta < 1:
+                raise ValueError(
+                    f"TrainConfig: expected betas and threshold_decay in [0, 1), got {beta}"
+                )
+
+    @property
+    def steps(self) -> int:
+        """Number of training steps."""
+        return self.tokens // self.batch
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values for a file."""
+        return {**asdict(self), "betas": list(self.betas)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """Read what `to_json` gave.
+
+        Raises:
+            ValueError: unknown names or values that do not fit.
+        """
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(values.keys() - known)
+        if unknown:
+            raise ValueError(f"TrainConfig: expected settings of {sorted(known)}, got {unknown}")
+        return cls(**{**values, "betas": tuple(values.get("betas", (0.9, 0.999)))})
+
+
+class Schedule:
+    """What the settings mean at a step, counted from 0.
+
+    Raises:
+        ValueError: settings that do not fit the architecture.
+        NotImplementedError: settings that the chosen path does not have.
+    """
+
+    def __init__(self, config: SaeConfig, train: TrainConfig) -> None:
+        self.config, self.train = config, train
+        self.fused = self._choose_path()
+        self._check()
+
+    def _choose_path(self) -> bool:
+        from ...ops.sae_update import PREFIXES_MOST  # settings alone need no torch
+
+        selecting, levels = self.config.architecture in SELECTING, len(self.config.prefixes)
+        can = selecting and levels <= PREFIXES_MOST
+        if self.train.path == "fused" and not can:
+            got = repr(self.config.architecture)
+            raise NotImplementedError(
+                f"TrainConfig: expected an architecture of {', '.join(sorted(SELECTING))} with at "
+                f"most {PREFIXES_MOST} prefixes and path='fused', got "
+                + (f"{got} with {levels} prefixes" if selecting else got)
+            )
+        return can and self.train.path != "autograd"
+
+    def _check(self) -> None:
+        config, train = self.config, self.train
+        if not self.fused and train.precision != "fp32":
+            raise NotImplementedError(
+                f"TrainConfig: expected precision='fp32' [autograd path], got {train.precision!r}"
+            )
+        if not self.fused and train.bf16_moments:
+            raise NotImplementedError(
+                "TrainConfig: expected bf16_moments=False [autograd path], got True"
+            )
+        selecting = config.architecture in SELECTING
+        if train.k_start is not None and (
+            not selecting or not (config.k or 0) <= train.k_start <= config.features
+        ):
+            raise ValueError(
+                f"TrainConfig: expected k_start between {config.k} [k] and {config.features} "
+                f"[features] or None, got {train.k_start}"
+            )
+        if train.multi_k is not None:
+            if config.architecture != "topk" or train.k_start is not None:
+                raise ValueError(
+                    "TrainConfig: expected architecture='topk' and no k_start with multi_k, got "
+                    f"{config.architecture!r} and k_start={train.k_start}"
+                )
+            if not (config.k or 0) < train.multi_k <= config.features:
+                raise ValueError(
+                    f"TrainConfig: expected multi_k above {config.k} [k] and at most "
+                    f"{config.features} [features], got {train.multi_k}"
+                )
+        if train.resample and train.aux_k:
+            raise ValueError(
+                "TrainConfig: expected either resample or aux_k [both revive dead features], got "
+                f"resample={train.resample} and aux_k={train.aux_k}"
+            )
+
+    def lr(self, step: int) -> float:
+        """Learning rate of a step."""
+        train = self.train
+        base = 2e-4 / math.sqrt(self.config.features / 2**14) if train.lr is None else train.lr
+        warm = round(train.warmup * train.steps)
+        if step < warm:
+            return base * (step + 1) / warm
+        left = (train.steps - step) / max(1.0, train.decay_share * train.steps)
+        if train.decay == "constant" or left >= 1:
+            return base
+        return base * (left if train.decay == "linear" else 0.5 - 0.5 * math.cos(math.pi * left))
+
+    def k(self, step: int) -> int:
+        """Features kept at a step."""
+        k, start = self.config.k or 0, self.train.k_start
+        length = self.train.k_anneal * self.train.steps
+        if start is None or step >= length:
+            return k
+        return round(start + (k - start) * step / length)
+
+    def sparsity(self, step: int) -> float:
+        """Coefficient of the penalty at a step."""
+        length = self.train.sparsity_warmup * self.train.steps
+        return self.train.sparsity * min(1.0, (step + 1) / max(1.0, length))
+
+    def threshold_decay(self, step: int) -> float:
+        """Decay of the running threshold; short at first, so that the start is forgotten."""
+        return min(self.train.threshold_decay, (1 + step) / (10 + step))
+
+    @property
+    def aux_k(self) -> int:
+        """Number of dead features that reconstruct the residual; 0 = none."""
+        train = self.train
+        if self.config.architecture not in SELECTING or train.resample or not train.aux_weight:
+            return 0
+        return self.config.width_out // 2 if train.aux_k is None else train.aux_k
+
+    @property
+    def dead_steps(self) -> int:
+        """Number of steps without firing after which a feature is dead."""
+        train = self.train
+        rows = (
+            min(10_000_000, train.tokens // 10)
+            if train.dead_tokens is None
+            else (train.dead_tokens)
+        )
+        return max(1, rows // train.batch)
+
+    def looks_for_dead(self, step: int) -> bool:
+        """Whether the set of dead features is renewed before a step."""
+        return step > 0 and step % self.train.dead_every == 0
+
+    def resamples(self, step: int) -> bool:
+        """Whether dead features are resampled after a step."""
+        every = round(self.train.resample * self.train.steps)
+        return bool(every) and (step + 1) % every == 0 and step < 0.75 * self.train.steps
+
+    @property
+    def bandwidth(self) -> float:
+        """Width of the rectangle kernel of jumprelu."""
+        return self._by_penalty(self.train.bandwidth, 2.0)
+
+    @property
+    def threshold_init(self) -> float:
+        """First threshold of jumprelu."""
+        return self._by_penalty(self.train.threshold_init, 0.1)
+
+    def _by_penalty(self, chosen: float | None, tanh: float) -> float:
+        if chosen is not None:
+            return chosen
+        return tanh if self.train.penalty == "tanh" else 0.001 * math.sqrt(self.config.d_in)
+
+
+def _whole(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"TrainConfig: expected {name} as int, got {value!r}")
+    if value < least:
+        raise ValueError(f"TrainConfig: expected {name} >= {least}, got {value}")
+
+
+def _number(name: str, value: Any, low: float, high: float, *, above: bool = False) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"TrainConfig: expected {name} as a number, got {value!r}")
+    if not (low < value if above else low <= value) or not value <= high or math.isinf(value):
+        limits = f"above {low:g}" if above else f"between {low:g} and {high:g}"
+        raise ValueError(f"TrainConfig: expected {name} {limits}, got {value}")

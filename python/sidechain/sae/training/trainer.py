@@ -1,0 +1,310 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Trainer`: a run from its first step, or from where it was cut off, to the trained dictionary."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..._errors import InputError
+from ...io.run_folder import read_json, write_json
+from ...io.same import difference
+from ...store import ActivationStore
+from ..config import SaeConfig
+from ..model import Sae
+from . import checkpoint
+from .interrupt import StopRequest
+from .log import LOGGERS, Log
+from .mesh import Mesh
+from .sources import Item, IterableSource, Source, StoreSource
+from .state import TrainState
+from .step import train_step
+from .train_config import TrainConfig
+from .train_metrics import Metrics
+
+RESULT = "sae.safetensors"
+SETTINGS = "run.json"
+CHECKPOINTS = "checkpoints"
+#: Settings that may change while a run goes on.
+_FREE = frozenset({"checkpoint_minutes"})
+
+
+class Trainer:
+    """Trains one dictionary in one folder.
+
+    The folder holds `run.json` (settings), `metrics.jsonl`, `checkpoints/` and, at the end,
+    `sae.safetensors`. The same call again goes on from the last checkpoint and ends with the same
+    weights, bit for bit, as if it had never stopped, also after `kill -9`; on another number of
+    processes equal up to rounding.
+
+    Args:
+        config: what to train.
+        train: how.
+        source: rows.
+        out: folder of the run, made if it is not there.
+        mesh: processes to share the work; None = this one alone.
+        device: of the weights; None = CUDA where there is one.
+        progress: show a bar.
+        loggers: of "tensorboard", "wandb"; one that is not installed is named, not an error.
+
+    Raises:
+        ValueError: widths that do not fit the source, or a folder with a run of other settings.
+    """
+
+    def __init__(
+        self,
+        config: SaeConfig,
+        train: TrainConfig,
+        source: Source,
+        out: str | os.PathLike[str],
+        *,
+        mesh: Mesh | None = None,
+        device: Any = None,
+        progress: bool = True,
+        loggers: Sequence[str] = (),
+    ) -> None:
+        self.config, self.train, self.source = config, train, source
+        self.out, self.mesh = Path(out), mesh or Mesh()
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._progress, self._loggers = progress, tuple(loggers)
+        unknown = [name for name in loggers if name not in LOGGERS]
+        if unknown:
+            raise ValueError(f"Trainer: expected loggers of {', '.join(LOGGERS)}, got {unknown[0]}")
+        widths = source.widths()
+        if widths != (config.d_in, config.width_out):
+            raise ValueError(
+                f"Trainer: expected rows of widths {config.d_in} and {config.width_out} [d_in, "
+                f"d_out], got {widths[0]} and {widths[1]}"
+            )
+        self._facts = {
+            "config": config.to_json(),
+            "train": train.to_json(),
+            "source": source.identity(),
+        }
+
+    @property
+    def result(self) -> Path:
+        """File of the trained dictionary."""
+        return self.out / RESULT
+
+    def run(self) -> Sae:
+        """Train to the end and return the dictionary, in eval mode on the CPU.
+
+        Returns:
+            The dictionary; also written to `sae.safetensors`. A run that is finished already is
+            only read.
+
+        Raises:
+            KeyboardInterrupt, SystemExit: after Ctrl-C or SIGTERM; a checkpoint of the step it was
+                in is written first (in a mesh, of the next step that is logged).
+        """
+        self.claim()
+        if self.result.exists():
+            return Sae.load(self.result)
+        state, offset = self._begin()
+        metrics = Metrics(state)
+        log = self._log(state, offset)
+        try:
+            with StopRequest() as request:
+                figures = self._loop(state, metrics, log, request)
+        finally:
+            if log is not None:
+                log.close()
+        return self._finish(state, figures)
+
+    # -- beginning ------------------------------------------------------------------------------
+
+    def claim(self) -> None:
+        """Make the folder that of this run, or check that it is; `run` does so first.
+
+        Raises:
+            InputError: it holds a run with other settings.
+            OSError: it cannot be written.
+        """
+        path = self.out / SETTINGS
+        if self.mesh.first:
+            self.out.mkdir(parents=True, exist_ok=True)
+            if not path.exists():
+                write_json(path, self._facts)
+        self.mesh.barrier()
+        found = read_json(path)
+        for part, wanted in self._facts.items():
+            now = {name: value for name, value in wanted.items() if name not in _FREE}
+            there = {name: found.get(part, {}).get(name) for name in now}
+            other = difference(there, now)
+            if other is not None:
+                name, theirs, value = other
+                raise InputError(
+                    f"Trainer: expected {name}={theirs!r} [the run in {self.out}], got "
+                    f"{value!r}: go on with its settings, or choose another folder"
+                )
+
+    def _begin(self) -> tuple[TrainState, int]:
+        found = checkpoint.latest(self.out / CHECKPOINTS)
+        if found is None:
+            own, target = self.source.normalisers(self.train.normalise, centre=self.train.centre)
+            if not self.config.transcoder:
+                target = None
+        else:
+            own, target = checkpoint.normalisers(found)
+        state = TrainState(self.config, self.train, own, target, mesh=self.mesh, device=self.device)
+        if found is None:
+            return state, 0
+        checkpoint.load(found, state)
+        return state, int(found.manifest["metrics_bytes"])
+
+    def _log(self, state: TrainState, offset: int) -> Log | None:
+        if not self.mesh.first:
+            return None
+        return Log(
+            self.out,
+            self.train.steps,
+            state.step,
+            self.train.batch,
+            offset,
+            loggers=self._loggers,
+            settings=self._facts,
+            progress=self._progress,
+        )
+
+    # -- the loop -------------------------------------------------------------------------------
+
+    def _loop(
+        self, state: TrainState, metrics: Metrics, log: Log | None, request: StopRequest
+    ) -> dict[str, float]:
+        saved = time.monotonic()
+        figures: dict[str, float] = {}
+        batches = self.source.batches(self.train.batch, state.step, self.mesh, self.device)
+        while state.step < self.train.steps:
+            rows = next(batches, None)
+            if rows is None:
+                raise ValueError(
+                    f"Trainer: expected {self.train.tokens} rows [tokens], got "
+                    f"{state.step * self.train.batch}"
+                )
+            if state.step == 0:
+                state.start_biases(rows)
+            metrics.add(train_step(state, rows))
+            if log is not None:
+                log.step()
+            asked = request.asked is not None and self.mesh.world == 1
+            if state.step % self.train.log_every and state.step < self.train.steps and not asked:
+                continue
+            figures = self._tell(log, metrics.read()) or figures
+            due = (time.monotonic() - saved) / 60 >= self.train.checkpoint_minutes
+            stop = self.mesh.any(request.asked is not None)
+            if (stop or self.mesh.agree(due)) and state.step < self.train.steps:
+                figures = self._tell(log, metrics.flush()) or figures
+                self._save(state, log)
+                saved = time.monotonic()
+                if stop:
+                    self._stop(state, request)
+        return self._tell(log, metrics.flush()) or figures
+
+    def _stop(self, state: TrainState, request: StopRequest) -> None:
+        if self.mesh.first:
+            print(
+                f"sidechain: note: {state.step} of {self.train.steps} steps are saved in "
+                f"{self.out / CHECKPOINTS}; the same command goes on from there",
+                file=sys.stderr,
+            )
+        request.stop()
+
+    def _tell(self, log: Log | None, figures: dict[str, float] | None) -> dict[str, float] | None:
+        if log is not None:
+            log.write(figures)
+        return figures
+
+    def _save(self, state: TrainState, log: Log | None) -> None:
+        if log is not None:
+            log.sync()
+        facts = {**self._facts, "metrics_bytes": 0 if log is None else log.offset}
+        checkpoint.save(self.out / CHECKPOINTS, state, facts)
+
+    def _finish(self, state: TrainState, figures: dict[str, float]) -> Sae:
+        kept: dict[str, float] = {n: figures[n] for n in ("fvu", "l0", "dead") if n in figures}
+        provenance = replace(
+            self.source.provenance(),
+            tokens=state.step * self.train.batch,
+            metrics=kept,
+            extra={"train": self.train.to_json()},
+        )
+        sae = state.to_sae(provenance)
+        if self.mesh.first:
+            sae.save(self.result)
+        self.mesh.barrier()
+        return sae
+
+
+def train(
+    data: Source | ActivationStore | Iterable[Item] | Callable[[], Iterable[Item]] | str | Path,
+    out: str | os.PathLike[str],
+    *,
+    features: int,
+    tokens: int,
+    architecture: str = "batch_topk",
+    k: int | None = None,
+    site: str | None = None,
+    target: ActivationStore | None = None,
+    prefixes: Sequence[int] = (),
+    mesh: Mesh | None = None,
+    device: Any = None,
+    progress: bool = True,
+    loggers: Sequence[str] = (),
+    **settings: Any,
+) -> Sae:
+    """Train a dictionary, or go on with the run in `out`.
+
+    Args:
+        data: a store (open, or its folder), anything `IterableSource` takes, or a `Source`.
+        out: folder of the run; see `Trainer`.
+        features: F.
+        tokens: rows to train on.
+        architecture: one of `ARCHITECTURES`.
+        k: features per token of topk, batch_topk and matryoshka; None = 32.
+        site: of a store given as a folder.
+        target: for a transcoder: the same rows at another site.
+        prefixes: of matryoshka.
+        mesh: see `Mesh`.
+        device: see `Trainer`.
+        progress: show a bar.
+        loggers: see `Trainer`.
+        **settings: of `TrainConfig`.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: settings that do not fit.
+    """
+    seed = settings.get("seed", 0)
+    if isinstance(data, str | Path):
+        data = ActivationStore(data, site)
+    if isinstance(data, ActivationStore):
+        data = StoreSource(data, target, seed=seed)
+    source: Any = data if hasattr(data, "normalisers") else IterableSource(data)
+    d_in, d_out = source.widths()
+    selecting = architecture in ("topk", "batch_topk", "matryoshka")
+    config = SaeConfig(
+        d_in,
+        features,
+        architecture,
+        k=(32 if k is None else k) if selecting else k,
+        d_out=d_out if target is not None or d_out != d_in else None,
+        transcoder=target is not None,
+        prefixes=tuple(prefixes),
+    )
+    return Trainer(
+        config,
+        TrainConfig(tokens=tokens, **settings),
+        source,
+        out,
+        mesh=mesh,
+        device=device,
+        progress=progress,
+        loggers=loggers,
+    ).run()

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""record: run a pipeline over prompts and stream what its sites put out into a store."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from .._errors import InputError
+from ..io.same import difference
+from ..pipelines import SiteList, SitePattern, config_hash
+from ..pipelines import sites as list_sites
+from ..pipelines.generate import generate, model_name, quiet_settings, spread_seeds
+from ..taps.options import BRANCHES, Steps
+from ..taps.stream import StepRows, StreamTap
+from .manifest import MANIFEST, Manifest, read_prompts
+from .reader import ActivationStore
+from .writer import ActivationWriter
+
+
+def record(
+    pipe: Any,
+    sites: SitePattern,
+    prompts: Sequence[str],
+    folder: str | Path,
+    *,
+    seeds: int | Sequence[int] = 0,
+    batch_size: int = 8,
+    passes: str = "cond",
+    steps: Steps = None,
+    every: int = 1,
+    tokens: slice | None = None,
+    dtype: torch.dtype = torch.float16,
+    queue_bytes: int = 256 << 20,
+    shard_bytes: int = 256 << 20,
+    progress: bool = True,
+    **call: Any,
+) -> dict[str, ActivationStore]:
+    """Record every token that attention sites put out, for all prompts, into a store.
+
+    The rows are what `capture(reduce="tokens")` sees: the output of the module before its residual.
+    They leave the device step by step, so memory does not grow with steps or prompts. A call that
+    was cut off is continued by the same call: prompts that are in the store are not run again.
+    More prompts than before, with the old ones first, extend a store.
+
+    Args:
+        pipe: diffusers pipeline.
+        sites: see `SiteList.select`; all are recorded in one generation.
+        prompts: texts; number i labels the rows of the i-th.
+        folder: of the store; made if it is not there.
+        seeds: prompt i uses seeds[i % len(seeds)]; a number s stands for s, s + 1, ...
+        batch_size: prompts in one pipeline call.
+        passes: "cond", "uncond" or "all".
+        steps: (start, stop) in scheduler steps, or in fractions of the run. None = all.
+        every: keep every so manieth step of these.
+        tokens: slice of tokens. None = all.
+        dtype: stored: float32 | float16 | bfloat16 | int8.
+        queue_bytes: rows that may wait in memory.
+        shard_bytes: size of the files.
+        progress: show a progress bar.
+        **call: arguments of every pipeline call (num_inference_steps, guidance_scale, ...).
+
+    Returns:
+        The store of every site, by alias.
+
+    Raises:
+        TypeError, ValueError: options, or a store there that was made with others.
+        OSError: a full disk; what was complete is intact and the same call continues.
+    """
+    texts = _texts(prompts)
+    _positive("batch_size", batch_size)
+    _positive("every", every)
+    chosen = list_sites(pipe, sites)
+    all_seeds = spread_seeds("record", seeds, len(texts))
+    settings = quiet_settings("record", pipe, call)
+    recorder = _Recorder()
+    ring_dtype = torch.float32 if dtype == torch.int8 else dtype
+    tap = StreamTap(pipe, chosen, passes, steps, every, tokens, ring_dtype, recorder.take)
+    facts = _facts(pipe, chosen, call, passes=passes, steps=steps, every=every, tokens=tokens)
+    folder = Path(folder)
+    _check_same(folder, facts, texts, all_seeds)
+    writer = ActivationWriter(
+        folder,
+        {site.alias: site.width for site in chosen},
+        dtype=dtype,
+        branches=BRANCHES,
+        mode="resume",
+        shard_bytes=shard_bytes,
+        queue_bytes=queue_bytes,
+        provenance=facts,
+    )
+    first, count = writer.cursor, len(texts)
+    bar = tqdm(total=count, initial=first, desc="record", unit="prompt", disable=not progress)
+    with bar, writer:
+        writer.set_prompts(texts, all_seeds)
+        recorder.writer = writer
+        with tap if first < count else contextlib.nullcontext():
+            for start in range(first, count, batch_size):
+                stop = min(start + batch_size, count)
+                recorder.first = start
+                with writer.unit(cursor=stop):
+                    generate(pipe, texts[start:stop], all_seeds[start:stop], settings)
+                    tap.end()
+                bar.update(stop - start)
+                bar.set_postfix_str(f"{recorder.rows} rows", refresh=False)
+    return {site.alias: ActivationStore(folder, site.alias) for site in chosen}
+
+
+class _Recorder:
+    """Labels the rows of a step and gives them to the writer."""
+
+    writer: ActivationWriter
+
+    def __init__(self) -> None:
+        self.first = 0  # number of the prompt of the first sample
+        self.rows = 0
+
+    def take(self, found: StepRows) -> None:
+        """Write one step."""
+        run = found.run
+        self.writer.set_grid(run.timesteps, run.sigmas)
+        prompt = self.first + np.arange(found.samples)
+        length = len(found.tokens)
+        branch = np.array([BRANCHES.index(name) for name in found.branches])
+        self.writer.write(
+            found.rows,
+            step=found.step,
+            branch=np.repeat(branch, found.samples * length),
+            prompt=np.tile(np.repeat(prompt, length), len(branch)),
+            token=np.tile(np.array(found.tokens), found.samples * len(branch)),
+            copy=False,
+            ready=found.ready,
+        )
+        self.rows += found.samples * length * len(branch)
+
+
+def _texts(prompts: Sequence[str]) -> list[str]:
+    if isinstance(prompts, str) or not all(isinstance(p, str) for p in prompts):
+        raise TypeError(f"record: expected prompts as a list of str, got {prompts!r}")
+    if not len(prompts):
+        raise ValueError("record: expected at least one prompt, got none")
+    return list(prompts)
+
+
+def _facts(pipe: Any, chosen: SiteList, call: dict[str, Any], **selection: Any) -> dict[str, Any]:
+    """What must be the same when a recording is continued."""
+    return {
+        "model": model_name(pipe),
+        "config_hash": config_hash(pipe),
+        "sites": {site.alias: site.name for site in chosen},
+        **{name: str(v) if isinstance(v, slice) else v for name, v in selection.items()},
+        "call": {k: v for k, v in call.items() if isinstance(v, str | int | float | None)},
+    }
+
+
+def _positive(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"record: expected {name} >= 1, got {value!r}")
+
+
+def _check_same(folder: Path, facts: dict[str, Any], texts: list[str], seeds: list[int]) -> None:
+    """Refuse to continue a store that was recorded in another way."""
+    if not (folder / MANIFEST).exists():
+        return
+    manifest = Manifest.read(folder)
+    other = difference({name: manifest.provenance.get(name) for name in facts}, facts)
+    if other is not None:
+        name, there, value = other
+        raise InputError(
+            f"record: expected {name}={there!r} [how {folder} was recorded], got {value!r}"
+        )
+    known = read_prompts(folder, manifest)
+    for name, new in (("prompts", texts), ("seeds", seeds)):
+        old = known[name]
+        if new[: len(old)] != old:
+            raise ValueError(
+                f"record: expected {name} that begin with the {len(old)} of {folder}, got others"
+            )

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings that several studies have; their names, defaults and help stand here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import _values as values
+from .._options import Settings, choice, number, option, path, text, whole
+
+MODEL = "zoo:music"
+DTYPES = ("float32", "float16", "bfloat16")
+#: Of `sidechain.sae.features.scoring`, `sidechain.vectors` and `sidechain.taps`.
+SCORES = ("tada", "diff", "ratio", "mean_pos", "cohens_d", "logistic")
+WEIGHTINGS = ("natural", "none", "raw", "softmax", "sqrt", "log")
+METHODS = ("caa", "sae")
+
+
+def seed() -> Any:
+    """Declare the seed of a study."""
+    return whole(0, "seed of the noise", most=values.SEED_MOST, group="sampling")
+
+
+def dictionaries(group: str = "", prefix: str = "") -> Any:
+    """Declare a folder of dictionaries."""
+    return path(
+        None,
+        f"{prefix}folder with a dictionary for each site, cross-6.safetensors (default: the zoo)",
+        "DIR",
+        values.folder_there,
+        group=group,
+    )
+
+
+def folder(default: str) -> Any:
+    """Declare the folder of a run."""
+    return path(Path(default), "folder of the run", "DIR", values.folder_to_write, replayed=False)
+
+
+def sites(help: str) -> Any:
+    """Declare a pattern of sites, all cross-attentions by default."""
+    return text("cross:*", help, "GLOB")
+
+
+@dataclass(frozen=True)
+class Model(Settings):
+    """The model of a study, where it runs and in which dtype."""
+
+    model: str = option(
+        MODEL,
+        "zoo:music or the folder of a saved pipeline",
+        values.model,
+        probe=values.model_there,
+        metavar="MODEL",
+    )
+    device: str = option(
+        "cpu",
+        "where the model runs: cpu, cuda, cuda:N, xpu or mps",
+        values.device,
+        metavar="DEVICE",
+        group="model",
+        replayed=False,
+    )
+    dtype: str = choice("float32", "of the model's weights", DTYPES, group="model")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How clips are sampled; mixed into the settings of a study."""
+
+    steps: int = whole(20, "num_inference_steps", least=1, group="sampling")
+    guidance: float = number(3.0, "guidance_scale", least=0.0, group="sampling")
+    batch_rows: int = whole(64, "clips generated at once", least=1, group="sampling")
+
+
+_METHOD = "how the vector is made"
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a vector is made; mixed into the settings of a study."""
+
+    method: str = choice(
+        "caa",
+        "caa: mean difference of activations; sae: decoder rows of the dictionary features that "
+        "score best",
+        METHODS,
+        group=_METHOD,
+    )
+    dictionaries: Path | None = dictionaries(_METHOD, "sae: ")
+    features: int = whole(20, "sae: features a step", least=1, group=_METHOD)
+    score: str = choice("tada", "sae: what ranks them", SCORES, group=_METHOD)
+    weighting: str = choice(
+        "natural",
+        "sae: natural (strength 1 is one natural difference) or as published (none), or by the "
+        "scores",
+        WEIGHTINGS,
+        group=_METHOD,
+    )

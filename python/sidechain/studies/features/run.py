@@ -1,0 +1,318 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How good dictionaries are and which of their features stand for concepts: `sidechain sae score`.
+
+Held-out captions are generated once and recorded at all sites; every concept's prompt pairs are
+read at all sites in one generation. What features are largest at can be heard in the report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from ...io.run_folder import RunFolder, write_json, write_table
+from ...sae import Sae
+from ...sae.features.evaluate import Health, Moment, measure, top_moments
+from ...sae.features.scoring import (
+    METHODS,
+    FeatureStatistics,
+    feature_statistics,
+    on_grid,
+)
+from ...store import ActivationStore, record
+from ...zoo.music.captions import fresh_captions
+from ...zoo.music.concepts import concept
+from .. import common
+from ..vectors.config import VectorConfig
+from ..vectors.run import dictionaries, prompt_pairs
+from .config import DictionaryConfig
+
+#: Captions of the study are numbered from here: neither trained on nor held out by the recipe.
+FIRST_CAPTION = 500_000
+
+
+@dataclass(frozen=True)
+class FeatureFound:
+    """A feature that stands for a concept at a site.
+
+    Attributes:
+        concept, site, feature: which.
+        score: mean over steps of the method asked for.
+        step: where that score is largest.
+        kept: mean activation with and without the concept, mean over steps.
+        rate: share of tokens in which it is kept, with and without the concept.
+        moments: where it is largest among the held-out captions.
+    """
+
+    concept: str
+    site: str
+    feature: int
+    score: float
+    step: int
+    kept: tuple[float, float]
+    rate: tuple[float, float]
+    moments: list[Moment]
+
+
+@dataclass(frozen=True)
+class HeardMoment:
+    """A moment with what there is to hear and see of it.
+
+    Attributes:
+        moment: prompt, step, token and value.
+        text: the caption.
+        audio: samples [T].
+        mel: log-mel spectrogram [frames, bins].
+        trace: the feature's activation at every token of that step.
+    """
+
+    moment: Moment
+    text: str
+    audio: Any
+    mel: Any
+    trace: list[float]
+
+
+@dataclass(frozen=True)
+class DictionaryStudy:
+    """Everything that `sidechain sae score` found."""
+
+    config: DictionaryConfig
+    health: dict[str, Health]
+    found: list[FeatureFound]
+    ranks: pd.DataFrame
+    sizes: dict[str, dict[str, object]]
+
+    def health_table(self) -> pd.DataFrame:
+        """One row a site."""
+        return pd.DataFrame(
+            [
+                {
+                    "site": site,
+                    **self.sizes[site],
+                    "rows": h.rows,
+                    "fvu": h.fvu,
+                    "worst_step_fvu": float(h.step_fvu.max()),
+                    "raw_fvu": h.raw_fvu,
+                    "l0": h.l0,
+                    "dead": h.dead,
+                }
+                for site, h in self.health.items()
+            ]
+        )
+
+    def feature_table(self) -> pd.DataFrame:
+        """One row a feature found."""
+        return pd.DataFrame(
+            [
+                {
+                    "concept": f.concept,
+                    "site": f.site,
+                    "feature": f.feature,
+                    "score": f.score,
+                    "best_step": f.step,
+                    "kept_with": f.kept[0],
+                    "kept_without": f.kept[1],
+                    "rate_with": f.rate[0],
+                    "rate_without": f.rate[1],
+                }
+                for f in self.found
+            ]
+        )
+
+    def write(self, out: Path) -> None:
+        """Write `health.csv`, `features.csv`, `scores.csv` and `summary.json`."""
+        write_table(out / "health.csv", self.health_table())
+        write_table(out / "features.csv", self.feature_table())
+        write_table(out / "scores.csv", self.ranks)
+        write_json(
+            out / "summary.json",
+            {
+                "sites": self.health_table().to_dict(orient="records"),
+                "concepts": list(self.config.concepts),
+                "pairs": self.config.pairs,
+                "captions": self.config.prompts,
+                "fvu_by_step": {
+                    site: [round(float(v), 5) for v in h.step_fvu]
+                    for site, h in self.health.items()
+                },
+            },
+        )
+
+
+def run(config: DictionaryConfig) -> DictionaryStudy:
+    """Measure, score and write tables into `config.out`; recorded captions are used again.
+
+    Raises:
+        ValueError: an unknown concept or score, or no dictionary for these sites.
+    """
+    wanted = [concept(name) for name in config.concepts]
+    pipe, _ = common.load(config.model, config.device, config.dtype)
+    saes = dictionaries(pipe, config.sites, config.dictionaries)
+    RunFolder(config.out, "sae score", config, common.inputs(config))
+    stores = record_captions(config, pipe, list(saes))
+    health = {
+        site: measure(_on_store(sae, stores[site]), stores[site]) for site, sae in saes.items()
+    }
+    found: list[FeatureFound] = []
+    tables = []
+    for one in wanted:
+        statistics = _statistics(config, pipe, saes, one.name)
+        for site, read in statistics.items():
+            found += _best(config, one.name, site, saes[site], read, stores[site])
+        tables.append(_scores(one.name, statistics))
+    sizes: dict[str, dict[str, object]] = {
+        site: {
+            "architecture": sae.config.architecture,
+            "features": sae.config.features,
+            "k": sae.config.k,
+        }
+        for site, sae in saes.items()
+    }
+    study = DictionaryStudy(config, health, found, pd.concat(tables, ignore_index=True), sizes)
+    study.write(config.out)
+    return study
+
+
+def record_captions(
+    config: DictionaryConfig, pipe: Any, sites: Sequence[str]
+) -> dict[str, ActivationStore]:
+    """Rows of the held-out captions by site."""
+    return record(
+        pipe,
+        list(sites),
+        fresh_captions(config.prompts, FIRST_CAPTION),
+        config.out / "activations",
+        seeds=FIRST_CAPTION + config.seed,
+        batch_size=max(1, config.batch_rows),
+        num_inference_steps=config.steps,
+        guidance_scale=config.guidance,
+    )
+
+
+def _on_store(sae: Sae, store: ActivationStore) -> Sae:
+    return sae if store.timesteps is None else on_grid(sae, store.timesteps, store.sigmas)
+
+
+def _statistics(
+    config: DictionaryConfig, pipe: Any, saes: dict[str, Sae], name: str
+) -> dict[str, FeatureStatistics]:
+    positive, negative = prompt_pairs(VectorConfig(concept=name, pairs=config.pairs))
+    return feature_statistics(
+        pipe,
+        saes,
+        positive,
+        negative,
+        activations=config.activations,
+        seeds=[common.noise_seed(config.seed, index) for index in range(len(positive))],
+        batch_size=max(1, config.batch_rows // 2),
+        num_inference_steps=config.steps,
+        guidance_scale=config.guidance,
+    )
+
+
+def _best(
+    config: DictionaryConfig,
+    name: str,
+    site: str,
+    sae: Sae,
+    read: FeatureStatistics,
+    store: ActivationStore,
+) -> list[FeatureFound]:
+    """The features with the largest mean score over steps."""
+    scores = read.score(config.score)
+    order = torch.sort(scores.mean(0), descending=True, stable=True).indices[: config.features]
+    numbers = [int(f) for f in order]
+    moments = top_moments(_on_store(sae, store), store, numbers, config.moments)
+    kept, rate = read.kept.mean(0), read.rate.mean(0)
+    return [
+        FeatureFound(
+            name,
+            site,
+            f,
+            float(scores[:, f].mean()),
+            int(read.steps[scores[:, f].argmax()]),
+            (float(kept[0, f]), float(kept[1, f])),
+            (float(rate[0, f]), float(rate[1, f])),
+            moments[f],
+        )
+        for f in numbers
+    ]
+
+
+def _scores(name: str, statistics: dict[str, FeatureStatistics]) -> pd.DataFrame:
+    """Best feature of every method, site and step: how far the methods agree."""
+    rows = []
+    for site, read in statistics.items():
+        for method in METHODS:
+            scores = read.score(method)
+            best = read.top(method, 1)[:, 0]
+            rows += [
+                {
+                    "concept": name,
+                    "site": site,
+                    "method": method,
+                    "step": int(step),
+                    "feature": int(best[place]),
+                    "score": float(scores[place, best[place]]),
+                }
+                for place, step in enumerate(read.steps)
+            ]
+    return pd.DataFrame(rows)
+
+
+def listen(study: DictionaryStudy, found: Sequence[FeatureFound]) -> list[list[HeardMoment]]:
+    """Clips of the moments of some features; every caption is generated once."""
+    config = study.config
+    pipe, _ = common.load(config.model, config.device, config.dtype)
+    saes = dictionaries(pipe, config.sites, config.dictionaries)
+    texts = fresh_captions(config.prompts, FIRST_CAPTION)
+    numbers = sorted({m.prompt for f in found for m in f.moments})
+    clips: dict[int, tuple[Any, Any]] = {}
+    for part in common.batches(numbers, max(1, config.batch_rows)):
+        latents = common.generate(
+            pipe,
+            pipe.encode_prompt([texts[n] for n in part]),
+            [FIRST_CAPTION + config.seed + n for n in part],
+            steps=config.steps,
+            guidance=config.guidance,
+        )
+        mels = pipe.codec.decode(latents)
+        for n, mel, wave in zip(part, mels, pipe.codec.audio(mels), strict=True):
+            clips[n] = (np.asarray(wave), mel)
+    heard = []
+    for one in found:
+        store = ActivationStore(config.out / "activations", one.site)
+        sae = _on_store(saes[one.site], store)
+        heard.append(
+            [
+                HeardMoment(
+                    m, texts[m.prompt], *clips[m.prompt], _trace(sae, store, one.feature, m)
+                )
+                for m in one.moments
+            ]
+        )
+    return heard
+
+
+def _trace(sae: Sae, store: ActivationStore, feature: int, moment: Moment) -> list[float]:
+    """Kept activation of a feature at every token of one clip and step."""
+    part = ActivationStore(store.folder, store.site, steps=[moment.step], prompts=[moment.prompt])
+    rows = torch.arange(len(part))
+    with torch.no_grad():
+        codes = sae.encode(part.read(rows).float(), step=moment.step)
+    trace = torch.zeros(len(rows))
+    if codes.offsets is None:
+        trace = torch.where(codes.indices == feature, codes.values, 0.0).sum(1)
+    else:
+        counts = codes.offsets.diff()
+        of = torch.repeat_interleave(torch.arange(len(counts)), counts)
+        trace.index_add_(0, of, torch.where(codes.indices == feature, codes.values, 0.0))
+    order = part.labels(rows).token.argsort()
+    return [float(v) for v in trace[order]]

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Make a steering vector from the prompt pairs of a concept, or from given ones.
+
+Two methods: "caa", the mean difference of the activations, and "sae", the decoder rows of the
+dictionary features that score best.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ..._errors import InputError
+from ...pipelines import sites as list_sites
+from ...sae import Sae
+from ...sae.features.scoring import feature_statistics
+from ...taps import share
+from ...vectors import SteeringVector, caa, sae_features
+from ...zoo.music.concepts import concept
+from .. import common
+from .config import VectorConfig as VectorConfig
+
+
+def build(pipe: Any, config: VectorConfig, *, progress: bool = True) -> SteeringVector:
+    """Vector of the config's concept, not saved.
+
+    Keys and values of the prompts are computed once a run and not once a step.
+
+    Raises:
+        InputError: neither concept nor prompts, or with "sae" a site without a dictionary.
+    """
+    with share(pipe):
+        return _build(pipe, config, progress)
+
+
+def _build(pipe: Any, config: VectorConfig, progress: bool) -> SteeringVector:
+    positive, negative = prompt_pairs(config)
+    seeds = [common.noise_seed(config.seed, index) for index in range(len(positive))]
+    call: dict[str, Any] = {
+        "num_inference_steps": config.steps,
+        "guidance_scale": config.guidance,
+    }
+    batch_size = max(1, config.batch_rows // 2)
+    if config.method == "caa":
+        return caa(
+            pipe,
+            positive,
+            negative,
+            common.site_patterns(config.sites),
+            seeds=seeds,
+            batch_size=batch_size,
+            normalise=config.normalise,
+            concept=config.concept or "",
+            progress=progress,
+            **call,
+        )
+    saes = dictionaries(pipe, config.sites, config.dictionaries)
+    statistics = feature_statistics(
+        pipe,
+        saes,
+        positive,
+        negative,
+        seeds=seeds,
+        batch_size=batch_size,
+        progress=progress,
+        **call,
+    )
+    return sae_features(
+        pipe,
+        saes,
+        statistics,
+        method=config.score,
+        count=config.features,
+        weighting=config.weighting,
+        concept=config.concept or "",
+        pairs=len(positive),
+        seeds=seeds,
+        call=call,
+    )
+
+
+def prompt_pairs(config: VectorConfig) -> tuple[list[str], list[str]]:
+    """Prompts with and without the concept: given ones, or from its templates."""
+    if config.prompts is None and config.concept is None:
+        raise InputError("vector: expected a concept or prompts, got neither")
+    if config.prompts is not None:
+        positive, negative = (list(side)[: config.pairs] for side in config.prompts)
+        return positive, negative
+    pairs = concept(config.concept or "").pairs(config.pairs, common.VECTOR_PROMPTS)
+    return [pair.clean for pair in pairs], [pair.corrupted for pair in pairs]
+
+
+def dictionaries(pipe: Any, pattern: str, folder: Path | None) -> dict[str, Sae]:
+    """Dictionaries of the sites of a pattern that have one, by alias.
+
+    Args:
+        pipe: the pipeline.
+        pattern: comma list of sites.
+        folder: with files named as the zoo's, `cross-6.safetensors`; None = those of the zoo.
+
+    Raises:
+        InputError: no site of the pattern has one.
+    """
+    from ... import zoo
+
+    chosen = list_sites(pipe, common.site_patterns(pattern)).aliases
+    if folder is None:
+        known = zoo.dictionaries()
+        found = {alias: zoo.dictionary(alias) for alias in chosen if alias in known}
+    else:
+        paths = {alias: folder / zoo.dictionary_file(alias) for alias in chosen}
+        found = {alias: Sae.load(path) for alias, path in paths.items() if path.is_file()}
+    if not found:
+        where = "the zoo" if folder is None else str(folder)
+        raise InputError(
+            f"dictionaries: expected a dictionary in {where} for one of {', '.join(chosen)}, got "
+            "none"
+        )
+    return found
+
+
+def run(config: VectorConfig) -> SteeringVector:
+    """Make the vector and save it to `config.out` (safetensors)."""
+    pipe, _ = common.load(config.model, config.device, config.dtype)
+    vector = build(pipe, config)
+    if config.out is not None:
+        config.out.parent.mkdir(parents=True, exist_ok=True)
+        vector.save(config.out)
+    return vector

@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""patch: give a site another input or output than the run it is in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..pipelines import Run, Site, SitePattern, execution_device, sites
+from . import options
+from .base import Tap
+from .capture import Capture
+from .options import Steps, reuse
+from .processor import Ablate, Operation, Replace, Swap
+
+Rows = Any  # None | bool [B] | {site: bool [B]}
+
+
+class Patch(Tap):
+    """Edited inputs or outputs of sites; made by `patch`."""
+
+    name = "patch"
+
+    def __init__(
+        self,
+        pipe: Any,
+        sites_: SitePattern,
+        inputs: dict[str, Tensor],
+        output: Mapping[str, Tensor] | None,
+        rows: Rows,
+        passes: str,
+        steps: Steps,
+    ) -> None:
+        super().__init__(pipe, sites(pipe, sites_), steps)
+        self._wanted = options.parse_branches("patch", passes)
+        self._inputs = inputs
+        self._output = output
+        self._rows = self._parse_rows(rows)
+        self._base: dict[str, Tensor] = {}
+        self._selected: dict[str, Tensor] = {}
+        self._banks: dict[str, Tensor] = {}
+        self._live: bool | None = None
+        self._slot: Tensor | None = None
+        device = execution_device(pipe, self.sites[0].module)
+        for option, value in inputs.items():
+            self._check_input(option, value, device)
+        if output is not None:
+            for site in self.sites:
+                self._check_output(site, device)
+
+    # -- checks -------------------------------------------------------------------------------
+
+    def _parse_rows(self, rows: Rows) -> dict[str, Tensor]:
+        if not isinstance(rows, Mapping):
+            chosen = torch.ones(1, dtype=torch.bool)
+            if rows is not None:
+                chosen = options.per_sample("patch", "rows", rows, torch.bool)
+            return {site.name: chosen for site in self.sites}
+        read = {
+            self.sites[key].name: options.per_sample("patch", f"rows[{key}]", value, torch.bool)
+            for key, value in rows.items()
+        }
+        missing = [s.alias for s in self.sites if s.name not in read]
+        if missing:
+            raise ValueError(
+                f"patch: expected rows for every site [rows is a mapping], got none for "
+                f"{', '.join(missing)}"
+            )
+        return read
+
+    def _check_input(self, option: str, value: Tensor, device: torch.device) -> None:
+        if not isinstance(value, Tensor) or not value.dtype.is_floating_point:
+            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"patch: expected {option} as a float tensor [B, S, C], got {got}")
+        self._check_device(option, value, device)
+        for site in self.sites:
+            if site.kind != "cross":
+                raise ValueError(
+                    f"patch: expected cross-attention sites [{option}=...], got {site}"
+                )
+            if value.dim() not in (2, 3) or value.shape[-1] != site.context_width:
+                raise ValueError(
+                    f"patch: expected {option} of shape [B, S, {site.context_width}] [context "
+                    f"width of {site}], got {list(value.shape)}"
+                )
+            fused = getattr(site.module, "fused_projections", False)
+            if option != "context" and (fused or site.module.norm_cross is not None):
+                raise NotImplementedError(
+                    f"patch: expected separate, un-normed key and value projections [{option}=...],"
+                    f" got {'fused ones' if fused else 'a context norm'} at {site}"
+                )
+
+    def _check_output(self, site: Site, device: torch.device) -> None:
+        value = (self._output or {})[site.name]
+        if not isinstance(value, Tensor) or not value.dtype.is_floating_point:
+            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"patch: expected output as a float tensor [steps, B, T, C], got {got}")
+        self._check_device("output", value, device)
+        if value.dim() not in (4, 5) or value.shape[-1] != site.width:
+            raise ValueError(
+                f"patch: expected output of shape [steps, B, T, {site.width}] or [steps, passes, "
+                f"B, T, {site.width}] [width of {site}], got {list(value.shape)}"
+            )
+
+    # -- following the run --------------------------------------------------------------------
+
+    def _operations_at(self, site: Site) -> list[Operation]:
+        if self._output is not None:
+            return [Replace()]
+        if not self._inputs:
+            return [Ablate()]
+        if "context" in self._inputs:
+            return [Swap(key=True, value=True)]
+        return [Swap(key=option == "key", value=option == "value") for option in self._inputs]
+
+    def _bind(self, run: Run) -> None:
+        branches = self._branches(run, self._wanted)
+        in_branch = torch.tensor([p in branches for p in run.passes], device=run.shape.device)
+        in_branch = in_branch[run.pass_of_row]
+        for option, value in self._inputs.items():
+            self._banks[option] = reuse(self._banks.get(option), self._bank(option, value, run))
+        if self._slot is None or self._slot.device != run.shape.device:
+            self._slot = torch.zeros(1, dtype=torch.int64, device=run.shape.device)
+        for site in self.sites:
+            rows = options.for_rows(
+                "patch", f"rows at {site.alias}", self._rows[site.name], run.samples,
+                run.sample_of_row,
+            )  # fmt: skip
+            self._base[site.name] = (rows & in_branch)[:, None, None]
+            selected = reuse(self._selected.get(site.name), self._base[site.name])
+            self._selected[site.name] = selected
+            for operation, option in zip(
+                self._operations[site.name], self._inputs or [""], strict=True
+            ):
+                if isinstance(operation, Swap | Replace | Ablate):
+                    operation.selected = selected
+                if isinstance(operation, Swap):
+                    operation.bank = self._banks[option]
+                elif isinstance(operation, Replace):
+                    bank = self._outputs(site, run, branches)
+                    operation.bank = reuse(getattr(operation, "bank", None), bank)
+                    operation.slot = self._slot
+        self._live = True
+
+    def _bank(self, option: str, value: Tensor, run: Run) -> Tensor:
+        """[B | 1, S, C] -> [R, S, C]."""
+        value = value[None] if value.dim() == 2 else value
+        if value.shape[0] not in (1, run.samples) or value.shape[1] != run.shape.context_tokens:
+            raise ValueError(
+                f"patch: expected {option} of shape [{run.samples}, {run.shape.context_tokens}, "
+                f"{value.shape[2]}] [samples and context tokens of this run], got "
+                f"{list(value.shape)}"
+            )
+        value = value.detach().to(run.shape.dtype)
+        return value.expand(run.samples, -1, -1)[run.sample_of_row]
+
+    def _outputs(self, site: Site, run: Run, branches: tuple[str, ...]) -> Tensor:
+        """[steps, passes | 1, B, T, C] -> [steps, R, T, C]; rows of other passes are zero."""
+        value = (self._output or {})[site.name].detach()
+        value = value[:, None] if value.dim() == 4 else value
+        steps, passes, samples, tokens, width = value.shape
+        span = self._span[1] - self._span[0]
+        if steps != span or samples != run.samples or tokens != run.shape.tokens:
+            raise ValueError(
+                f"patch: expected output of shape [{span}, {run.samples}, {run.shape.tokens}, "
+                f"{width}] [steps, samples and tokens of this run], got {list(value.shape)}"
+            )
+        if passes not in (1, len(branches)):
+            raise ValueError(
+                f"patch: expected output with 1 or {len(branches)} passes [{list(branches)}], got "
+                f"{passes}"
+            )
+        value = value.to(run.shape.dtype).expand(-1, len(branches), -1, -1, -1)
+        bank = value.new_zeros(steps, run.shape.rows, tokens, width)
+        for place, branch in enumerate(branches):
+            bank[:, run.rows_of(branch)] = value[:, place]
+        return bank
+
+    def _advance(self, step: int, inside: bool) -> None:
+        if inside != self._live:
+            for site in self.sites:
+                selected = self._selected[site.name]
+                if inside:
+                    selected.copy_(self._base[site.name])
+                else:
+                    selected.zero_()
+            self._live = inside
+        if inside and self._slot is not None:
+            self._slot.fill_(step - self._span[0])
+
+
+def patch(
+    pipe: Any,
+    sites: SitePattern,
+    *,
+    context: Tensor | None = None,
+    key: Tensor | None = None,
+    value: Tensor | None = None,
+    output: Tensor | Mapping[Any, Tensor] | Capture | None = None,
+    ablate: bool = False,
+    rows: Rows = None,
+    passes: str = "cond",
+    steps: Steps = None,
+) -> Patch:
+    """Replace what chosen sites see or put out, for chosen samples.
+
+    Give exactly one of: `context`; `key` and / or `value`; `output`; `ablate=True`.
+
+    Args:
+        pipe: diffusers pipeline.
+        sites: see `SiteList.select`.
+        context: [B, S, C], [1, S, C] or [S, C], what keys and values are computed from instead;
+            `contexts` makes it.
+        key: the same for keys only.
+        value: the same for values only.
+        output: [steps, B, T, C], or [steps, passes, B, T, C], in place of the module's output;
+            one tensor, one for each site, or a capture made with reduce="tokens".
+        ablate: put out zeros.
+        rows: samples to patch, bool [B], or {site: bool [B]}. None = all.
+        passes: "cond", "uncond" or "all".
+        steps: (start, stop) in scheduler steps, or in fractions of the run. None = all.
+
+    Returns:
+        A context manager (or handle: attach, remove).
+
+    Raises:
+        TypeError, ValueError: options that do not fit each other, the sites or the run.
+        RuntimeError: on leaving the context, a site that never ran.
+
+    Differentiable in: the activations, not in what replaces them. Rows that are not selected stay
+    bit-identical.
+    """
+    inputs = {
+        k: v for k, v in (("context", context), ("key", key), ("value", value)) if v is not None
+    }
+    given = [
+        *(["context"] if context is not None else []),
+        *(["key / value"] if key is not None or value is not None else []),
+        *(["output"] if output is not None else []),
+        *(["ablate"] if ablate else []),
+    ]
+    if len(given) != 1:
+        raise ValueError(
+            "patch: expected exactly one of context, key / value, output, ablate, got "
+            f"{', '.join(given) or 'none'}"
+        )
+    outputs = None if output is None else _outputs_by_name(pipe, sites, output)
+    return Patch(pipe, sites, inputs, outputs, rows, passes, steps)
+
+
+def _outputs_by_name(pipe: Any, pattern: SitePattern, output: Any) -> dict[str, Tensor]:
+    chosen = sites(pipe, pattern)
+    if isinstance(output, Tensor):
+        return {site.name: output for site in chosen}
+    if isinstance(output, Capture):
+        if output.reduce != "tokens":
+            raise ValueError(
+                f"patch: expected a capture with reduce='tokens', got {output.reduce!r}"
+            )
+        return {site.name: output[site.name] for site in chosen}
+    if isinstance(output, Mapping):
+        known = sites(pipe)
+        given = {known[key].name: value for key, value in output.items()}
+        missing = [s.alias for s in chosen if s.name not in given]
+        if missing:
+            raise ValueError(f"patch: expected an output for every site, got none for {missing}")
+        return given
+    raise TypeError(
+        f"patch: expected output as a tensor, a mapping or a capture, got {type(output).__name__}"
+    )

@@ -1,0 +1,405 @@
+# SPDX-License-Identifier: Apache-2.0
+"""steer: add directions to what sites put out, per sample, step and CFG branch."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from .._device import send
+from ..pipelines import (
+    Run,
+    Site,
+    SiteList,
+    SitePattern,
+    config_hash,
+    execution_device,
+    sites,
+)
+from ..pipelines.time_grid import resample, same_grid
+from . import options
+from .base import Tap
+from .options import BRANCHES, Steps, reuse, same_device
+from .processor import Operation, Pass
+
+# mode -> for each CFG branch, the branch whose vector it gets
+MODES: dict[str, dict[str, str]] = {
+    "cond_only": {"cond": "cond"},
+    "uncond_only": {"uncond": "uncond"},
+    "both_cond": {"cond": "cond", "uncond": "cond"},
+    "both_uncond": {"cond": "uncond", "uncond": "uncond"},
+    "separate": {"cond": "cond", "uncond": "uncond"},
+    "uncond_for_cond": {"cond": "uncond"},
+}
+
+
+@runtime_checkable
+class VectorLike(Protocol):
+    """What steering needs of a vector; `sidechain.vectors.SteeringVector` is one."""
+
+    @property
+    def tensors(self) -> Mapping[tuple[str, str], Tensor]:
+        """(site name, branch) -> [S, C]."""
+
+    @property
+    def timesteps(self) -> Tensor | None:
+        """[S], or None."""
+
+    @property
+    def config_hash(self) -> str:
+        """Of the denoiser it was made for, or the empty string."""
+
+
+Vector = VectorLike | Mapping[Any, Tensor]
+
+
+class _Table:
+    """One vector, checked against a pipeline."""
+
+    def __init__(self, pipe: Any, vector: Vector) -> None:
+        known = sites(pipe)
+        self.timesteps: Tensor | None = None
+        self.tensors: dict[tuple[str, str], Tensor] = {}
+        if isinstance(vector, VectorLike):
+            here = config_hash(pipe)
+            if vector.config_hash and vector.config_hash != here:
+                raise ValueError(
+                    f"steer: expected a vector made for a denoiser with config hash {here} [this "
+                    f"pipeline], got {vector.config_hash}"
+                )
+            self.timesteps = vector.timesteps
+            entries: Mapping[Any, Tensor] = vector.tensors
+        elif isinstance(vector, Mapping):
+            entries = vector
+        else:
+            raise TypeError(
+                f"steer: expected a SteeringVector or {{site: tensor}}, got {type(vector).__name__}"
+            )
+        device = execution_device(pipe, known[0].module)
+        for key, value in entries.items():
+            name, branches = (key[0], key[1:]) if isinstance(key, tuple) else (key, BRANCHES)
+            self._add(known[name], branches, value, device)
+        lengths = {t.shape[0] for t in self.tensors.values()}
+        if len(lengths) != 1:
+            raise ValueError(
+                f"steer: expected vectors with one number of steps, got {sorted(lengths)}"
+            )
+        self.steps = lengths.pop()
+        if self.timesteps is not None and len(self.timesteps) != self.steps:
+            raise ValueError(
+                f"steer: expected {self.steps} timesteps [steps of the vector], got "
+                f"{len(self.timesteps)}"
+            )
+
+    def _add(
+        self, site: Site, branches: tuple[str, ...], value: Tensor, device: torch.device
+    ) -> None:
+        if not isinstance(value, Tensor) or not value.dtype.is_floating_point:
+            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"steer: expected a float tensor [S, C] for {site}, got {got}")
+        table = value[None] if value.dim() == 1 else value
+        if table.dim() != 2 or table.shape[0] == 0 or table.shape[1] != site.width:
+            raise ValueError(
+                f"steer: expected a vector of shape [S, {site.width}] [width of {site}], got "
+                f"{list(value.shape)}"
+            )
+        if value.device.type != "cpu" and not same_device(value.device, device):
+            raise ValueError(
+                f"steer: expected the vector of {site} on cpu or {device} [where the denoiser "
+                f"computes], got {value.device}"
+            )
+        if not bool(torch.isfinite(table).all()):
+            raise ValueError(f"steer: expected a finite vector for {site}, got NaN or infinity")
+        for branch in branches:
+            self.tensors[site.name, branch] = table.detach().float()
+
+    def names(self) -> list[str]:
+        return list(dict.fromkeys(name for name, _ in self.tensors))
+
+    def at(self, site: Site, branch: str) -> Tensor:
+        try:
+            return self.tensors[site.name, branch]
+        except KeyError:
+            held = sorted(b for n, b in self.tensors if n == site.name)
+            raise ValueError(
+                f"steer: expected a vector for {site} and the {branch} pass, got "
+                f"{'passes ' + str(held) if held else f'sites {self.names()}'}"
+            ) from None
+
+
+class Steer(Tap):
+    """Directions added at sites; made by `steer`. `strength`, `removal` and `which` can be set."""
+
+    name = "steer"
+
+    def __init__(
+        self,
+        pipe: Any,
+        tables: list[_Table],
+        chosen: SiteList,
+        mode: str,
+        steps: Steps,
+        tokens: Any,
+        renorm: bool,
+    ) -> None:
+        if mode not in MODES:
+            raise ValueError(
+                f"steer: expected passes to be one of {', '.join(MODES)}, got {mode!r}"
+            )
+        super().__init__(pipe, chosen, steps)
+        self.passes = mode
+        self.renorm = bool(renorm)
+        self._tokens = options.parse_tokens("steer", tokens)
+        self._tables = tables
+        # Branches whose vectors are needed, in the order of the table rows of each vector.
+        self._sources = tuple(b for b in BRANCHES if b in MODES[mode].values())
+        for table in tables:
+            for site in chosen:
+                for branch in self._sources:
+                    table.at(site, branch)
+        self._strength = self._removal = torch.zeros(1)
+        self._which: Tensor | None = None
+        self._steps_of_table = 1
+        self._slot: Tensor | None = None
+        self._row_buffers: dict[str, Tensor] = {}
+        self._vectors: dict[str, Tensor] = {}
+        self._mask: Tensor | None = None
+        self._built_for: Tensor | None = None
+        self._warned = False
+
+    # -- what can be changed while the tap is in place ------------------------------------------
+
+    @property
+    def strength(self) -> Tensor:
+        """Strength of each sample, [1] or [B]; set it to a number or to [B] numbers."""
+        return self._strength
+
+    @strength.setter
+    def strength(self, value: Any) -> None:
+        self._strength = self._changed("strength", value, torch.float32)
+
+    @property
+    def removal(self) -> Tensor:
+        """How much of the projection to take away for each sample, [1] or [B]."""
+        return self._removal
+
+    @removal.setter
+    def removal(self, value: Any) -> None:
+        self._removal = self._changed("removal", value, torch.float32)
+        if self._context is not None and "removal" not in self._row_buffers:
+            self._context.invalidate()  # the kernel has to be told about one buffer more
+
+    @property
+    def which(self) -> Tensor | None:
+        """Number of the vector of each sample, -1 for none; None = the only one."""
+        return self._which
+
+    @which.setter
+    def which(self, value: Any) -> None:
+        if value is None:
+            if len(self._tables) > 1:
+                raise ValueError(
+                    f"steer: expected which, the vector of each sample [{len(self._tables)} "
+                    "vectors given; add vectors up or nest steers to apply several at once], got "
+                    "None"
+                )
+            self._which = None
+            self._refill_index()
+            return
+        read = self._changed("which", value, torch.int64)
+        count = len(self._tables)
+        if int(read.min()) < -1 or int(read.max()) >= count:
+            raise ValueError(
+                f"steer: expected which within [-1, {count}) [{count} vectors], got {read.tolist()}"
+            )
+        self._which = read
+        self._refill_index()
+
+    def _changed(self, option: str, value: Any, dtype: torch.dtype) -> Tensor:
+        """Read an option; while a run is under way, fill its buffer at once."""
+        read = options.per_sample("steer", option, value, dtype)
+        run = self._live_run()
+        if run is not None:
+            rows = options.for_rows("steer", option, read, run.samples, run.sample_of_row)
+            if option in self._row_buffers:
+                with torch.inference_mode(False), torch.no_grad():
+                    self._row_buffers[option].copy_(rows)
+        return read
+
+    def _refill_index(self) -> None:
+        run = self._live_run()
+        if run is not None:
+            with torch.inference_mode(False), torch.no_grad():
+                self._fill("index", run)
+
+    def _live_run(self) -> Run | None:
+        """Return the run whose buffers are in use, None between runs."""
+        context, run = self._context, self._run
+        if context is None or run is None or context.run is not run or context.step >= run.steps:
+            return None
+        return run
+
+    # -- following the run --------------------------------------------------------------------
+
+    def _operations_at(self, site: Site) -> list[Operation]:
+        return [Pass(steers=True)]
+
+    def _bind(self, run: Run) -> None:
+        targets = MODES[self.passes]
+        touched = tuple(b for b in run.passes if b in targets)
+        if not touched:
+            raise ValueError(
+                f"steer: expected a run with the {' or '.join(targets)} pass [passes="
+                f"{self.passes!r}], got passes {list(run.passes)} [guidance off?]"
+            )
+        device = run.shape.device
+        if self._slot is None or self._slot.device != device:
+            self._slot = torch.full((1,), -1, dtype=torch.int64, device=device)
+        self._build_tables(run)
+        for option in ("strength", "removal", "index"):
+            self._fill(option, run)
+        buffers: dict[str, Any] = {
+            "steer_slot": self._slot,
+            "index": self._row_buffers["index"],
+            "strength": self._row_buffers["strength"],
+            "renorm": self.renorm,
+        }
+        if "removal" in self._row_buffers:
+            buffers["removal"] = self._row_buffers["removal"]
+        if isinstance(self._tokens, Tensor):
+            mask = options.token_mask("steer", self._tokens, run.shape.tokens, run.samples)
+            mask = send(mask, device)
+            mask = mask if mask.shape[0] == 1 else mask[run.sample_of_row]
+            self._mask = buffers["steer_mask"] = reuse(self._mask, mask)
+        else:
+            options.count_tokens("steer", self._tokens, run.shape.tokens)
+        for site in self.sites:
+            (operation,) = self._operations[site.name]
+            if isinstance(operation, Pass):
+                operation.tokens = None if isinstance(self._tokens, Tensor) else self._tokens
+                operation.active = self._block(run, touched)
+                operation.buffers = {"vectors": self._vectors[site.name], **buffers}
+
+    def _fill(self, option: str, run: Run) -> None:
+        old = self._row_buffers.get(option)
+        if option == "index":
+            new = self._index(run)
+        else:
+            value = self._strength if option == "strength" else self._removal
+            if option == "removal" and old is None and not bool(value.any()):
+                return  # without removal the kernel needs no dot products
+            new = options.for_rows("steer", option, value, run.samples, run.sample_of_row)
+        self._row_buffers[option] = reuse(old, new)
+
+    def _index(self, run: Run) -> Tensor:
+        """Row of the table for each row of the batch, [R] int32, -1 for none."""
+        targets = MODES[self.passes]
+        which = torch.zeros(1, dtype=torch.int64) if self._which is None else self._which
+        vector = options.for_rows("steer", "which", which, run.samples, run.sample_of_row)
+        place = [self._sources.index(targets[p]) if p in targets else -1 for p in run.passes]
+        branch = torch.tensor(place, device=vector.device)[run.pass_of_row]
+        index = vector * len(self._sources) + branch
+        return torch.where((vector < 0) | (branch < 0), -1, index).to(torch.int32)
+
+    def _build_tables(self, run: Run) -> None:
+        """Stack the vectors of each site to [V x branches, S, C] on the grid of the run."""
+        if self._built_for is not None and torch.equal(self._built_for, run.timesteps):
+            self._vectors = {k: v.to(run.shape.device) for k, v in self._vectors.items()}
+            return
+        self._steps_of_table = 1 if all(t.steps == 1 for t in self._tables) else run.steps
+        for site in self.sites:
+            rows = [
+                self._on_grid(table, table.at(site, branch), run)
+                for table in self._tables
+                for branch in self._sources
+            ]
+            stacked = torch.stack([r.to(run.shape.device) for r in rows])
+            self._vectors[site.name] = reuse(self._vectors.get(site.name), stacked)
+        self._built_for = run.timesteps
+
+    def _on_grid(self, table: _Table, value: Tensor, run: Run) -> Tensor:
+        steps = self._steps_of_table
+        if table.steps == 1:
+            return value.expand(steps, -1)
+        if table.timesteps is None:
+            if table.steps != run.steps:
+                raise ValueError(
+                    f"steer: expected a vector of 1 or {run.steps} steps [of this run; it has no "
+                    f"timesteps to interpolate over], got {table.steps}"
+                )
+            return value
+        if same_grid(table.timesteps, run.timesteps):
+            return value
+        if not self._warned:
+            warnings.warn(
+                f"steer: a vector of {table.steps} steps is interpolated over timesteps to the "
+                f"{run.steps} steps of this run",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            self._warned = True
+        return resample(value, table.timesteps, run.timesteps)
+
+    def _advance(self, step: int, inside: bool) -> None:
+        if self._slot is not None:
+            self._slot.fill_(min(step, self._steps_of_table - 1) if inside else -1)
+
+
+def steer(
+    pipe: Any,
+    vector: Vector | Sequence[Vector],
+    *,
+    strength: Any = 1.0,
+    which: Any = None,
+    sites: SitePattern | None = None,
+    passes: str = "cond_only",
+    steps: Steps = None,
+    tokens: slice | Tensor | None = None,
+    renorm: bool = False,
+    removal: Any = 0.0,
+) -> Steer:
+    """Add directions to what attention sites put out.
+
+    y = x + (strength - removal * max(0, <x, v>)) v for the output x of the module before its
+    residual; with renorm every token keeps its norm. Several steers at one site act in the order
+    of their attachment.
+
+    Args:
+        pipe: diffusers pipeline.
+        vector: `SteeringVector`, {site: [C] or [steps, C]}, or several of these.
+        strength: number, or one for each sample [B]. 0 is bit-identical to no steering.
+        which: with several vectors, the number of each sample's vector [B]; -1 for none.
+        sites: see `SiteList.select`. None = the sites of the vector.
+        passes: which CFG branch gets which branch's vector: "cond_only", "uncond_only",
+            "both_cond", "both_uncond", "separate", "uncond_for_cond".
+        steps: (start, stop) in scheduler steps, or in fractions of the run. None = all.
+        tokens: slice, or bool mask [T] or [B, T]. None = all.
+        renorm: give every steered token the norm it had.
+        removal: how much of the positive projection on v to take away, number or [B].
+
+    Returns:
+        A context manager (or handle: attach, remove) whose `strength`, `removal` and `which` can
+        be set at any time.
+
+    Raises:
+        TypeError, ValueError: options that do not fit each other, the sites or the run.
+        RuntimeError: on leaving the context, a site that never ran.
+
+    Differentiable in: the activations.
+    """
+    several = [vector] if isinstance(vector, VectorLike | Mapping) else list(vector)
+    if not several:
+        raise ValueError("steer: expected at least one vector, got none")
+    tables = [_Table(pipe, one) for one in several]
+    chosen = _sites_of(pipe, sites, tables)
+    tap = Steer(pipe, tables, chosen, passes, steps, tokens, renorm)
+    tap.strength, tap.removal, tap.which = strength, removal, which
+    return tap
+
+
+def _sites_of(pipe: Any, pattern: SitePattern | None, tables: list[_Table]) -> SiteList:
+    return sites(pipe, tables[0].names() if pattern is None else pattern)
