@@ -168,10 +168,10 @@ class TestWriting:
         os.umask(umask)
         assert target.stat().st_mode & 0o777 == 0o666 & ~umask
 
-        def fail(self, other):
+        def fail(source, other):
             raise OSError("disk full")
 
-        monkeypatch.setattr(Path, "replace", fail)
+        monkeypatch.setattr(os, "replace", fail)
         with pytest.raises(OSError, match="disk full"):
             write_report(ReportData(title="two"), target)
         assert "one" in target.read_text()

@@ -11,17 +11,18 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+def replacing(path: str | os.PathLike[str], *, parents: bool = False) -> Iterator[Path]:
     """Yield a temporary file beside `path`; it takes its place once the block is left.
 
-    For what is written by a library or in pieces. The folder is made if it is missing.
+    For what is written by a library or in pieces; `parents` makes the folder if it is missing.
 
     Raises:
         OSError: the place cannot be written; it names `path`, and what was there is untouched.
     """
     target = Path(path)
     with naming(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
+        if parents:
+            target.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(
             dir=target.parent, prefix=f".{target.name}.", suffix=".part"
         )
@@ -53,20 +54,20 @@ def naming(path: Path) -> Iterator[None]:
         raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
 
 
-def write_atomic(path: str | os.PathLike[str], data: bytes) -> Path:
+def write_atomic(path: str | os.PathLike[str], data: bytes, *, parents: bool = False) -> Path:
     """Write a file so that a reader, a crash or a full disk never sees half of it.
 
     Raises:
         OSError: the place cannot be written; it names the file, and what was there is untouched.
     """
-    with replacing(path) as temporary, open(temporary, "wb") as file:
+    with replacing(path, parents=parents) as temporary, open(temporary, "wb") as file:
         file.write(data)
     return Path(path)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> Path:
-    """Write a text file in UTF-8, whole or not at all."""
-    return write_atomic(path, text.encode("utf-8"))
+    """Write a text file in UTF-8, whole or not at all; its folder is made if it is missing."""
+    return write_atomic(path, text.encode("utf-8"), parents=True)
 
 
 def sync_file(path: Path) -> None:

@@ -38,14 +38,18 @@ def write_safetensors(
     path: str | os.PathLike[str],
     tensors: Mapping[str, Tensor],
     header: Mapping[str, str] | None = None,
+    *,
+    parents: bool = False,
 ) -> Path:
     """Write a plain safetensors file, all or nothing, without a second copy in memory.
+
+    `parents` makes the folder if it is missing.
 
     Raises:
         OSError: it cannot be written; the message names the file.
     """
     plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    with replacing(path) as temporary:
+    with replacing(path, parents=parents) as temporary:
         try:
             safetensors.torch.save_file(plain, temporary, dict(header) if header else None)
         except safetensors.SafetensorError as error:

@@ -59,7 +59,7 @@ def write_report(data: ReportData, path: str | Path, *, audio: str = "flac") -> 
     Returns:
         The path.
     """
-    return write_atomic(path, render(data, audio=audio).encode())
+    return write_atomic(path, render(data, audio=audio).encode(), parents=True)
 
 
 def render(data: ReportData, *, audio: str = "flac") -> str:

@@ -39,10 +39,10 @@ def save_figure(figure: Figure, path: str | Path, *, dpi: int = 200) -> Path:
     if kind not in {"png", "svg", "pdf"}:
         raise ValueError(f"save_figure: expected a .png, .svg or .pdf file, got {target.name}")
     if kind == "svg":
-        return write_atomic(target, svg(figure).encode())
+        return write_atomic(target, svg(figure).encode(), parents=True)
     stream = io.BytesIO()
     figure.savefig(stream, format=kind, dpi=dpi)
-    return write_atomic(target, stream.getvalue())
+    return write_atomic(target, stream.getvalue(), parents=True)
 
 
 def spectrogram_png(

@@ -16,9 +16,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from ...io import tensors as files
 from ...io.atomic import write_atomic
 from ...io.run_folder import write_json as write_json
-from ...io.tensors import write_safetensors as write_safetensors
 from ..config import Provenance, SaeConfig
 from ..model import Sae
 
@@ -66,11 +66,16 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         ) from None
 
 
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors as one safetensors file, whole or not at all; its folder is made if missing."""
+    files.write_safetensors(path, tensors, parents=True)
+
+
 def write_pickle(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write a state dict with `torch.save`, whole or not at all."""
     stream = io.BytesIO()
     torch.save({k: cpu(t) for k, t in tensors.items()}, stream)
-    write_atomic(path, stream.getvalue())
+    write_atomic(path, stream.getvalue(), parents=True)
 
 
 def read_pickle(path: Path) -> dict[str, Tensor]:
