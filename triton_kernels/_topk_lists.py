@@ -3,7 +3,7 @@
 
 One program owns a row. The cut is an order that k groups reach for certain: k different features.
 The groups whose upper bound reaches it are listed first, and then only these are looked into.
-Indices ascend in every list. Moved: 16 bytes a group and 16 a feature of the groups visited.
+Indices ascend in every list. Moved: 16 bytes a group, 20 a feature of the groups visited.
 """
 
 from __future__ import annotations
