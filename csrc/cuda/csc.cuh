@@ -18,11 +18,13 @@
 
 namespace sidechain::cuda {
 
+constexpr int kEntryPadding = 3;
+
 // Entries [start[i], start[i + 1]) of list i = label * F + f.
 struct Csc {
-  const CscEntry* entries;
-  const uint32_t* keys;  // list of each entry
-  const int32_t* start;  // [labels * F + 1]
+  const CscEntry* entries;  // kEntryPadding more may be read
+  const uint32_t* keys;     // list of each entry
+  const int32_t* start;     // [labels * F + 1]
 };
 
 inline int64_t csc_capacity(const Codes& codes) {
@@ -75,7 +77,7 @@ inline CscWorkspace csc_workspace(const CscSource& s, void* memory) {
   };
   for (int i = 0; i < 2; ++i) {
     if (i < sort.passes) {
-      w.entries[i] = static_cast<CscEntry*>(take(sort.total, sizeof(CscEntry)));
+      w.entries[i] = static_cast<CscEntry*>(take(sort.total + kEntryPadding, sizeof(CscEntry)));
     }
     w.keys[i] = static_cast<uint32_t*>(take(sort.total, 4));
   }
@@ -88,16 +90,11 @@ inline CscWorkspace csc_workspace(const CscSource& s, void* memory) {
 template <class From>
 cudaError_t launch_sort_pass(const From& from, const SortPass& pass, int32_t* counts,
                              const SortOutput& out, cudaStream_t stream) {
-  const int64_t bytes = scatter_shared_bytes(pass.digits);
-  cudaError_t status =
+  const cudaError_t status =
       launch(csc_count_kernel<From>, pass.tiles, kSortThreads, 0, stream, from, pass, counts);
-  if (status == cudaSuccess && bytes > 40 * 1024) {  // static shared memory stands beside it
-    status =
-        cudaFuncSetAttribute(csc_scatter_kernel<From>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(bytes));
-  }
   if (status != cudaSuccess) return status;
-  return launch(csc_scatter_kernel<From>, pass.tiles, kSortThreads, bytes, stream, from, pass,
+  return launch(csc_scatter_kernel<From>, pass.tiles, kSortThreads,
+                scatter_shared_bytes(pass.digits), stream, from, pass,
                 static_cast<const int32_t*>(counts), out);
 }
 

@@ -225,10 +225,9 @@ __global__ void __launch_bounds__(kSortThreads)
 }
 
 // Leaves in next[digit] where the first entry of this tile with that digit goes and in first[digit]
-// where that of all tiles goes; returns the number of all entries.
+// where that of all tiles goes; returns the number of all entries. `sums` holds a number a warp.
 __device__ inline int32_t tile_places(const SortPass& pass, const int32_t* counts, int32_t* first,
-                                      int32_t* next) {
-  __shared__ int32_t sums[kSortWarps];
+                                      int32_t* next, int32_t* sums) {
   for (int d = threadIdx.x; d < pass.digits; d += kSortThreads) {
     int32_t before = 0, all = 0;
 #pragma unroll 16
@@ -301,12 +300,13 @@ template <class From>
 __global__ void __launch_bounds__(kSortThreads)
     csc_scatter_kernel(const __grid_constant__ From from, SortPass pass, const int32_t* counts,
                        SortOutput out) {
+  __shared__ int32_t sums[kSortWarps];
   const int digits = pass.digits, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   int32_t* const place = dynamic_shared<int32_t>();                // of the chunk
   int32_t* const next = place + digits;                            // of the chunk after it
   auto* const count = reinterpret_cast<uint16_t*>(next + digits);  // [warps][digits]
   uint16_t* const mine = count + warp * digits;
-  const int32_t total = tile_places(pass, counts, place, next);
+  const int32_t total = tile_places(pass, counts, place, next, sums);
   if (blockIdx.x == 0) {
     if (threadIdx.x == 0 && out.count != nullptr) *out.count = total;
     if (out.start != nullptr) {

@@ -2,8 +2,8 @@
 // Gradient of the decoder rows on CUDA: dw_dec[f] = sum value grad[row] over the list of f.
 // Contract: DecodeBackwardParams in csrc/include/sidechain/sparse_decode.h.
 //
-// One block per feature, threads own channels, sums in float32 in row order. Bound by the gather of
-// grad, nnz d 4 bytes from the second-level cache, and one write of the table.
+// One block per feature, warps own strips of channels, sums in float32 in row order. Bound by the
+// gather of grad, nnz d 4 bytes from the second-level cache, and one write of the table.
 #pragma once
 
 #include "cuda/feature_rows.cuh"
@@ -11,41 +11,63 @@
 
 namespace sidechain::cuda {
 
-struct GradRows {
-  const float* grad;
-  int64_t row;
-  __device__ float scale(const CscEntry& e) const { return e.value; }
-  template <int kWidth>
-  __device__ void load(const CscEntry& e, int64_t c, float (&out)[kWidth]) const {
-    cuda::load(grad + e.row * row + c, out);
-  }
+constexpr int kTableThreads = 32 * kMaxStripWarps;
+
+// value grad[row]
+template <int kPack>
+struct GradRows : RowsOf<float, kPack> {
+  static __device__ float scale(const CscEntry& e) { return e.value; }
+  static __device__ int group_of(const CscEntry&) { return 0; }
+  __device__ float shift(int) const { return 0.0f; }
 };
 
-template <int kWidth>
-__global__ void __launch_bounds__(kDecodeThreads, 2)
-    decode_tiles_kernel(GradRows rows, Csc csc, int64_t features, int64_t width, float* partial) {
-  if (tile_owner(csc, features, blockIdx.x) < 0) return;
-  const int32_t begin = static_cast<int32_t>(blockIdx.x) * kListTile;
-  for (int64_t c = static_cast<int64_t>(threadIdx.x) * kWidth; c < width;
-       c += static_cast<int64_t>(blockDim.x) * kWidth) {
-    float sum[kWidth] = {};
-    add_entries(csc.entries, begin, begin + kListTile, rows, c, sum);
-    store(partial + blockIdx.x * padded(width) + c, sum);
+// Leaves in slot the sum over the list for the strip at c.
+template <int kPack>
+__device__ inline void grad_sums(const Matrix& grad, const CscEntry* entries, int32_t begin,
+                                 int32_t end, int64_t c, int left, RowBases& bases,
+                                 const float* partial, int64_t stride, float* slot) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) {
+    const RowBase base = row_base(static_cast<const float*>(grad.data) + c, grad.row);
+    bases.group[0] = base;
   }
+  __syncwarp();
+  add_list(entries, begin, end, GradRows<kPack>(), bases, left, partial, stride, slot);
 }
 
-template <int kWidth>
-__global__ void __launch_bounds__(kDecodeThreads, 2)
-    decode_table_kernel(GradRows rows, Csc csc, int64_t width, const float* partial, void* table,
+template <int kPack>
+__global__ void __launch_bounds__(kTableThreads, 3)
+    decode_tiles_kernel(Matrix grad, Csc csc, int64_t features, int64_t width, float* partial) {
+  __shared__ __align__(16) float slots[kMaxStripWarps][kStrip];
+  __shared__ RowBases bases[kMaxStripWarps];
+  if (tile_owner(csc, features, blockIdx.x) < 0) return;
+  const int32_t begin = static_cast<int32_t>(blockIdx.x) * kListTile;
+  const int warp = threadIdx.x / 32;
+  float* const sums = partial + blockIdx.x * padded(width);
+  for_each_strip(width, [&](int64_t c, int left) {
+    grad_sums<kPack>(grad, csc.entries, begin, begin + kListTile, c, left, bases[warp], nullptr, 0,
+                     slots[warp]);
+    float sum[kLaneChannels];
+    load_lane<kPack>(slots[warp], left, sum);
+    store_lane<kPack>(sums + c, left, sum);
+  });
+}
+
+template <int kPack>
+__global__ void __launch_bounds__(kTableThreads, 3)
+    decode_table_kernel(Matrix grad, Csc csc, int64_t width, const float* partial, void* table,
                         Dtype dtype) {
+  __shared__ __align__(16) float slots[kMaxStripWarps][kStrip];
+  __shared__ RowBases bases[kMaxStripWarps];
   const int64_t f = blockIdx.x;
-  const int32_t begin = csc.start[f], end = csc.start[f + 1];
-  for (int64_t c = static_cast<int64_t>(threadIdx.x) * kWidth; c < width;
-       c += static_cast<int64_t>(blockDim.x) * kWidth) {
-    float sum[kWidth] = {};
-    add_list(csc, begin, end, rows, partial, padded(width), c, c, sum);
-    store_as(table, dtype, f * width + c, true, sum);
-  }
+  const int warp = threadIdx.x / 32;
+  for_each_strip(width, [&](int64_t c, int left) {
+    grad_sums<kPack>(grad, csc.entries, csc.start[f], csc.start[f + 1], c, left, bases[warp],
+                     partial + c, padded(width), slots[warp]);
+    float sum[kLaneChannels];
+    load_lane<kPack>(slots[warp], left, sum);
+    store_lane_as<kPack>(table, dtype, f * width + c, left, sum);
+  });
 }
 
 inline CscSource decode_source(const DecodeBackwardParams& p) {
@@ -62,17 +84,16 @@ inline int64_t decode_table_workspace(const DecodeBackwardParams& p) {
   return csc_workspace(s, nullptr).bytes + list_tile_count(s) * padded(p.width) * 4;
 }
 
-template <int kWidth>
+template <int kPack>
 cudaError_t launch_decode_table_typed(const DecodeBackwardParams& p, const Csc& csc, int64_t tiles,
                                       float* partial, cudaStream_t stream) {
-  const GradRows rows = {static_cast<const float*>(p.grad.data), p.grad.row};
-  const int64_t threads = threads_for(p.width / kWidth, 32, kDecodeThreads);
+  const int64_t threads = strip_threads(p.width);
   if (tiles > 0) {
-    const cudaError_t status = launch(decode_tiles_kernel<kWidth>, tiles, threads, 0, stream, rows,
+    const cudaError_t status = launch(decode_tiles_kernel<kPack>, tiles, threads, 0, stream, p.grad,
                                       csc, p.features, p.width, partial);
     if (status != cudaSuccess) return status;
   }
-  return launch(decode_table_kernel<kWidth>, p.features, threads, 0, stream, rows, csc, p.width,
+  return launch(decode_table_kernel<kPack>, p.features, threads, 0, stream, p.grad, csc, p.width,
                 static_cast<const float*>(partial), p.dw_dec, p.w_dec.dtype);
 }
 

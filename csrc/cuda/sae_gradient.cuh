@@ -13,112 +13,141 @@
 
 namespace sidechain::cuda {
 
-constexpr int kFeatureThreads = 256;
+constexpr int kFeatureThreads = 32 * kMaxStripWarps;
+// Blocks of the most threads that a multiprocessor holds at least: 80 registers a thread, which is
+// five blocks of the five warps at d = 1,280; the narrow kernels would spill at that.
+template <bool kWide>
+constexpr int kGatherBlocks = kWide ? 3 : 2;
 
-// dvalue (x[row] - b_pre), for the channels of one pack.
-template <class X, int kWidth>
-struct InputRows {
-  const X* x;
-  int64_t row;
-  float b_pre[kWidth];
+// Elements of a pack: 16 bytes where every row allows it, one otherwise.
+template <class T, bool kWide>
+constexpr int kPackOf = kWide ? 16 / static_cast<int>(sizeof(T)) : 1;
 
-  __device__ InputRows(const SaeGradientParams& p, int64_t c)
-      : x(static_cast<const X*>(p.x)), row(p.x_row), b_pre{} {
+// dvalue (x[row] - b_pre) for the strip at c.
+template <class X, bool kWide>
+struct InputRows : RowsOf<X, kPackOf<X, kWide>> {
+  float b_pre[kLaneChannels];
+
+  __device__ InputRows(const SaeGradientParams& p, int64_t c, int left) : b_pre{} {
+    constexpr int kPack = kPackOf<X, kWide>;
     if (p.b_pre == nullptr) return;
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) b_pre[i] = p.b_pre[c + i];
-  }
-  __device__ float scale(const CscEntry& e) const { return e.dvalue; }
-  __device__ void load(const CscEntry& e, int64_t c, float (&out)[kWidth]) const {
-    cuda::load(x + e.row * row + c, out);
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) out[i] -= b_pre[i];
-  }
-};
-
-// value error[level, row]; which level depends on the feature alone.
-struct ErrorRows {
-  const CodeGroup* groups;
-  int32_t level;
-
-  __device__ ErrorRows(const SaeGradientParams& p, int64_t f) : groups(p.groups), level(0) {
-    while (level + 1 < p.prefix_count && f + p.first_feature >= p.prefixes[level]) ++level;
-  }
-  __device__ float scale(const CscEntry& e) const { return e.value; }
-  template <int kWidth>
-  __device__ void load(const CscEntry& e, int64_t c, float (&out)[kWidth]) const {
-    const CodeGroup& g = groups[e.group];
-    cuda::load(g.error + level * g.error_level + e.row * g.error_row + c, out);
-  }
-};
-
-// Sums of whole tiles: [tiles, padded(d_in) + padded(d_out)].
-__host__ __device__ inline int64_t partial_stride(const SaeGradientParams& p) {
-  return padded(p.d_in) + padded(p.d_out);
-}
-
-template <class X, int kWidth>
-__global__ void __launch_bounds__(kFeatureThreads, 2)
-    sae_tiles_kernel(const __grid_constant__ SaeGradientParams p, Csc csc, float* partial) {
-  const int64_t f = tile_owner(csc, p.features, blockIdx.x);
-  if (f < 0) return;
-  const int32_t begin = static_cast<int32_t>(blockIdx.x) * kListTile, end = begin + kListTile;
-  float* const enc = partial + blockIdx.x * partial_stride(p);
-  const int64_t first = static_cast<int64_t>(threadIdx.x) * kWidth;
-  const int64_t stride = static_cast<int64_t>(blockDim.x) * kWidth;
-  for (int64_t c = first; c < p.d_in; c += stride) {
-    float sum[kWidth] = {};
-    add_entries(csc.entries, begin, end, InputRows<X, kWidth>(p, c), c, sum);
-    store(enc + c, sum);
-  }
-  const ErrorRows error(p, f);
-  float* const dec = enc + padded(p.d_in);
-  for (int64_t c = first; c < p.d_out; c += stride) {
-    float sum[kWidth] = {};
-    add_entries(csc.entries, begin, end, error, c, sum);
-    store(dec + c, sum);
-  }
-}
-
-// What the block knows of the feature it owns.
-struct FeatureSums {
-  float bias;   // sum of dvalues
-  float along;  // of the projection: the gradient of w_dec loses along w_dec
-};
-
-// Leaves the gradients in enc [d_in] and dec [d_out] (a thread touches only its own channels) and
-// returns what every thread has to know. `scratch` as in block_sum, for three sums.
-template <class X, int kWidth>
-__device__ inline FeatureSums feature_gradient(const SaeGradientParams& p, const float* w_dec,
-                                               const Csc& csc, const float* partial, int64_t f,
-                                               float* enc, float* dec, float* scratch) {
-  const int32_t begin = csc.start[f], end = csc.start[f + 1];
-  const int64_t first = static_cast<int64_t>(threadIdx.x) * kWidth;
-  const int64_t stride = static_cast<int64_t>(blockDim.x) * kWidth;
-  for (int64_t c = first; c < p.d_in; c += stride) {
-    float sum[kWidth] = {};
-    add_list(csc, begin, end, InputRows<X, kWidth>(p, c), partial, partial_stride(p), c, c, sum);
-    store(enc + c, sum);
-  }
-  float sums[3] = {};  // dvalues, <g_dec, w_dec>, |w_dec|^2
-  const ErrorRows error(p, f);
-  for (int64_t c = first; c < p.d_out; c += stride) {
-    float sum[kWidth] = {}, w[kWidth];
-    add_list(csc, begin, end, error, partial, partial_stride(p), padded(p.d_in) + c, c, sum);
-    store(dec + c, sum);
-    if (!p.project) continue;
-    load(w_dec + f * p.d_out + c, w);
-#pragma unroll
-    for (int i = 0; i < kWidth; ++i) {
-      sums[1] += sum[i] * w[i];
-      sums[2] += w[i] * w[i];
+    for (int i = 0; i < kLaneChannels; ++i) {
+      const int at = lane_channel<kPack>(i / kPack) + i % kPack;
+      if (at < left) b_pre[i] = p.b_pre[c + at];
     }
   }
-  for (int32_t e = begin + static_cast<int32_t>(threadIdx.x); e < end; e += blockDim.x) {
-    sums[0] += csc.entries[e].dvalue;
+  static __device__ float scale(const CscEntry& e) { return e.dvalue; }
+  static __device__ int group_of(const CscEntry&) { return 0; }
+  __device__ float shift(int i) const { return b_pre[i]; }
+};
+
+// value error[level, row] of the entry's group.
+template <bool kWide>
+struct ErrorRows : RowsOf<float, kPackOf<float, kWide>> {
+  static __device__ float scale(const CscEntry& e) { return e.value; }
+  // What is read behind the list may name anything.
+  static __device__ int group_of(const CscEntry& e) { return e.group & (kMaxCodeGroups - 1); }
+  __device__ float shift(int) const { return 0.0f; }
+};
+static_assert((kMaxCodeGroups & (kMaxCodeGroups - 1)) == 0);
+
+// A feature with its list and the sums of whole tiles, rows [padded(d_in) + padded(d_out) + 4]: of
+// x, of the error, of the dvalues.
+struct FeatureList {
+  int64_t f;
+  const CscEntry* entries;
+  int32_t begin, end;
+  const float* partial;  // nullptr = add entry by entry
+};
+
+__host__ __device__ inline int64_t partial_stride(const SaeGradientParams& p) {
+  return padded(p.d_in) + padded(p.d_out) + 4;
+}
+
+// Leaves in slot the gradient of the encoder for the strip at c.
+template <class X, bool kWide>
+__device__ inline void input_sums(const SaeGradientParams& p, const FeatureList& list, int64_t c,
+                                  int left, RowBases& bases, float* slot) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) {
+    const RowBase base = row_base(static_cast<const X*>(p.x) + c, p.x_row);
+    bases.group[0] = base;
   }
-  block_sum(sums, scratch);
-  return {sums[0], sums[2] > 0.0f ? sums[1] / sums[2] : 0.0f};
+  __syncwarp();
+  const float* const tiles = list.partial != nullptr ? list.partial + c : nullptr;
+  add_list(list.entries, list.begin, list.end, InputRows<X, kWide>(p, c, left), bases, left, tiles,
+           partial_stride(p), slot);
+}
+
+// The same of the decoder, before projection; which level of the errors counts depends on the
+// feature alone.
+template <bool kWide>
+__device__ inline void error_sums(const SaeGradientParams& p, const FeatureList& list, int64_t c,
+                                  int left, RowBases& bases, float* slot) {
+  int32_t level = 0;
+  while (level + 1 < p.prefix_count && list.f + p.first_feature >= p.prefixes[level]) ++level;
+  __syncwarp();
+  const int32_t lane = threadIdx.x % 32;
+  if (lane < kMaxCodeGroups) {
+    const CodeGroup& g = p.groups[lane < p.group_count ? lane : 0];
+    const RowBase base = row_base(g.error + level * g.error_level + c, g.error_row);
+    bases.group[lane] = base;
+  }
+  __syncwarp();
+  const float* const tiles = list.partial != nullptr ? list.partial + padded(p.d_in) + c : nullptr;
+  add_list(list.entries, list.begin, list.end, ErrorRows<kWide>(), bases, left, tiles,
+           partial_stride(p), slot);
+}
+
+// Sum of the dvalues of the list, the same in every lane of every warp.
+__device__ inline float dvalue_sum(const SaeGradientParams& p, const FeatureList& list) {
+  const int32_t lane = threadIdx.x % 32;
+  const ListTiles tiles = list_tiles(list.begin, list.end);
+  const bool tiled = list.partial != nullptr && tiles.first < tiles.end;
+  const int32_t head = tiled ? tiles.first * kListTile : list.end;
+  float sum = 0.0f;
+  for (int32_t e = list.begin + lane; e < head; e += 32) sum += list.entries[e].dvalue;
+  if (tiled) {
+    const float* const sums = list.partial + partial_stride(p) - 4;
+    for (int32_t t = tiles.first + lane; t < tiles.end; t += 32) {
+      sum += sums[t * partial_stride(p)];
+    }
+    for (int32_t e = tiles.end * kListTile + lane; e < list.end; e += 32) {
+      sum += list.entries[e].dvalue;
+    }
+  }
+  return warp_sum(sum);
+}
+
+// Sums of whole tiles; the warps take the strips of x and those of the error in turn.
+template <class X, bool kWide>
+__global__ void __launch_bounds__(kFeatureThreads, kGatherBlocks<kWide>)
+    sae_tiles_kernel(const __grid_constant__ SaeGradientParams p, Csc csc, float* partial) {
+  __shared__ __align__(16) float slots[kMaxStripWarps][kStrip];
+  __shared__ RowBases bases[kMaxStripWarps];
+  const int warp = threadIdx.x / 32;
+  float* const slot = slots[warp];
+  const int64_t f = tile_owner(csc, p.features, blockIdx.x);
+  if (f < 0) return;
+  const int32_t begin = static_cast<int32_t>(blockIdx.x) * kListTile;
+  const FeatureList list = {f, csc.entries, begin, begin + kListTile, nullptr};
+  float* const sums = partial + blockIdx.x * partial_stride(p);
+  const auto write = [&](float* to, int left) {
+    __syncwarp();
+    for (int i = threadIdx.x % 32; i < left; i += 32) to[i] = slot[i];
+    __syncwarp();
+  };
+  for_each_strip(p.d_in, [&](int64_t c, int left) {
+    input_sums<X, kWide>(p, list, c, left, bases[warp], slot);
+    write(sums + c, left);
+  });
+  for_each_strip(p.d_out, [&](int64_t c, int left) {
+    error_sums<kWide>(p, list, c, left, bases[warp], slot);
+    write(sums + padded(p.d_in) + c, left);
+  });
+  const float dvalues = dvalue_sum(p, list);
+  if (threadIdx.x == 0) sums[partial_stride(p) - 4] = dvalues;
 }
 
 }  // namespace sidechain::cuda

@@ -11,7 +11,7 @@ struct SaeWorkspace {
   float *partial, *rows, *b_pre_parts;
   double* square_parts;
   AdamStep* step;
-  int64_t blocks, row_stride, shared_bytes;
+  int64_t blocks, threads, row_stride, shared_bytes;
   int64_t bytes;
 };
 
@@ -34,10 +34,13 @@ inline SaeWorkspace sae_workspace(const SaeGradientParams& p, bool b_pre_grad, b
     return memory != nullptr ? at : nullptr;
   };
   const CscSource s = sae_source(p);
-  w.row_stride = padded(p.d_in) + padded(p.d_out);
-  const bool shared = w.row_stride * 4 <= kFeatureShared;
-  w.shared_bytes = shared ? w.row_stride * 4 : 0;
-  w.blocks = shared ? kFeatureBlocks : kFeatureBlocks / 4;
+  w.row_stride = padded(p.d_in > p.d_out ? p.d_in : p.d_out);
+  w.threads = strip_threads(p.d_in > p.d_out ? p.d_in : p.d_out);
+  // Whether shares of b_pre_grad are wanted does not change the blocks: both ops sum squares alike.
+  const bool shared = (w.row_stride + padded(p.d_in)) * 4 <= kFeatureShared;
+  const int64_t own = (w.row_stride + (b_pre_grad ? padded(p.d_in) : 0)) * 4;
+  w.shared_bytes = shared ? own : 0;
+  w.blocks = shared ? kFeatureBlocks : kFeatureBlocks / 8;
   if (w.blocks > p.features) w.blocks = p.features;
   w.csc = take(csc_workspace(s, nullptr).bytes);
   w.partial = reinterpret_cast<float*>(take(list_tile_count(s) * partial_stride(p) * 4));
@@ -48,10 +51,11 @@ inline SaeWorkspace sae_workspace(const SaeGradientParams& p, bool b_pre_grad, b
   return w;
 }
 
-// Whether every row the kernels touch can be moved in packs of four elements.
+// Whether every row the kernels touch can be moved 16 bytes at a time.
 inline bool wide_gradient(const SaeGradientParams& p, const float* w_dec) {
-  bool wide = p.d_in % 4 == 0 && p.d_out % 4 == 0 && packs(w_dec, p.d_out, 4, 4) &&
-              packs(p.x, p.x_row, size_of(p.x_dtype), 4);
+  const int64_t size = size_of(p.x_dtype), pack = 16 / size;
+  bool wide = p.d_in % pack == 0 && p.d_out % 4 == 0 && packs(w_dec, p.d_out, 4, 4) &&
+              packs(p.x, p.x_row, size, pack);
   for (int32_t i = 0; i < p.group_count; ++i) {
     const CodeGroup& g = p.groups[i];
     wide = wide && packs(g.error, g.error_row, 4, 4) && g.error_level % 4 == 0;
@@ -89,48 +93,37 @@ inline cudaError_t sae_plan(const SaeGradientParams& p, bool b_pre_grad, bool sq
 inline cudaError_t launch_fold(const SaePlan& plan, int64_t d_in, float* b_pre_grad,
                                float* grad_square, cudaStream_t stream) {
   if (b_pre_grad == nullptr && grad_square == nullptr) return cudaSuccess;
-  const int64_t columns = b_pre_grad != nullptr && d_in > 0 ? d_in : 1;
-  return launch(sae_fold_kernel, (columns + kFeatureThreads - 1) / kFeatureThreads, kFeatureThreads,
-                0, stream, plan.layout, plan.workspace.blocks, d_in, b_pre_grad, grad_square);
+  const int64_t columns = b_pre_grad != nullptr ? (d_in + 31) / 32 : 0;
+  return launch(sae_fold_kernel, columns + 1, kFoldThreads, 0, stream, plan.layout,
+                plan.workspace.blocks, d_in, b_pre_grad, grad_square);
 }
 
-inline int64_t feature_threads(const SaeGradientParams& p, int64_t width) {
-  const int64_t widest = p.d_in > p.d_out ? p.d_in : p.d_out;
-  return threads_for(widest / width, 64, kFeatureThreads);
-}
-
-template <class X, int kWidth>
+template <class X, bool kWide>
 cudaError_t launch_tiles(const SaeGradientParams& p, const SaePlan& plan, cudaStream_t stream) {
   if (plan.tiles == 0 || p.features == 0) return cudaSuccess;
-  return launch(sae_tiles_kernel<X, kWidth>, plan.tiles, feature_threads(p, kWidth), 0, stream, p,
-                plan.layout.csc, plan.workspace.partial);
+  const int64_t threads = strip_threads(p.d_in + p.d_out);
+  return launch(sae_tiles_kernel<X, kWide>, plan.tiles, threads, 0, stream, p, plan.layout.csc,
+                plan.workspace.partial);
 }
 
 template <class... Params, class... Args>
 cudaError_t launch_features(void (*kernel)(Params...), const SaeGradientParams& p,
-                            const SaePlan& plan, int64_t width, cudaStream_t stream,
-                            const Args&... args) {
+                            const SaePlan& plan, cudaStream_t stream, const Args&... args) {
   if (p.features == 0) return cudaSuccess;
-  const int64_t bytes = plan.workspace.shared_bytes;
-  if (bytes > 40 * 1024) {  // the kernels have static shared memory beside it
-    const cudaError_t status = cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
-    if (status != cudaSuccess) return status;
-  }
-  return launch(kernel, plan.workspace.blocks, feature_threads(p, width), bytes, stream, args...);
+  const SaeWorkspace& w = plan.workspace;
+  return launch(kernel, w.blocks, w.threads, w.shared_bytes, stream, args...);
 }
 
 struct LaunchUpdate {
   const SaeUpdateParams& p;
   const SaePlan& plan;
   cudaStream_t stream;
-  template <class X, int kWidth>
+  template <class X, bool kWide>
   cudaError_t run() const {
     cudaError_t status = launch(adam_step_kernel, 1, 1, 0, stream, p, plan.workspace.step);
-    if (status == cudaSuccess) status = launch_tiles<X, kWidth>(p.gradient, plan, stream);
+    if (status == cudaSuccess) status = launch_tiles<X, kWide>(p.gradient, plan, stream);
     if (status != cudaSuccess) return status;
-    return launch_features(sae_update_kernel<X, kWidth>, p.gradient, plan, kWidth, stream, p,
-                           plan.layout);
+    return launch_features(sae_update_kernel<X, kWide>, p.gradient, plan, stream, p, plan.layout);
   }
 };
 
@@ -139,12 +132,11 @@ struct LaunchSquare {
   const float* w_dec;
   const SaePlan& plan;
   cudaStream_t stream;
-  template <class X, int kWidth>
+  template <class X, bool kWide>
   cudaError_t run() const {
-    const cudaError_t status = launch_tiles<X, kWidth>(p, plan, stream);
+    const cudaError_t status = launch_tiles<X, kWide>(p, plan, stream);
     if (status != cudaSuccess) return status;
-    return launch_features(sae_square_kernel<X, kWidth>, p, plan, kWidth, stream, p, w_dec,
-                           plan.layout);
+    return launch_features(sae_square_kernel<X, kWide>, p, plan, stream, p, w_dec, plan.layout);
   }
 };
 
@@ -152,11 +144,12 @@ template <class Launch>
 cudaError_t launch_for(Dtype x, bool wide, const Launch& with) {
   switch (x) {
     case Dtype::kFloat32:
-      return wide ? with.template run<float, 4>() : with.template run<float, 1>();
+      return wide ? with.template run<float, true>() : with.template run<float, false>();
     case Dtype::kFloat16:
-      return wide ? with.template run<__half, 4>() : with.template run<__half, 1>();
+      return wide ? with.template run<__half, true>() : with.template run<__half, false>();
     case Dtype::kBFloat16:
-      return wide ? with.template run<__nv_bfloat16, 4>() : with.template run<__nv_bfloat16, 1>();
+      return wide ? with.template run<__nv_bfloat16, true>()
+                  : with.template run<__nv_bfloat16, false>();
   }
   return cudaErrorInvalidValue;
 }

@@ -148,6 +148,11 @@ UPDATE_CASES = (
     replace(_case, d_in=1, d_out=1, features=3, k=2, unit_norm=False, project=False, what="narrow"),
     replace(_case, d_in=1030, d_out=513, rows=40, features=130, extras=True, what="wide"),
     UpdateCase(1300, 8, 12, 3, 2, groups=2, extras=True, what="hot"),
+    # The CUDA kernels: strips of 256 channels with a rest, eight rows under way.
+    UpdateCase(60, 520, 268, 12, 4, groups=2, csr=True, extras=True, what="strips"),
+    UpdateCase(1100, 264, 260, 3, 2, extras=True, what="hot-strips"),
+    UpdateCase(6, 16, 24600, 3, 2, extras=True, what="rows-in-workspace"),
+    UpdateCase(50, 16, 16, 2100, 6, extras=True, what="features-in-turn"),
     replace(_case, rows=0, extras=True, what="no-rows"),
     replace(_case, k=0, extras=True, what="no-codes"),
 )
