@@ -13,7 +13,7 @@ from sidechain._version import __version__
 Command = Callable[[argparse.Namespace], int]
 
 BAD_INPUT = 2
-BENCHES = ("ops", "hooks", "sae", "store", "sharing")
+BENCHES = ("ops", "hooks", "sae", "store", "sharing", "generation")
 ARMS = ("localized", "all", "ablated", "random")
 ACTIVATIONS = ("open", "kept")
 SCORES = ("tada", "diff", "ratio", "mean_pos", "cohens_d", "logistic")
@@ -470,7 +470,7 @@ def _add_bench(commands: Any, run: Command) -> None:
         nargs="?",
         choices=BENCHES,
         default="ops",
-        metavar="ops|hooks|sae|store|sharing",
+        metavar="|".join(BENCHES),
         help="what to time (default %(default)s)",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
@@ -490,7 +490,13 @@ def _add_bench(commands: Any, run: Command) -> None:
     parser.add_argument(
         "--fresh",
         action="store_true",
-        help="sae, store: measure again what FILE holds for this commit",
+        help="ops, sae, store: measure again what FILE holds for this commit",
+    )
+    parser.add_argument(
+        "--keep-failed", action="store_true", help="ops: do not try again what has failed"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny shapes: does it run? times mean nothing"
     )
     parser.add_argument("--compare", metavar="FILE", help="compare with this result file")
 

@@ -291,17 +291,19 @@ def _bench(arguments: argparse.Namespace) -> int:
     from sidechain.bench import command
 
     threads, seconds = arguments.threads, arguments.seconds
-    command.run(
+    runs = command.run(
         arguments.section,
         device=arguments.device,
         threads=None if threads is None else options.whole("--threads", threads, 1),
         only=arguments.only,
         seconds=None if seconds is None else options.finite("--seconds", seconds, least=0.0),
         fresh=arguments.fresh,
+        quick=arguments.quick,
+        keep_failed=arguments.keep_failed,
         json=Path(arguments.json) if arguments.json else None,
         compare=options.readable("--compare", arguments.compare) if arguments.compare else None,
     )
-    return 0
+    return command.exit_code(runs)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
