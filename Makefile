@@ -11,6 +11,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --progress-bar off --disable-pip-version-check $(TORCH)
 PEERS := .venv-peers
 PEER_PIP := $(PEERS)/bin/python -m pip install --progress-bar off --disable-pip-version-check $(TORCH)
+# What a lent GPU host has, as far as `bench/gpu.sh` needs it; diffusers and sparsify come as wheels.
+GPUHOST := .venv-gpuhost
+GPUHOST_HAS := torch==2.11.0 triton==3.6.0 pytest pytest-xdist pytest-timeout hypothesis numpy \
+  transformers peft accelerate pandas scipy matplotlib safetensors jinja2 einops requests
+GPUHOST_PYTHON := $(shell command -v python3.12 >/dev/null && python3.12 --version >/dev/null 2>&1 && echo python3.12 || echo $(PYTHON))
 NATIVE_SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py
 FORMATTED := $(shell find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 PYTEST_FLAGS ?=
@@ -30,7 +35,7 @@ else
 INSTALLED := $(VENV)/.installed-native
 endif
 
-.PHONY: demo test test-python test-native lint types bench bench-ops bench-hooks bench-sharing bench-sae peers kernels-report zoo-music zoo-sae install clean
+.PHONY: demo test test-python test-native lint types bench bench-ops bench-hooks bench-sharing bench-sae peers gpu-rehearsal kernels-report zoo-music zoo-sae install clean
 
 install: $(INSTALLED)
 
@@ -86,6 +91,16 @@ $(PEERS)/.installed: pyproject.toml $(INSTALLED)
 	$(PEER_PIP) eai-sparsify==1.3.3 sae-lens==6.54.12 einops pymongo openai tomlkit \
 	  pydantic-settings json-repair cattrs more-itertools jaxtyping
 	$(PEER_PIP) --no-deps --pre overcomplete==0.3.0 llamascopium==2.0.0b34
+	@touch $@
+
+# All that a GPU host runs, with its versions of everything and without our Python's own module.
+gpu-rehearsal: $(GPUHOST)/.installed $(INSTALLED)
+	PYTHON=$(CURDIR)/$(BIN)/python bench/gpu.sh pack
+	PYTHON=$(CURDIR)/$(GPUHOST)/bin/python bench/gpu.sh rehearse
+
+$(GPUHOST)/.installed: Makefile
+	$(GPUHOST_PYTHON) -m venv $(GPUHOST)
+	$(GPUHOST)/bin/python -m pip install --progress-bar off --disable-pip-version-check $(GPUHOST_HAS)
 	@touch $@
 
 # Flags of the report go into REPORT: make kernels-report REPORT='--sort per_element --only tap'

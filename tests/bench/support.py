@@ -9,7 +9,7 @@ from sidechain.bench.cases import Candidate, Case
 class Sleeper:
     """A sampler with a given time, so that no test waits for a clock."""
 
-    method, issue = "clock", None
+    method, issue, capture = "clock", None, ""
 
     def __init__(self, *seconds: float) -> None:
         self.seconds, self.taken = seconds, 0

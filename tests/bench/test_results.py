@@ -115,7 +115,7 @@ class TestText:
 
 @pytest.fixture
 def doubler(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = SimpleNamespace(OP="double", cases=lambda device: [doubling()])
+    module = SimpleNamespace(OP="double", cases=lambda device, quick: [doubling()])
     monkeypatch.setattr(ops, "modules", lambda only="": [module])
     monkeypatch.setattr(Machine, "facts", lambda self: {
         "device": "cpu", "name": "here", "threads": 1, "limits": {"copy_gbytes_per_s": 1.0},
@@ -138,7 +138,7 @@ class TestCommand:
     def test_a_run_that_was_cut_off_keeps_its_rows(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def cases(device: str) -> Any:
+        def cases(device: str, quick: bool) -> Any:
             yield doubling()
             raise KeyboardInterrupt
 
@@ -149,9 +149,60 @@ class TestCommand:
             command.run("ops", seconds=0.0, json=path)
         (run,) = results.read(path)
         assert (run["status"], len(run["rows"])) == ("cut off", 2)
-        monkeypatch.setattr(module, "cases", lambda device: [doubling()])
+        monkeypatch.setattr(module, "cases", lambda device, quick: [doubling()])
         command.run("ops", seconds=0.0, json=path)
         assert [r["status"] for r in results.read(path)] == ["passed"]
+
+    def test_a_wrong_case_is_stored_and_the_rest_of_the_op_runs(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        table = [doubling(name="good"), doubling(name="bad", ours=list), doubling(name="last")]
+        made: list[str] = []
+
+        def cases(device: str, quick: bool) -> Any:
+            for case in table:
+                made.append(case.name)
+                yield case
+
+        module = SimpleNamespace(OP="double", cases=cases)
+        monkeypatch.setattr(ops, "modules", lambda only="": [module])
+        monkeypatch.setattr(results, "commit", lambda: "abc1234")
+        path = tmp_path / "r.json"
+        arguments = ["bench", "--seconds", "0", "--json", str(path)]
+        assert cli.main(arguments) == 1
+        (run,) = results.read(path)
+        assert made == ["good", "bad", "last"]
+        assert run["status"] == "failed: bad f32 cpu"
+        times = {(row["case"], row["provider"]): row["median_us"] for row in run["rows"]}
+        assert times["last", "cpu"]
+        table[1] = doubling(name="bad")
+        assert cli.main(arguments) == 0
+        (again,) = results.read(path)
+        assert again["status"] == "passed"
+        later = {(row["case"], row["provider"]): row["median_us"] for row in again["rows"]}
+        assert later["last", "cpu"] == times["last", "cpu"], "good cases are not measured again"
+
+    def test_a_lost_device_ends_the_call(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        table = [doubling(name="good"), doubling(name="breaks", ours=list), doubling(name="last")]
+        module = SimpleNamespace(OP="double", cases=lambda device, quick: iter(table))
+        monkeypatch.setattr(ops, "modules", lambda only="": [module])
+        monkeypatch.setattr(results, "commit", lambda: "abc1234")
+        alive = iter([True, False])
+        monkeypatch.setattr(Machine, "alive", lambda self: next(alive))
+        path = tmp_path / "r.json"
+        arguments = ["bench", "--seconds", "0", "--json", str(path)]
+        assert cli.main(arguments) == command.LOST_CODE
+        (run,) = results.read(path)
+        assert run["status"] == command.LOST
+        assert [row["case"] for row in run["rows"]] == ["good", "good", "breaks", "breaks"]
+        monkeypatch.setattr(Machine, "alive", lambda self: True)
+        assert cli.main([*arguments, "--keep-failed"]) == 1
+        (run,) = results.read(path)
+        assert run["status"] == "failed: breaks f32 cpu"
+        assert run["rows"][-1]["case"] == "last"
+        assert run["rows"][-1]["median_us"]
 
     def test_a_folder_gets_a_file_of_this_machine(self, tmp_path: Path) -> None:
         command.run("ops", seconds=0.0, json=tmp_path)
@@ -187,6 +238,16 @@ class TestOps:
         for case in {id(c): c for c in found[:2] + found[::5]}.values():
             for candidate in case.candidates:
                 case.check(candidate)
+
+    @pytest.mark.parametrize("module", ops.modules(), ids=lambda m: m.OP)
+    def test_quick_cases_pass(self, module: Any) -> None:
+        """Everything that is timed, ours and others, on shapes that take no time."""
+        found = list(module.cases("cpu", quick=True))
+        assert found
+        for case in found:
+            for candidate in case.candidates:
+                case.check(candidate)
+            assert not any(c.kind == "compiled" for c in case.candidates)
 
     @pytest.mark.parametrize("module", ops.modules(), ids=lambda m: m.OP)
     def test_timed_cases_are_complete(self, module: Any) -> None:

@@ -16,10 +16,11 @@ from sidechain.bench import run as command
 from sidechain.bench.cases import Row
 from sidechain.bench.machine import Machine
 from sidechain.bench.sae import common, encode, memory, peers, race
-from sidechain.bench.sae.common import Batches, Shape
+from sidechain.bench.sae.common import Batches
 from sidechain.bench.sae.ours import OurTrainer
 from sidechain.bench.sae.plain import DenseTrainer
 from sidechain.bench.sae.race import Entry
+from sidechain.bench.shape import Shape
 
 SHAPE = Shape(64, 32, 128, 4)
 
@@ -125,7 +126,13 @@ def one_shape(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def measure(*everybody: Entry, kept: Any = None, seconds: float = 0.0) -> list[Row]:
-    tables = race.rows(Machine("cpu"), seconds=seconds, kept=kept, everybody=list(everybody))
+    tables = race.rows(
+        Machine("cpu"),
+        shapes=race.SHAPES["cpu"],
+        seconds=seconds,
+        kept=kept,
+        everybody=list(everybody),
+    )
     return [row for rows in tables for row in rows]
 
 
@@ -149,7 +156,8 @@ class TestRace:
 
     def test_rows_come_one_by_one(self) -> None:
         lazy = Lazy()
-        tables = race.rows(Machine("cpu"), seconds=0.0, everybody=[REFERENCE, entry("z", lazy)])
+        everybody = [REFERENCE, entry("z", lazy)]
+        tables = race.rows(Machine("cpu"), shapes=[SHAPE], seconds=0.0, everybody=everybody)
         assert [row.provider for row in next(tables)] == [race.REFERENCE]
         assert lazy.tokens == []
 
@@ -214,7 +222,7 @@ class TestRace:
 class TestGoingOn:
     def test_what_is_there_is_not_measured_again(self) -> None:
         first = measure(REFERENCE, entry("a", Lazy()))
-        kept = {(row.case, row.provider): Row(**asdict(row)) for row in first}
+        kept = {(row.case, row.dtype, row.provider): Row(**asdict(row)) for row in first}
         again, late = Lazy(), Lazy()
         rows = measure(REFERENCE, entry("a", again), entry("b", late), kept=kept)
         assert (again.tokens, len(late.tokens)) == ([], race.PARITY_STEPS)
@@ -222,7 +230,9 @@ class TestGoingOn:
         assert rows[2].facts["counts"] == "no", "judged by the reference of before"
 
     def test_what_failed_is_tried_again(self) -> None:
-        kept = {(SHAPE.name, "a"): Row(SHAPE.name, "f32", "a", "peer", 0, 0, failed="absent")}
+        kept = {
+            (SHAPE.name, "f32", "a"): Row(SHAPE.name, "f32", "a", "peer", 0, 0, failed="absent")
+        }
         (row,) = measure(entry("a", Lazy()), kept=kept)
         assert row.median_us
 
@@ -230,7 +240,7 @@ class TestGoingOn:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
         lazy, path = Lazy(), tmp_path / "r.json"
-        monkeypatch.setattr(race, "entries", lambda device: [REFERENCE, entry("a", lazy)])
+        monkeypatch.setattr(race, "entries", lambda device, compiled: [REFERENCE, entry("a", lazy)])
         monkeypatch.setattr(results, "commit", lambda: "abc1234")
         monkeypatch.setattr(Machine, "facts", lambda self: {
             "device": "cpu", "name": "here", "threads": 1, "limits": {}, "versions": {"torch": "2"},
@@ -255,7 +265,9 @@ class TestGoingOn:
                 raise KeyboardInterrupt
 
         path = tmp_path / "r.json"
-        monkeypatch.setattr(race, "entries", lambda device: [REFERENCE, entry("a", Cut())])
+        monkeypatch.setattr(
+            race, "entries", lambda device, compiled: [REFERENCE, entry("a", Cut())]
+        )
         with pytest.raises(KeyboardInterrupt):
             command.run("sae", only="steps", seconds=0.0, json=path)
         (run,) = results.read(path)
@@ -295,14 +307,15 @@ class TestEmulated:
 
 class TestEncode:
     def test_rows_of_a_shape(self) -> None:
-        tables = list(encode.rows(Machine("cpu", seconds=0.0), seconds=0.0))
+        tables = list(encode.rows(Machine("cpu", seconds=0.0), [SHAPE], seconds=0.0))
         (rows,) = tables
         ours = [row for row in rows if row.kind == "ours"]
         assert rows[0].kind == "plain"
         assert {"recall", "equal sets", "in full"} <= set(ours[0].facts)
         assert ours[0].facts["equal sets"] == 1.0
-        kept = {(row.case, row.provider): row for row in rows}
-        (again,) = encode.rows(Machine("cpu"), seconds=0.0, kept=kept)
+        assert {row.provider: row.kind for row in rows}["product bf16"] == "part"
+        kept = {(row.case, row.dtype, row.provider): row for row in rows}
+        (again,) = encode.rows(Machine("cpu"), [SHAPE], seconds=0.0, kept=kept)
         assert again == rows
 
 
@@ -352,7 +365,7 @@ class TestMemory:
         monkeypatch.setattr(memory, "CANDIDATES", ("dense fp32", "a"))
         monkeypatch.setattr(memory, "_of_process", lambda name, shape, device: 3 << 20)
         row = Row(SHAPE.name, "f32", "dense fp32", "memory", 0, 0, facts={"extra_mib": 30.0})
-        kept = {(SHAPE.name, "dense fp32"): row}
+        kept = {(SHAPE.name, "f32", "dense fp32"): row}
         *_, (ours,) = memory.rows("cpu", SHAPE, kept)
         assert ours.facts == {"extra_mib": 3.0, "of dense": 0.1}
 

@@ -11,12 +11,14 @@ from typing import Any, Literal
 
 import torch
 
+from . import profile
 from .machine import Machine
-from .timing import Sampler, sampler, side_by_side
+from .timing import Sampler, Timing, sampler, side_by_side
 
 # plain: what one writes with torch alone; compiled: the same through torch.compile; bf16: plain,
-# but less exact than asked for, so no baseline; peer: another package; ours: a backend of the op.
-Kind = Literal["plain", "compiled", "bf16", "peer", "ours"]
+# but less exact than asked for, so no baseline; part: less than the whole work, a limit and no
+# baseline; peer: another package; ours: a backend of the op.
+Kind = Literal["plain", "compiled", "bf16", "part", "peer", "ours"]
 
 COPY = "plain copy"  # sampled beside every case: the limit of what moves bytes
 ROTATED = 64  # most sets of buffers a GPU case is rotated through
@@ -45,6 +47,9 @@ class Case:
         moved: bytes that must be read and written, each input and output once.
         flops: operations of matrix products, 0 where there are none.
         grad: timed with autograd on.
+        waits: why ours waits for the host and so cannot be captured in a CUDA graph; "" = it can,
+            and a capture that fails is a failure of the case.
+        rotations: sets of buffers on a GPU. None = as many as leave the second-level cache.
     """
 
     name: str
@@ -55,6 +60,8 @@ class Case:
     moved: int
     flops: int = 0
     grad: bool = False
+    waits: str = ""
+    rotations: int | None = None
 
 
 @dataclass
@@ -72,14 +79,25 @@ class Row:
     p80_us: float | None = None
     issue_us: float | None = None  # GPU: host time of one call
     method: str = ""
+    capture: str = ""  # GPU: "captured", "failed: " and why, or "not promised: " and why
     gbytes_per_s: float | None = None
     tflops: float | None = None
     share: float | None = None  # of the limit of this machine that binds
     bound: str = ""
     times_plain: float | None = None  # how many times faster than the best plain torch expression
     times_compiled: float | None = None  # and than the best compiled one
+    # GPU, ours: [name, median us of its launches in one call, the same in floors of the case]
+    kernels: list[list[Any]] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
     failed: str = ""
+
+    @property
+    def broken(self) -> str:
+        """What of ours is wrong in this row; "" where nothing is."""
+        if self.kind != "ours":
+            return ""
+        lost = f"capture {self.capture}" if self.capture.startswith("failed") else ""
+        return self.failed or lost
 
 
 def run_case(case: Case, machine: Machine, *, seconds: float = 0.6) -> list[Row]:
@@ -91,46 +109,72 @@ def run_case(case: Case, machine: Machine, *, seconds: float = 0.6) -> list[Row]
         seconds: time for each candidate.
 
     Returns:
-        One row for each candidate. A candidate of others that cannot run keeps its row, with the
-        reason in `failed`.
-
-    Raises:
-        AssertionError: one of ours computes something else.
+        One row for each candidate. One that is wrong or cannot run keeps its row, with the reason
+        in `failed`; what is wrong with ours is in `Row.broken`.
     """
     rows = [
         Row(case.name, case.dtype, c.name, c.kind, case.moved, case.flops) for c in case.candidates
     ]
-    args = [case.make(seed) for seed in range(_rotations(case, machine.device))]
+    try:
+        args = [case.make(seed) for seed in range(_rotations(case, machine.device))]
+    except Exception as error:
+        for row in rows:
+            row.failed = f"arguments: {reason(error)}"
+        return rows
     samplers: dict[str, Sampler] = {}
     for candidate, row in zip(case.candidates, rows, strict=True):
         try:
             with _mode(case):
                 row.facts = case.check(candidate) or {}
                 samplers[candidate.name] = sampler(
-                    [partial(candidate.call, a) for a in args], machine.device
+                    [partial(candidate.call, a) for a in args],
+                    machine.device,
+                    promised=not _no_promise(case, candidate),
                 )
         except Exception as error:
-            if candidate.kind == "ours":
-                raise
             row.failed = reason(error)
-    with _mode(case):
-        timings = side_by_side({COPY: machine.copy_sampler(case.moved), **samplers}, seconds)
+    try:
+        with _mode(case):
+            timings = side_by_side({COPY: machine.copy_sampler(case.moved), **samplers}, seconds)
+    except Exception as error:  # nobody can say whose fault it was: the device is asynchronous
+        for row in rows:
+            row.failed = row.failed or f"timing: {reason(error)}"
+        return rows
     copied = timings[COPY].median * case.moved / machine.copy_size(case.moved)
     floor, bound = machine.floor(copied, case.flops, case.dtype)
-    for row in rows:
+    for candidate, row in zip(case.candidates, rows, strict=True):
         if row.provider not in timings:
             continue
-        timing = timings[row.provider]
-        row.median_us, row.p20_us, row.p80_us = (
-            round(1e6 * t, 2) for t in (timing.median, timing.p20, timing.p80)
-        )
-        row.issue_us = None if timing.issue is None else round(1e6 * timing.issue, 2)
-        row.method, row.bound = timing.method, bound
-        row.gbytes_per_s = round(case.moved / timing.median / 1e9, 3)
-        row.tflops = round(case.flops / timing.median / 1e12, 4) if case.flops else None
-        row.share = round(floor / timing.median, 3)
+        _fill(row, timings[row.provider], floor, bound)
+        if row.kind == "ours" and machine.device == "cuda":
+            if excuse := _no_promise(case, candidate):
+                row.capture = f"not promised: {excuse}"
+            try:
+                with _mode(case):
+                    spent = profile.kernels(partial(candidate.call, args[0]))
+                row.kernels = [[name, us, round(us / 1e6 / floor, 3)] for name, us in spent]
+            except Exception as error:
+                row.facts["profiler"] = reason(error)
     compare_rows(rows)
     return rows
+
+
+def _no_promise(case: Case, candidate: Candidate) -> str:
+    """Why a candidate need not go into a CUDA graph; "" where it must."""
+    if candidate.kind != "ours":
+        return "not ours"
+    return case.waits or ("the reference" if candidate.name == "reference" else "")
+
+
+def _fill(row: Row, timing: Timing, floor: float, bound: str) -> None:
+    row.median_us, row.p20_us, row.p80_us = (
+        round(1e6 * t, 2) for t in (timing.median, timing.p20, timing.p80)
+    )
+    row.issue_us = None if timing.issue is None else round(1e6 * timing.issue, 2)
+    row.method, row.capture, row.bound = timing.method, timing.capture, bound
+    row.gbytes_per_s = round(row.bytes / timing.median / 1e9, 3)
+    row.tflops = round(row.flops / timing.median / 1e12, 4) if row.flops else None
+    row.share = round(floor / timing.median, 3)
 
 
 def reason(error: Exception) -> str:
@@ -165,5 +209,7 @@ def _rotations(case: Case, device: str) -> int:
     """
     if device == "cpu":
         return 1
+    if case.rotations is not None:
+        return case.rotations
     cache = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
     return max(2, min(ROTATED, -(-2 * cache // max(case.moved, 1))))

@@ -77,7 +77,10 @@ def read(path: Path) -> list[dict[str, Any]]:
     return runs
 
 
-def kept(path: Path, run: dict[str, Any]) -> dict[tuple[str, str], Row]:
+Key = tuple[str, str, str]  # case, dtype, provider
+
+
+def kept(path: Path, run: dict[str, Any]) -> dict[Key, Row]:
     """Rows that a file holds of the same work at the same commit, on the same machine and versions.
 
     Args:
@@ -85,14 +88,15 @@ def kept(path: Path, run: dict[str, Any]) -> dict[tuple[str, str], Row]:
         run: what is about to be measured, without rows.
 
     Returns:
-        (case, provider) -> row; none for a tree that differs from its commit, since nobody knows
-        whether it is the same difference.
+        (case, dtype, provider) -> row; none for a tree that differs from its commit, since nobody
+        knows whether it is the same difference.
     """
     same = (*IDENTITY, "commit", "name", "versions")
     if run["commit"].endswith("-dirty"):
         return {}
     found = [r for r in read(path) if all(r.get(k) == run.get(k) for k in same)]
-    return {(row["case"], row["provider"]): Row(**row) for r in found for row in r["rows"]}
+    rows = [Row(**row) for r in found for row in r["rows"]]
+    return {(row.case, row.dtype, row.provider): row for row in rows}
 
 
 def merge(path: Path, run: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ import contextlib
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,8 @@ from .cases import Row
 from .machine import Machine
 
 LOCALIZATION, STRENGTH = "localization", "strength sweep"
-STEPS = 12
-LEAST, MOST = 3, 9  # timed rounds
+STEPS, QUICK_STEPS = 12, 2
+LEAST, MOST, QUICK_ROUNDS = 3, 9, 2  # timed rounds
 STRENGTHS = (-2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
 # Largest difference of latents, as a share of the largest one: rows of a batch meet other matrix
 # products than rows alone, for twelve steps.
@@ -87,14 +88,14 @@ def _removed(hooks: Iterator[Any]) -> Iterator[None]:
 class Localize:
     """All sites one by one, none and all, for one prompt pair."""
 
-    def __init__(self, pipe: Any, judges: Mapping[str, Any]) -> None:
+    def __init__(self, pipe: Any, judges: Mapping[str, Any], steps: int = STEPS) -> None:
         from sidechain import sites
         from sidechain.studies import localization
         from sidechain.studies.localization.presets import single_presets
         from sidechain.studies.localization.run import pairs_of
 
-        self.pipe, self.judges = pipe, judges
-        self.config = localization.LocalizationConfig(out=Path("unused"), pairs=1, steps=STEPS)
+        self.pipe, self.judges, self.steps = pipe, judges, steps
+        self.config = localization.LocalizationConfig(out=Path("unused"), pairs=1, steps=steps)
         self.pair = pairs_of(self.config, "drums")[0]
         self.modules = {site.alias: site.module for site in sites(pipe, "cross:*")}
         self.presets = single_presets(list(self.modules))
@@ -131,7 +132,7 @@ class Localize:
             chosen = [self.modules[name] for name in preset.sites]
             store: dict[nn.Module, list[Tensor]] = {}
             with recording_hooks(chosen, store):
-                _one(self.pipe, self.pair.clean)
+                _one(self.pipe, self.pair.clean, self.steps)
             clean = store[chosen[0]][0][1:] if chosen else torch.empty(0)
             rows.append(self._patched(preset, clean))
         return torch.cat(rows)
@@ -140,7 +141,7 @@ class Localize:
         from sidechain.studies import common
 
         with context_hooks([self.modules[name] for name in preset.sites], clean):
-            latents = _one(self.pipe, self.pair.corrupted)
+            latents = _one(self.pipe, self.pair.corrupted, self.steps)
         common.readings(self.judges, latents)
         return latents
 
@@ -148,16 +149,22 @@ class Localize:
 class Sweep:
     """Ten strengths of one vector at two sites, for one prompt."""
 
-    def __init__(self, pipe: Any, judges: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        judges: Mapping[str, Any],
+        steps: int = STEPS,
+        strengths: Sequence[float] = STRENGTHS,
+    ) -> None:
         from sidechain import sites
         from sidechain.studies.steering import SteeringConfig
         from sidechain.studies.steering.run import test_prompts
         from sidechain.studies.vectors.run import VectorConfig, build
         from sidechain.zoo.music.concepts import concept
 
-        self.pipe, self.judges = pipe, judges
-        self.config = SteeringConfig(out=Path("unused"), concept="drums", steps=STEPS)
-        setup = VectorConfig(concept="drums", pairs=2, steps=STEPS)
+        self.pipe, self.judges, self.steps = pipe, judges, steps
+        self.config = SteeringConfig(out=Path("unused"), concept="drums", steps=steps)
+        setup = VectorConfig(concept="drums", pairs=2, steps=steps)
         self.vector = build(pipe, setup, progress=False)
         self.sites = ["cross:2", "cross:3"]
         self.prompts = test_prompts(self.config, concept("drums"))[:1]
@@ -165,7 +172,8 @@ class Sweep:
             site.module: self.vector[site.name, "cond"].to(pipe.device)
             for site in sites(pipe, self.sites)
         }
-        self.name = f"{STRENGTH}, {len(STRENGTHS)} strengths"
+        self.strengths = strengths
+        self.name = f"{STRENGTH}, {len(strengths)} strengths"
         self.ways = {"shared": self.shared, "hooks": self.hooks}
 
     def shared(self) -> Tensor:
@@ -174,7 +182,7 @@ class Sweep:
         from sidechain.studies.steering.run import Row as Job
         from sidechain.studies.steering.run import generate_rows
 
-        jobs = [Job(0, "localized", strength) for strength in STRENGTHS]
+        jobs = [Job(0, "localized", strength) for strength in self.strengths]
         latents = generate_rows(
             self.config, self.pipe, self.vector, self.sites, self.prompts, jobs
         )  # fmt: skip
@@ -186,20 +194,20 @@ class Sweep:
         from sidechain.studies import common
 
         rows = []
-        for strength in STRENGTHS:
+        for strength in self.strengths:
             with steering_hooks(self.vectors, strength):
-                latents = _one(self.pipe, self.prompts[0])
+                latents = _one(self.pipe, self.prompts[0], self.steps)
             common.readings(self.judges, latents)
             rows.append(latents)
         return torch.cat(rows)
 
 
-def _one(pipe: Any, prompt: str) -> Tensor:
+def _one(pipe: Any, prompt: str, steps: int) -> Tensor:
     """One clip as a pipeline call makes it, without sharing."""
     latents: Tensor = pipe(
         prompt_embeds=pipe.encode_prompt([prompt]),
         generator=[_noise()],
-        num_inference_steps=STEPS,
+        num_inference_steps=steps,
         guidance_scale=3.0,
         output_type="latent",
     ).audios
@@ -212,7 +220,9 @@ def _noise() -> torch.Generator:
     return torch.Generator().manual_seed(common.noise_seed(0, 0))
 
 
-def rows(machine: Machine, *, only: str = "", seconds: float = 6.0) -> Iterator[list[Row]]:
+def rows(
+    machine: Machine, *, only: str = "", seconds: float = 6.0, quick: bool = False
+) -> Iterator[list[Row]]:
     """Measure both sweeps.
 
     Args:
@@ -220,6 +230,7 @@ def rows(machine: Machine, *, only: str = "", seconds: float = 6.0) -> Iterator[
         only: part of the name of a sweep.
         seconds: for the shared batch of a sweep; as many rounds of all ways as it takes, within
             limits.
+        quick: the strength sweep only, two steps and two rounds, to see that everything runs.
 
     Yields:
         The rows of a sweep. Fact `x shared`: how many times longer than the shared batch.
@@ -234,7 +245,9 @@ def rows(machine: Machine, *, only: str = "", seconds: float = 6.0) -> Iterator[
     pipe, _ = common.load("zoo:music")
     pipe.to(machine.device)
     judges = zoo.judges(machine.device)
-    names: dict[str, type[Localize] | type[Sweep]] = {LOCALIZATION: Localize, STRENGTH: Sweep}
+    names: dict[str, Callable[..., Localize | Sweep]] = {LOCALIZATION: Localize, STRENGTH: Sweep}
+    if quick:
+        names = {STRENGTH: partial(Sweep, strengths=STRENGTHS[:2], steps=QUICK_STEPS)}
     chosen = [make for name, make in names.items() if only in name]
     if not chosen:
         raise ValueError(
@@ -242,10 +255,13 @@ def rows(machine: Machine, *, only: str = "", seconds: float = 6.0) -> Iterator[
         )
     for make in chosen:
         sweep = make(pipe, judges)
-        yield _measured(sweep.name, sweep.ways, seconds)
+        most = QUICK_ROUNDS if quick else MOST
+        yield _measured(sweep.name, sweep.ways, seconds, most)
 
 
-def _measured(name: str, ways: Mapping[str, Callable[[], Tensor]], seconds: float) -> list[Row]:
+def _measured(
+    name: str, ways: Mapping[str, Callable[[], Tensor]], seconds: float, most: int = MOST
+) -> list[Row]:
     """Median of each way, taken in turns, after one run each whose results must agree."""
     results = {way: run() for way, run in ways.items()}
     reference = results["shared"]
@@ -257,8 +273,8 @@ def _measured(name: str, ways: Mapping[str, Callable[[], Tensor]], seconds: floa
                 f"got a difference of {error:.1e}"
             )
     taken: dict[str, list[float]] = {way: [] for way in ways}
-    while len(taken["shared"]) < LEAST or (
-        sum(taken["shared"]) < seconds and len(taken["shared"]) < MOST
+    while len(taken["shared"]) < min(LEAST, most) or (
+        sum(taken["shared"]) < seconds and len(taken["shared"]) < most
     ):
         for way, run in ways.items():
             begun = time.perf_counter()

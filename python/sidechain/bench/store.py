@@ -32,6 +32,7 @@ from sidechain.store import ActivationStore, ActivationWriter, Permutation
 
 from .cases import Row
 from .machine import Machine
+from .results import Key
 from .timing import sampler, side_by_side
 
 PARTS = ("read", "write")
@@ -60,7 +61,7 @@ SITES = (Site("zoo", 65, 160), Site("SDXL", 1024, 1280), Site("ACE-Step", 323, 2
 
 def parts(
     machine: Machine, only: str, seconds: float
-) -> Iterator[tuple[str, Callable[[Mapping[tuple[str, str], Row]], Iterable[list[Row]]]]]:
+) -> Iterator[tuple[str, Callable[[Mapping[Key, Row]], Iterable[list[Row]]]]]:
     """The runs of the section: name, and how to measure it beside the rows that are kept.
 
     Args:
@@ -86,10 +87,10 @@ def parts(
 def _tables(
     sites: Iterable[Site],
     measure: Callable[[Site, Path], list[Row]],
-    kept: Mapping[tuple[str, str], Row],
+    kept: Mapping[Key, Row],
 ) -> Iterator[list[Row]]:
     for site in sites:
-        rows = [row for (name, _), row in kept.items() if name == site.name]
+        rows = [row for row in kept.values() if row.case == site.name]
         if not rows:
             with tempfile.TemporaryDirectory() as place:
                 rows = measure(site, Path(place))

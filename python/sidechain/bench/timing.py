@@ -33,6 +33,7 @@ class Timing:
     samples: int
     method: str
     issue: float | None = None  # GPU: what the host spends on one call
+    capture: str = ""  # GPU: "captured", or "failed: " and why; "" where it was not tried
 
 
 class Sampler(Protocol):
@@ -46,6 +47,10 @@ class Sampler(Protocol):
     def issue(self) -> float | None:
         """Host seconds of one call to an asynchronous device."""
 
+    @property
+    def capture(self) -> str:
+        """What became of the capture in a CUDA graph; "" where none was tried."""
+
     def sample(self) -> float:
         """Seconds of one call."""
 
@@ -55,6 +60,7 @@ class ClockSampler:
 
     method = "clock"
     issue = None
+    capture = ""
 
     def __init__(self, calls: Sequence[Call]) -> None:
         for call in calls:
@@ -77,6 +83,7 @@ class EventSampler:
     """One call between two events, the second-level cache emptied before each."""
 
     method = "events"
+    capture = ""
 
     def __init__(self, calls: Sequence[Call]) -> None:
         for call in calls:
@@ -103,6 +110,7 @@ class GraphSampler:
     """All calls, one after the other on rotated buffers, in one graph: no launch gaps."""
 
     method = "graph"
+    capture = "captured"
 
     def __init__(self, calls: Sequence[Call], repeats: int = 64) -> None:
         self._count = len(calls) * -(-repeats // len(calls))
@@ -142,27 +150,34 @@ def issue_time(calls: Sequence[Call], count: int = 100) -> float:
     return spent
 
 
-def sampler(calls: Sequence[Call], device: str) -> Sampler:
+def sampler(calls: Sequence[Call], device: str, *, promised: bool = False) -> Sampler:
     """Pick the way to time these calls.
 
     Args:
         calls: the same work on different buffers; they are warmed up here.
         device: "cpu" or "cuda".
+        promised: they must go into a CUDA graph, whatever they are timed by: try it.
 
     Returns:
         A sampler. A GPU call too short for events is replayed from a graph; one that cannot be
-        captured (it synchronises) is timed by events.
+        captured (it synchronises) is timed by events, and `capture` says why.
     """
     if device == "cpu":
         return ClockSampler(calls)
     events = EventSampler(calls)
-    if statistics.median(events.sample() for _ in range(LEAST)) > GRAPH_BELOW:
+    short = statistics.median(events.sample() for _ in range(LEAST)) <= GRAPH_BELOW
+    if not short and not promised:
         return events
     try:
-        return GraphSampler(calls)
-    except RuntimeError:
+        replayed = GraphSampler(calls) if short else GraphSampler(calls[:1], repeats=1)
+    except RuntimeError as error:
+        events.capture = "failed: " + " ".join(f"{type(error).__name__}: {error}".split())[:160]
         torch.cuda.synchronize()
         return events
+    if short:
+        return replayed
+    events.capture = replayed.capture
+    return events
 
 
 def side_by_side(samplers: Mapping[str, Sampler], seconds: float = 0.6) -> dict[str, Timing]:
@@ -188,8 +203,9 @@ def side_by_side(samplers: Mapping[str, Sampler], seconds: float = 0.6) -> dict[
         cuts = statistics.quantiles(done, n=5)
         candidate = samplers[name]
         timings[name] = Timing(
-            statistics.median(done), cuts[0], cuts[3], len(done), candidate.method, candidate.issue
-        )
+            statistics.median(done), cuts[0], cuts[3], len(done), candidate.method,
+            candidate.issue, candidate.capture,
+        )  # fmt: skip
     return timings
 
 

@@ -12,7 +12,7 @@ from .. import _values as values
 from .._options import Settings, choice, flag, number, path, text, whole
 from .builder import Command
 
-SECTIONS = ("ops", "hooks", "sae", "store", "sharing")
+SECTIONS = ("ops", "hooks", "sae", "store", "sharing", "generation")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,9 @@ class BenchSettings(Settings):
     json: Path | None = path(
         None, "merge the result into this file, or one in this folder", "FILE", None
     )
-    fresh: bool = flag("sae, store: measure again what FILE holds for this commit")
+    fresh: bool = flag("ops, sae, store: measure again what FILE holds for this commit")
+    keep_failed: bool = flag("ops: do not try again what has failed")
+    quick: bool = flag("tiny shapes: does it run? times mean nothing")
     compare: Path | None = path(None, "compare with this result file", "FILE", values.file_there)
 
 
@@ -41,17 +43,19 @@ def run(settings: BenchSettings, given: Mapping[str, Any]) -> int:
     """Measure and print."""
     from ..bench import run as command
 
-    command.run(
+    runs = command.run(
         settings.section,
         device=settings.device,
         threads=settings.threads,
         only=settings.only,
         seconds=settings.seconds,
         fresh=settings.fresh,
+        quick=settings.quick,
+        keep_failed=settings.keep_failed,
         json=settings.json,
         compare=settings.compare,
     )
-    return 0
+    return command.exit_code(runs)
 
 
 COMMAND = Command(

@@ -2,7 +2,8 @@
 """One module for each op, most of them through `_build`. It defines
 
 `OP`: the op's name;
-`cases(device)`: the `Case`s that are timed, eager torch first as a person would write it;
+`cases(device, quick)`: the `Case`s that are timed, eager torch first as a person would write it;
+with `quick` at tiny shapes and without compilers, to see that everything runs;
 `small(device)`: cases that take no time, for a correctness run under a sanitizer.
 """
 
@@ -30,7 +31,7 @@ def modules(only: str = "") -> list[ModuleType]:
         ValueError: no op is named so.
     """
     every = [importlib.import_module(f"{__name__}.{stem}") for stem in STEMS]
-    found = [module for module in every if only in module.OP]
+    found = [m for m in every if only == m.OP] or [m for m in every if only in m.OP]
     if not found:
         names = ", ".join(module.OP for module in every)
         raise ValueError(f"bench: expected an op of {names}, got {only!r}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ class Work:
         eager: the same in plain torch, as a person would write it.
         outputs: (arguments, result) -> what has been computed, by name.
         plain: further plain expressions, by name.
+        parts: less than the whole work, by name: (arguments) -> the last rows of the first output.
         narrow: arguments whose dtype is their purpose: they stay as they are in the exact run.
     """
 
@@ -39,6 +40,7 @@ class Work:
     eager: Callable[[Args], Any]
     outputs: Callable[[Args, Any], Mapping[str, Tensor]]
     plain: Mapping[str, Callable[[Args], Any]] = field(default_factory=dict)
+    parts: Mapping[str, Callable[[Args], Tensor]] = field(default_factory=dict)
     narrow: tuple[str, ...] = ()
 
     def backends(self, device: str) -> list[str]:
@@ -55,14 +57,17 @@ class Work:
 
         return [Candidate(b, partial(call, backend=b), "ours") for b in self.backends(device)]
 
-    def candidates(self, device: str) -> list[Candidate]:
-        """Plain expressions, the compiled one, then ours."""
-        torch.compiler.reset()
-        compiled = torch.compile(self.eager, dynamic=False)
+    def candidates(self, device: str, *, quick: bool = False) -> list[Candidate]:
+        """Plain expressions, the compiled one, then ours. With `quick` nothing is compiled."""
+        compiled = []
+        if not quick:
+            torch.compiler.reset()
+            compiled = [torch.compile(self.eager, dynamic=False)]
         return [
             Candidate("eager", self.eager, "plain"),
             *(Candidate(name, call, "plain") for name, call in self.plain.items()),
-            Candidate("compile", compiled, "compiled"),
+            *(Candidate(name, call, "part") for name, call in self.parts.items()),
+            *(Candidate("compile", call, "compiled") for call in compiled),
             *self.ours(device),
         ]
 
@@ -75,11 +80,12 @@ class Work:
         *,
         moved: int,
         flops: int = 0,
+        rotations: int | None = None,
     ) -> Case:
         """Put a case together."""
-        return Case(
-            name, dtype, make, tuple(candidates), partial(self._check, make=make), moved, flops
-        )
+        make = buffers(make)
+        check = partial(self._check, make=make)
+        return Case(name, dtype, make, tuple(candidates), check, moved, flops, rotations=rotations)
 
     def _check(self, candidate: Candidate, *, make: Callable[[int], Args]) -> dict[str, Any] | None:
         """Against the reference in float64, by what the reference errs in the dtype itself."""
@@ -88,7 +94,14 @@ class Work:
         wide = upcast(args) | {name: copy(args[name]) for name in self.narrow if name in args}
         exact = self.outputs(wide, self.run(wide, "reference"))
         plain = self.outputs(own, self.run(own, "reference"))
-        found = self.outputs(got, candidate.call(got))
+        result: Any = candidate.call(got)
+        found: Mapping[str, Tensor]
+        if candidate.kind == "part":
+            name = next(iter(exact))
+            found, rows = {name: result}, result.shape[0]
+            exact, plain = {name: exact[name][-rows:]}, {name: plain[name][-rows:]}
+        else:
+            found = self.outputs(got, result)
         times = 2.0 if candidate.kind == "ours" else OTHERS
         for name, value in found.items():
             what = f"{candidate.name} {name}"
@@ -97,6 +110,15 @@ class Work:
             elif not torch.equal(value, exact[name]):
                 raise AssertionError(f"{what}: differs from the reference")
         return None
+
+
+def buffers(make: Callable[[int], Args]) -> Callable[[int], Args]:
+    """Arguments of a rotation: the same numbers in buffers of their own.
+
+    Drawing them on the host once more for each buffer would take longer than the measurement.
+    """
+    first = cache(lambda: make(0))
+    return lambda seed: copy(first())
 
 
 def copy(value: Any) -> Any:

@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +41,34 @@ def eager(args: Args) -> Tensor:
     return out
 
 
+def hooked(args: Args) -> Tensor:
+    """SDPA on contexts that each row has of its own already, the capture in a hook."""
+    out = _attend_own(args, 0)
+    out = torch.where((args["context_index"] >= 0)[:, None, None, None], out, 0.0)
+    args["sums"][1] += out.flatten(2).float().sum(1)
+    args["counts"][1] += out.shape[1]
+    return out
+
+
+def alone(args: Args) -> Tensor:
+    """SDPA on the rows that have a context, without any capture: what no capture can beat."""
+    return _attend_own(args, args["idle"])
+
+
+def _attend_own(args: Args, first: int) -> Tensor:
+    q, k, v = (args[name][first:] for name in ("q", "k_own", "v_own"))
+    grouped = q.shape[2] != k.shape[1]
+    return scaled_dot_product_attention(q.transpose(1, 2), k, v, enable_gqa=grouped).transpose(1, 2)
+
+
+def with_own(args: Args) -> Args:
+    """Add each row's keys and values [R, H, S, D], and the number of first rows without any."""
+    index = args["context_index"]
+    rows = index.clamp(min=0).long()
+    own = {f"{n}_own": args[f"{n}_bank"][rows].transpose(1, 2).contiguous() for n in "kv"}
+    return args | own | {"idle": int((index < 0).sum())}
+
+
 def moved(case: AttentionCase, dtype: torch.dtype) -> int:
     """Queries in, output out, every context once, the sums in and out."""
     kv = case.kv_heads or case.heads
@@ -56,16 +86,31 @@ def _outputs(args: Args, result: Tensor) -> dict[str, Tensor]:
     return {"out": result} | {name: args[name] for name in BUFFERS if name in args}
 
 
-WORK = Work(OP, lambda args, backend: attention_tap(**args, backend=backend), eager, _outputs)
+def _run(args: Args, backend: str) -> Tensor:
+    given = {name: value for name, value in args.items() if name not in ("k_own", "v_own", "idle")}
+    return attention_tap(**given, backend=backend)
 
 
-def cases(device: str) -> Iterator[Case]:
+WORK = Work(OP, _run, eager, _outputs, {"sdpa + hook": hooked}, {"sdpa alone": alone})
+
+
+def quick_cases(table: tuple[AttentionCase, ...]) -> list[AttentionCase]:
+    """The kinds of cases of the table at a tiny shape, each once."""
+    sizes: dict[str, Any] = {"rows": 3, "tokens": 9, "context": 6, "heads": 2, "width": 8}
+    return list(dict.fromkeys(replace(case, kv_heads=None, **sizes) for case in table))
+
+
+def _make(case: AttentionCase, dtype: torch.dtype, device: str, seed: int) -> Args:
+    return with_own(case.make(dtype, seed, device))
+
+
+def cases(device: str, *, quick: bool = False) -> Iterator[Case]:
     """Sites that are timed, in every dtype."""
-    for case in ATTENTION_BENCH:
+    for case in quick_cases(ATTENTION_BENCH) if quick else ATTENTION_BENCH:
         for name, dtype in DTYPES.items():
-            make = partial(case.make, dtype, device=device)
+            make = partial(_make, case, dtype, device)
             sizes = {"moved": moved(case, dtype), "flops": flops(case)}
-            yield WORK.case(case.name, name, make, WORK.candidates(device), **sizes)
+            yield WORK.case(case.name, name, make, WORK.candidates(device, quick=quick), **sizes)
 
 
 def small(device: str) -> Iterator[Case]:

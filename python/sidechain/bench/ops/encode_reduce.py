@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -51,11 +52,18 @@ def moved(case: SumsCase) -> int:
     return 8 * case.rows * case.k + 2 * 16 * case.labels * case.features
 
 
-def cases(device: str) -> Iterator[Case]:
+def quick_cases(table: tuple[SumsCase, ...]) -> list[SumsCase]:
+    """The kinds of cases of the table at a tiny shape, each once."""
+    tiny = [replace(case, rows=24, features=96, k=4, labels=5) for case in table]
+    return list(dict.fromkeys(tiny))
+
+
+def cases(device: str, *, quick: bool = False) -> Iterator[Case]:
     """Features of a generation, by step."""
-    for case in SUMS_BENCH:
+    for case in quick_cases(SUMS_BENCH) if quick else SUMS_BENCH:
         make = partial(case.make, device=device)
-        yield WORK.case(case.name, "f32", make, WORK.candidates(device), moved=moved(case))
+        candidates = WORK.candidates(device, quick=quick)
+        yield WORK.case(case.name, "f32", make, candidates, moved=moved(case))
 
 
 def small(device: str) -> Iterator[Case]:

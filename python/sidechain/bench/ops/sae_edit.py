@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -62,13 +63,19 @@ def moved(case: EditCase, dtype: torch.dtype) -> int:
     return (2 * case.rows + used) * case.width * dtype.itemsize + 12 * case.rows * case.k
 
 
-def cases(device: str) -> Iterator[Case]:
+def quick_cases(table: tuple[EditCase, ...]) -> list[EditCase]:
+    """The kinds of cases of the table at a tiny shape, each once."""
+    tiny = [replace(case, rows=24, width=32, features=96, k=4) for case in table]
+    return list(dict.fromkeys(replace(c, strength=c.rows if c.strength else None) for c in tiny))
+
+
+def cases(device: str, *, quick: bool = False) -> Iterator[Case]:
     """A batch of Stable Audio's tokens, few and many features."""
-    for case in EDIT_BENCH:
+    for case in quick_cases(EDIT_BENCH) if quick else EDIT_BENCH:
         for name in ("f32", "bf16"):
             make = partial(case.make, DTYPES[name], device=device)
             sizes = {"moved": moved(case, DTYPES[name])}
-            yield WORK.case(case.name, name, make, WORK.candidates(device), **sizes)
+            yield WORK.case(case.name, name, make, WORK.candidates(device, quick=quick), **sizes)
 
 
 def small(device: str) -> Iterator[Case]:

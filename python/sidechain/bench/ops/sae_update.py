@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -98,11 +99,17 @@ def moved(case: UpdateCase) -> int:
     return 2 * case.features * widths * (4 + 2 * moment) + 4 * case.rows * widths
 
 
-def cases(device: str) -> Iterator[Case]:
+def quick_cases(table: tuple[UpdateCase, ...]) -> list[UpdateCase]:
+    """The kinds of cases of the table at a tiny shape, each once."""
+    tiny = [replace(case, rows=24, d_in=32, d_out=32, features=96, k=4) for case in table]
+    return list(dict.fromkeys(tiny))
+
+
+def cases(device: str, *, quick: bool = False) -> Iterator[Case]:
     """The shapes of the training bench. Narrow moments and lazy rows are ours alone."""
-    for case in UPDATE_BENCH:
+    for case in quick_cases(UPDATE_BENCH) if quick else UPDATE_BENCH:
         make = partial(case.make, torch.float32, device=device)
-        candidates = WORK.candidates(device)
+        candidates = WORK.candidates(device, quick=quick)
         if case.half_moments or case.lazy:
             candidates = WORK.ours(device)[:1]
             if candidates[0].name == "reference":

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -56,13 +57,19 @@ def _outputs(args: Args, result: Any) -> dict[str, Tensor]:
 WORK = Work(OP, _run, bag, _outputs, {"dense": dense})
 
 
-def cases(device: str) -> Iterator[Case]:
+def quick_cases(table: tuple[DecodeCase, ...]) -> list[DecodeCase]:
+    """The kinds of cases of the table at a tiny shape, each once."""
+    tiny = [replace(case, rows=24, width=32, features=96, k=4) for case in table]
+    return list(dict.fromkeys(tiny))
+
+
+def cases(device: str, *, quick: bool = False) -> Iterator[Case]:
     """The shapes of the training bench; the weights in float32 and bfloat16."""
-    for case in DECODE_BENCH:
+    for case in quick_cases(DECODE_BENCH) if quick else DECODE_BENCH:
         for name in ("f32", "bf16"):
             make = partial(case.make, DTYPES[name], device=device)
             sizes = {"moved": moved(case, DTYPES[name])}
-            yield WORK.case(case.name, name, make, WORK.candidates(device), **sizes)
+            yield WORK.case(case.name, name, make, WORK.candidates(device, quick=quick), **sizes)
 
 
 def small(device: str) -> Iterator[Case]:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,10 +14,12 @@ from torch import Tensor
 from sidechain.ops import tap_
 from sidechain.testing.cases import DTYPES, TAP_BENCH, TAP_CASES, TapCase
 
-from ..cases import Case
+from ..cases import ROTATED, Case
 from ._build import Args, Work
 
 OP = "tap_"
+# A site of ACE-Step v1 alone: short enough that the launch shows.
+SHORT = replace(TAP_BENCH[0], rows=2, tokens=323, channels=2560)
 OUTPUTS = ("x", "sums", "squares", "counts", "ring")
 
 
@@ -62,14 +65,19 @@ def _outputs(args: Args, result: Any) -> dict[str, Tensor]:
 WORK = Work(OP, lambda args, backend: tap_(**args, backend=backend), eager, _outputs)
 
 
-def cases(device: str) -> Iterator[Case]:
-    """Sites that are timed, in every dtype."""
-    for case in TAP_BENCH:
+def quick_cases(table: tuple[TapCase, ...]) -> list[TapCase]:
+    """The kinds of cases of the table at a tiny shape, each once."""
+    tiny = [replace(case, rows=2, tokens=7, channels=24) for case in table]
+    return list(dict.fromkeys(tiny))
+
+
+def cases(device: str, *, quick: bool = False) -> Iterator[Case]:
+    """Sites that are timed, in every dtype, on as many buffers as a model has sites and more."""
+    for case in quick_cases(TAP_BENCH) if quick else (*TAP_BENCH, SHORT):
         for name, dtype in DTYPES.items():
             make = partial(case.make, dtype, device=device)
-            yield WORK.case(
-                case.name, name, make, WORK.candidates(device), moved=moved(case, dtype)
-            )
+            sizes = {"moved": moved(case, dtype), "rotations": 2 if quick else ROTATED}
+            yield WORK.case(case.name, name, make, WORK.candidates(device, quick=quick), **sizes)
 
 
 def small(device: str) -> Iterator[Case]:

@@ -1,9 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`topk_encode` in every precision against a linear layer and `topk`."""
+"""`topk_encode` in every precision against a linear layer and `topk`.
+
+On a GPU the product in bfloat16 alone is the limit, and `topk` after it the best that a person has
+without a kernel. Of the public selections, flashinfer's radix `top_k` has a row where the package
+is there. Left out: `jax.lax.top_k` (RAFT's select_k) and CuPy's argpartition, which run on streams
+of their own, and RTop-K, which exists as source only.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -15,9 +22,12 @@ from sidechain.ops import topk_encode, topk_encode_fallbacks
 from sidechain.testing.cases import DTYPES, TOPK_ENCODE_BENCH, TOPK_ENCODE_CASES, TopkEncodeCase
 
 from ..cases import Candidate, Case
-from ._build import Args, Work
+from ..shape import Shape
+from ._build import Args, Work, buffers
 
 OP = "topk_encode"
+# Searching the best product takes a compiler half a minute: once is enough to see what it gains.
+TUNED = TOPK_ENCODE_BENCH[1]
 PRECISIONS = ("fp32", "bf16", "int8")
 
 
@@ -37,8 +47,26 @@ def narrow(args: Args) -> Any:
     return z.topk(args["k"], dim=-1)
 
 
+def product(args: Args) -> Tensor:
+    """The product in bfloat16 alone: no bias, nothing selected."""
+    return linear(args["x_bf16"], args["w_bf16"])
+
+
+def product_topk(args: Args) -> Any:
+    """The product in bfloat16 and the k largest of each row: no bias, no relu."""
+    return product(args).topk(args["k"], dim=-1, sorted=False)
+
+
+def flashinfer_topk(args: Args) -> Any:
+    """The same with the selection of another package."""
+    from flashinfer import top_k
+
+    values, indices = top_k(product(args), args["k"])
+    return torch.return_types.topk((values, indices.long()))
+
+
 def _run(args: Args, backend: str, precision: str = "fp32") -> Any:
-    given = {name: value for name, value in args.items() if name != "w_bf16"}
+    given = {name: value for name, value in args.items() if name not in ("w_bf16", "x_bf16")}
     return topk_encode(**given, precision=precision, backend=backend)
 
 
@@ -58,10 +86,11 @@ def _exact_sets(args: Args) -> Tensor:
 
 
 def _as_mask(codes: Any, rows: int, features: int) -> Tensor:
-    mask = torch.zeros(rows, features + 1, dtype=torch.bool)
-    indices = codes.indices.long().cpu()
+    indices = codes.indices.long()
+    mask = torch.zeros(rows, features + 1, dtype=torch.bool, device=indices.device)
     if codes.offsets is not None:
-        row = torch.repeat_interleave(torch.arange(rows), codes.offsets.cpu().diff())
+        row = torch.arange(rows, device=indices.device)
+        row = torch.repeat_interleave(row, codes.offsets.diff())
         mask[row, indices[: len(row)]] = True
     else:
         # -1, an empty slot, goes to a column that is cut off
@@ -71,8 +100,8 @@ def _as_mask(codes: Any, rows: int, features: int) -> Tensor:
 
 def _mask_of_plain(args: Args, found: Any) -> Tensor:
     rows, features = args["x"].shape[0], args["w_enc"].shape[0]
-    mask = torch.zeros(rows, features, dtype=torch.bool)
-    indices, used = found.indices.cpu(), found.values.cpu() > 0
+    indices, used = found.indices, found.values > 0
+    mask = torch.zeros(rows, features, dtype=torch.bool, device=indices.device)
     if args["mode"] == "batch_topk":
         mask.view(-1)[indices[used]] = True
         return mask
@@ -80,7 +109,13 @@ def _mask_of_plain(args: Args, found: Any) -> Tensor:
 
 
 def _check(candidate: Candidate, *, make: Any, wanted: Callable[[], Tensor]) -> dict[str, Any]:
-    """Sets in float32 must be those of float64; of others the share found is reported."""
+    """Sets in float32 must be those of float64; of others the share found is reported.
+
+    A part has other sets, without bias: only its numbers are looked at.
+    """
+    if candidate.kind == "part":
+        _check_part(candidate.call(make(0)), make(0))
+        return {}
     args, precision = make(0), candidate.name.split()[-1]
     exact = wanted()
     before = topk_encode_fallbacks()
@@ -97,21 +132,47 @@ def _check(candidate: Candidate, *, make: Any, wanted: Callable[[], Tensor]) -> 
     return {"recall": round(recall, 5), "equal sets": round(same, 4), "in full": fallbacks}
 
 
-def timed_case(case: TopkEncodeCase, device: str, *, others: bool = True) -> Case:
+def _check_part(found: Any, args: Args) -> None:
+    """Against the same rows in float32, up to the rounding of bfloat16."""
+    rows = args["x_bf16"][:4].float() @ args["w_bf16"].float().T
+    if isinstance(found, Tensor):
+        found, wanted = found[:4].float(), rows
+    else:
+        wanted = rows.gather(1, found.indices[:4])
+        found = found.values[:4].float()
+        if (found.amin(1) < rows.topk(found.shape[1]).values[:, -1] * 0.98 - 0.05).any():
+            raise AssertionError("product + topk: expected the k largest of each row")
+    torch.testing.assert_close(found, wanted, rtol=2e-2, atol=2e-2)
+
+
+def _others(case: TopkEncodeCase, device: str, *, compiled: bool) -> Iterator[Candidate]:
+    """What else does the work, or a part of it, at best settings."""
+    if compiled:
+        yield Candidate("compile", torch.compile(eager, dynamic=False), "compiled")
+    if case.mode != "topk":
+        return
+    yield Candidate("eager bf16", narrow, "bf16")
+    yield Candidate("product bf16", product, "part")
+    yield Candidate("product bf16 + topk", product_topk, "part")
+    if device == "cuda":
+        yield Candidate("product bf16 + flashinfer", flashinfer_topk, "part")
+        if compiled and case == TUNED:
+            tuned = torch.compile(narrow, dynamic=False, mode="max-autotune-no-cudagraphs")
+            yield Candidate("compile bf16", tuned, "bf16")
+
+
+def timed_case(case: TopkEncodeCase, device: str, *, compiled: bool = True) -> Case:
     """What is measured of one call.
 
     Args:
         case: shapes and data.
         device: "cpu" or "cuda".
-        others: also the compiled and the narrow plain expression.
+        compiled: also what compilers make of the plain expressions.
     """
-    make = partial(_make, case, device)
-    torch.compiler.reset()
-    plain = [Candidate("eager", eager, "plain")]
-    if others:
-        plain.append(Candidate("compile", torch.compile(eager, dynamic=False), "compiled"))
-    if others and case.mode == "topk":
-        plain.append(Candidate("eager bf16", narrow, "bf16"))
+    make = buffers(partial(_make, case, device))
+    if compiled:
+        torch.compiler.reset()
+    plain = [Candidate("eager", eager, "plain"), *_others(case, device, compiled=compiled)]
     backend = WORK.backends(device)[0]
     ours = [
         Candidate(f"{backend} {p}", partial(_run, backend=backend, precision=p), "ours")
@@ -125,18 +186,48 @@ def timed_case(case: TopkEncodeCase, device: str, *, others: bool = True) -> Cas
         partial(_check, make=make, wanted=cache(lambda: _exact_sets(make(0)))),
         moved=4 * (case.features * case.width + case.rows * (case.width + 2 * case.k)),
         flops=2 * case.rows * case.width * case.features,
+        waits="" if case.mode == "topk" else "the host reads how long the list is",
     )
 
 
 def _make(case: TopkEncodeCase, device: str, seed: int) -> Args:
-    args = case.make(torch.float32, seed, device)
-    return args | {"w_bf16": args["w_enc"].bfloat16()}
+    simple = case.data == "random" and case.mode == "topk" and case.guess is None
+    args = _draw(case, device, seed) if simple else case.make(torch.float32, seed, device)
+    return args | {"w_bf16": args["w_enc"].bfloat16(), "x_bf16": args["x"].bfloat16()}
 
 
-def cases(device: str) -> Iterator[Case]:
+def _draw(case: TopkEncodeCase, device: str, seed: int) -> Args:
+    """What `case.make` draws, drawn where it is used: a large dictionary takes seconds on a CPU."""
+    g = torch.Generator(device).manual_seed(seed)
+
+    def normal(*sizes: int) -> Tensor:
+        return torch.randn(*sizes, generator=g, device=device)
+
+    w = normal(case.features, case.width)
+    w /= w.norm(dim=-1, keepdim=True)
+    args = {"x": normal(case.rows, case.width), "w_enc": w, "mode": case.mode, "k": case.k}
+    if case.b_enc:
+        args["b_enc"] = 0.1 * normal(case.features)
+    if case.b_pre:
+        args["b_pre"] = normal(case.width)
+    return args
+
+
+def cases(device: str, *, quick: bool = False) -> Iterator[Case]:
     """Dictionaries that trainers are timed on."""
+    if quick:
+        tiny: dict[str, Any] = {"rows": 16, "width": 32, "features": 512, "k": 4}
+        for case in dict.fromkeys(replace(case, **tiny) for case in TOPK_ENCODE_BENCH):
+            yield timed_case(case, device, compiled=False)
+        return
     for case in TOPK_ENCODE_BENCH:
         yield timed_case(case, device)
+
+
+def of_shapes(shapes: Iterable[Shape], device: str) -> Iterator[Case]:
+    """The encoders of the dictionaries that trainers are timed on."""
+    for s in shapes:
+        yield timed_case(TopkEncodeCase(s.tokens, s.width, s.features, s.k), device, compiled=False)
 
 
 def small(device: str) -> Iterator[Case]:

@@ -12,19 +12,21 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from ..cases import Row
 from ..machine import Machine
+from ..results import Key
 
 PARTS = ("steps", "encode", "memory")
 
 
 def parts(
-    machine: Machine, only: str, seconds: float
-) -> Iterator[tuple[str, Callable[[Mapping[tuple[str, str], Row]], Iterable[list[Row]]]]]:
+    machine: Machine, only: str, seconds: float, *, quick: bool = False
+) -> Iterator[tuple[str, Callable[[Mapping[Key, Row]], Iterable[list[Row]]]]]:
     """The runs of the section: name, and how to measure it beside the rows that are kept.
 
     Args:
         machine: where.
         only: the name of a part, or part of the name of a shape; "" = everything.
         seconds: for each candidate of a case; a step of training gets as many.
+        quick: tiny shapes, nothing compiled.
 
     Raises:
         ValueError: nothing has this name.
@@ -33,14 +35,22 @@ def parts(
 
     named = only in PARTS
     shapes = "" if named else only
-    names = [shape.name for shape in race.SHAPES[machine.device]]
-    some = any(shapes in name for name in names)
-    if not some and only not in memory.SHAPE.name:
-        every = ", ".join([*PARTS, *names, memory.SHAPE.name])
+    table = race.QUICK if quick else race.SHAPES[machine.device]
+    held = race.QUICK[0] if quick else memory.SHAPE
+    chosen = [shape for shape in table if shapes in shape.name]
+    if not chosen and only not in held.name:
+        every = ", ".join([*PARTS, *(shape.name for shape in table), held.name])
         raise ValueError(f"bench: expected a part or a shape of sae [{every}], got {only!r}")
-    if some and only in ("steps", shapes):
-        yield "steps", lambda kept: race.rows(machine, only=shapes, seconds=seconds, kept=kept)
-    if some and only in ("encode", shapes):
-        yield "encode", lambda kept: encode.rows(machine, only=shapes, seconds=seconds, kept=kept)
-    if only in ("memory", "") or only in memory.SHAPE.name:
-        yield "memory", lambda kept: memory.rows(machine.device, kept=kept)
+    everybody = race.entries(machine.device, compiled=not quick)
+    if chosen and only in ("steps", shapes):
+        yield (
+            "steps",
+            lambda kept: race.rows(
+                machine, shapes=chosen, seconds=seconds, kept=kept, everybody=everybody
+            ),
+        )
+    if chosen and only in ("encode", shapes):
+        yield "encode", lambda kept: encode.rows(machine, chosen, seconds=seconds, kept=kept)
+    if only in ("memory", "") or only in held.name:
+        names = memory.CANDIDATES[-1:] if quick else memory.CANDIDATES
+        yield "memory", lambda kept: memory.rows(machine.device, held, kept=kept, names=names)

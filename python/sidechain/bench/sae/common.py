@@ -4,40 +4,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from ..shape import Shape
+
 LR = 1e-3
 NOISE = 0.05  # of a batch's deviation
 SPARE = 4  # true directions per feature of width d: the data is in superposition
-
-
-@dataclass(frozen=True)
-class Shape:
-    """N tokens a batch of width d, F features, k of them active."""
-
-    tokens: int
-    width: int
-    features: int
-    k: int
-
-    @property
-    def name(self) -> str:
-        """Readable id."""
-        return f"N{self.tokens}-d{self.width}-F{self.features}-k{self.k}"
-
-    @property
-    def flops(self) -> int:
-        """Operations that no method avoids: the encoder's product, and four sparse ones."""
-        return 2 * self.tokens * self.width * (self.features + 4 * self.k)
-
-    @property
-    def moved(self) -> int:
-        """Bytes that Adam alone moves: two matrices and their moments in float32, in and out."""
-        return 2 * 2 * 3 * 4 * self.features * self.width
 
 
 class Start(NamedTuple):
@@ -59,9 +35,9 @@ class Trainer(Protocol):
 
 def start(shape: Shape, device: str, seed: int = 0) -> Start:
     """Random unit rows; the encoder is their half, so that nothing explodes at the first step."""
-    g = torch.Generator().manual_seed(seed)
-    w = torch.randn(shape.features, shape.width, generator=g)
-    w = (w / w.norm(dim=1, keepdim=True)).to(device)
+    g = torch.Generator(device).manual_seed(seed)
+    w = torch.randn(shape.features, shape.width, generator=g, device=device)
+    w /= w.norm(dim=1, keepdim=True)
     return Start(0.5 * w, w)
 
 
@@ -78,22 +54,23 @@ class Batches:
 
     def __init__(self, shape: Shape, device: str, seed: int = 1) -> None:
         self.shape, self.device, self.seed = shape, device, seed
-        g = torch.Generator().manual_seed(seed)
-        directions = torch.randn(SPARE * shape.width, shape.width, generator=g)
+        g = torch.Generator(device).manual_seed(seed)
+        directions = torch.randn(SPARE * shape.width, shape.width, generator=g, device=device)
         self._directions = directions / directions.norm(dim=1, keepdim=True)
 
     def __getitem__(self, number: int) -> Tensor:
         """Batch of a number, [N, d] float32, the same every time."""
-        shape, g = self.shape, torch.Generator().manual_seed(1_000_003 * self.seed + number)
-        active = max(2, shape.k // 2)
-        pick = torch.randint(len(self._directions), (shape.tokens, active), generator=g)
-        size = torch.empty(shape.tokens, active).exponential_(generator=g)
-        size *= torch.randint(0, 2, size.shape, generator=g) * 2 - 1
+        shape, here = self.shape, self.device
+        g = torch.Generator(here).manual_seed(1_000_003 * self.seed + number)
+        many = (shape.tokens, max(2, shape.k // 2))
+        pick = torch.randint(len(self._directions), many, generator=g, device=here)
+        size = torch.empty(many, device=here).exponential_(generator=g)
+        size *= torch.randint(0, 2, many, generator=g, device=here) * 2 - 1
         x = torch.nn.functional.embedding_bag(
             pick, self._directions, per_sample_weights=size, mode="sum"
         )
-        x += NOISE * x.std() * torch.randn(x.shape, generator=g)
-        return x.to(self.device)
+        x += NOISE * x.std() * torch.randn(x.shape, generator=g, device=here)
+        return x
 
     def __iter__(self) -> Iterator[Tensor]:
         """Batches 0, 1, ... without end."""

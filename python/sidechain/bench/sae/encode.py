@@ -3,24 +3,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-
-from sidechain.testing.cases import TopkEncodeCase
+from collections.abc import Iterable, Iterator, Mapping
 
 from ..cases import Row, run_case
 from ..machine import Machine
 from ..ops import topk_encode
-from . import race
+from ..results import Key
+from ..shape import Shape
 
 
 def rows(
-    machine: Machine, *, only: str = "", seconds: float, kept: Mapping[race.Key, Row] | None = None
+    machine: Machine,
+    shapes: Iterable[Shape],
+    *,
+    seconds: float,
+    kept: Mapping[Key, Row] | None = None,
 ) -> Iterator[list[Row]]:
     """Measure one shape after the other.
 
     Args:
         machine: where.
-        only: part of the name of a shape.
+        shapes: which.
         seconds: for each candidate.
         kept: rows that are there already.
 
@@ -29,14 +32,10 @@ def rows(
         the rows), `in full` (rows whose certificate failed), `x bf16`: how many times faster than
         ours in bfloat16.
     """
-    for shape in race.SHAPES[machine.device]:
-        case = TopkEncodeCase(shape.tokens, shape.width, shape.features, shape.k)
-        if only not in shape.name:
-            continue
-        found = [row for (name, _), row in (kept or {}).items() if name == case.name]
+    for case in topk_encode.of_shapes(shapes, machine.device):
+        found = [row for row in (kept or {}).values() if row.case == case.name]
         if not found:
-            timed = topk_encode.timed_case(case, machine.device, others=False)
-            found = run_case(timed, machine, seconds=seconds)
+            found = run_case(case, machine, seconds=seconds)
             _compare(found)
         yield found
 

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from ..cases import Row
-from .common import Batches, Shape, start
+from ..results import Key
+from ..shape import Shape
+from .common import Batches, start
 
 STATUS, MEMINFO = Path("/proc/self/status"), Path("/proc/meminfo")
 SHAPE = Shape(4096, 1024, 65536, 64)
@@ -60,7 +62,10 @@ def extra_bytes(name: str, shape: Shape, device: str) -> int:
 
 
 def rows(
-    device: str, shape: Shape = SHAPE, kept: Mapping[tuple[str, str], Row] | None = None
+    device: str,
+    shape: Shape = SHAPE,
+    kept: Mapping[Key, Row] | None = None,
+    names: Iterable[str] | None = None,
 ) -> Iterator[list[Row]]:
     """Measure all candidates, each when it is asked for.
 
@@ -68,14 +73,15 @@ def rows(
         device: "cuda", or "cpu" on Linux.
         shape: N, d, F, k.
         kept: rows that are there already; what failed is tried again.
+        names: of entries of the race. None = `CANDIDATES`.
 
     Yields:
         One row. Facts: `extra_mib`; `of dense`, the share of what dense float32 torch needs.
         Where dense torch does not fit, its row is a straight line through smaller N and says so.
     """
     dense: float | None = None
-    for name in CANDIDATES:
-        row = (kept or {}).get((shape.name, name))
+    for name in CANDIDATES if names is None else names:
+        row = (kept or {}).get((shape.name, "f32", name))
         if row is None or row.failed:
             row = Row(shape.name, "f32", name, "memory", 0, 0, method="peak")
             try:

@@ -11,7 +11,8 @@ from sidechain.sae.training.state import Rows, TrainState
 from sidechain.sae.training.step import train_step
 from sidechain.sae.training.train_config import TrainConfig
 
-from .common import LR, Shape, Start
+from ..shape import Shape
+from .common import LR, Start
 
 
 class OurTrainer:

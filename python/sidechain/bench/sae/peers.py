@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .common import LR, Shape, Start
+from ..shape import Shape
+from .common import LR, Start
 
 
 def _adam(parameters: Iterable[Tensor]) -> torch.optim.Adam:
@@ -32,7 +33,9 @@ class Sparsify:
     def __init__(self, shape: Shape, start: Start) -> None:
         if start.w_enc.device.type == "cpu":
             os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # its kernels are for GPUs; read at import
-        from sparsify import SparseCoder, SparseCoderConfig
+        # Data sets of texts, which nothing here reads: a large package that a GPU host lacks.
+        with _without("datasets"):
+            from sparsify import SparseCoder, SparseCoderConfig
 
         config = SparseCoderConfig(num_latents=shape.features, k=shape.k)
         self.sae = SparseCoder(shape.width, config, device=start.w_enc.device)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .common import LR, Shape, Start
+from ..shape import Shape
+from .common import LR, Start
 
 
 class DenseTrainer:

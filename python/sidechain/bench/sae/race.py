@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,8 +19,10 @@ from torch import Tensor
 
 from ..cases import Row, reason
 from ..machine import Machine
+from ..results import Key
+from ..shape import Shape
 from . import peers
-from .common import Batches, Shape, Start, Trainer, fvu, start
+from .common import Batches, Start, Trainer, fvu, start
 from .ours import OurTrainer
 from .plain import DenseTrainer
 
@@ -28,6 +30,7 @@ SHAPES = {
     "cpu": (Shape(1024, 768, 12288, 32), Shape(1024, 1280, 5120, 10), Shape(1024, 2560, 10240, 64)),
     "cuda": (Shape(8192, 1280, 20480, 32), Shape(8192, 4096, 65536, 64)),
 }
+QUICK = (Shape(64, 32, 256, 4),)  # to see that everything runs
 WARM = 1  # steps that are not timed: allocation, compilation
 LEAST, MOST = 3, 20  # timed steps
 PARITY_STEPS = WARM + LEAST  # everybody does so many; then the loss is compared
@@ -42,7 +45,6 @@ EMULATED = 8.0
 LEAST_TOKENS = 8  # and twice as many: where an emulated step is extrapolated from
 
 Make = Callable[[Shape, Start], Trainer]
-Key = tuple[str, str]  # case, provider
 
 
 @dataclass(frozen=True)
@@ -62,21 +64,29 @@ class Entry:
     bf16: bool = False
 
 
-def entries(device: str) -> list[Entry]:
-    """Everybody, the reference first."""
+def entries(device: str, *, compiled: bool = True) -> list[Entry]:
+    """Everybody, the reference first, then by what the comparison needs most.
+
+    Args:
+        device: "cpu" or "cuda".
+        compiled: also those that take a compiler.
+    """
     precisions = ("fp32", "bf16", "int8") if device == "cpu" else ("fp32", "bf16")
+    compilers = [
+        Entry("bag compiled", "compiled", partial(DenseTrainer, compiled=True, bag=True)),
+        Entry("dense compiled", "compiled", partial(DenseTrainer, compiled=True)),
+    ]
     return [
         Entry(REFERENCE, "plain", DenseTrainer),
         *(Entry(f"ours {p}", "ours", partial(OurTrainer, precision=p)) for p in precisions),
+        Entry("dense bf16", "plain", partial(DenseTrainer, precision="bf16"), bf16=True),
         Entry("ours autograd", "ours", partial(OurTrainer, path="autograd")),
         *(
             Entry(name, "peer", make, bf16=name.endswith("bf16"))
             for name, make in peers.CANDIDATES.items()
         ),
         Entry("embedding_bag", "plain", partial(DenseTrainer, bag=True)),
-        Entry("bag compiled", "compiled", partial(DenseTrainer, compiled=True, bag=True)),
-        Entry("dense compiled", "compiled", partial(DenseTrainer, compiled=True)),
-        Entry("dense bf16", "plain", partial(DenseTrainer, precision="bf16"), bf16=True),
+        *(compilers if compiled else []),
     ]
 
 
@@ -124,7 +134,8 @@ class Race:
             row.failed = reason(error)
         finally:
             trainer = None
-            torch.compiler.reset()
+            if entry.kind == "compiled":
+                torch.compiler.reset()
             gc.collect()
         return row
 
@@ -176,7 +187,7 @@ class Race:
 
 
 def _fill(row: Row, taken: list[float], beside: list[float], method: str) -> None:
-    cuts = statistics.quantiles(taken, n=5)
+    cuts = statistics.quantiles(taken, n=5, method="inclusive")  # few: nothing beyond them
     times = (statistics.median(taken), cuts[0], cuts[3])
     row.median_us, row.p20_us, row.p80_us = (round(1e6 * t, 1) for t in times)
     row.tflops = round(row.flops / times[0] / 1e12, 4)
@@ -224,16 +235,16 @@ def _counts(facts: dict[str, float], reference: dict[str, float] | None) -> str:
 def rows(
     machine: Machine,
     *,
-    only: str = "",
+    shapes: Iterable[Shape],
     seconds: float,
     kept: Mapping[Key, Row] | None = None,
     everybody: list[Entry] | None = None,
 ) -> Iterator[list[Row]]:
-    """Measure every trainer on every shape of the device whose name holds a text.
+    """Measure every trainer on every shape.
 
     Args:
         machine: where.
-        only: part of the name of a shape.
+        shapes: which.
         seconds: for the timed steps of one trainer.
         kept: rows that are there already and are not measured again; what failed is tried again.
         everybody: who. None = all `entries` of the device.
@@ -243,13 +254,11 @@ def rows(
         again when later ones come.
     """
     everybody = entries(machine.device) if everybody is None else everybody
-    for shape in SHAPES[machine.device]:
-        if only not in shape.name:
-            continue
+    for shape in shapes:
         race: Race | None = None
         done: list[Row] = []
         for entry in everybody:
-            row = (kept or {}).get((shape.name, entry.name))
+            row = (kept or {}).get((shape.name, "f32", entry.name))
             if row is None or row.failed:
                 race = race or Race(shape, machine, seconds)
                 row = race.row(entry)

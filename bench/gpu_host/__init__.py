@@ -1,0 +1,7 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `bench/gpu.sh` runs on a GPU host that is lent for half an hour, in three calls.
+
+`plan` lists what a call does and how long each unit may take, `work` does it, `session` runs
+processes and keeps the result file, `journal` writes down every test as it ends, `aims` compares
+the figures with what they should be, `__main__` is the command line.
+"""
