@@ -168,7 +168,7 @@ def screen(
     pieces = min(TILE_PIECES, padded // TILE_FEATURES)
     sizes = {
         "GROUP": by.size, "LANES": by.lanes, "VISITS": LISTED // by.size,
-        "num_warps": 1 if by.lanes <= 1024 else 4,
+        "num_warps": 1 if by.lanes <= 1024 else 4 if by.lanes <= 2048 else 8,
     }  # fmt: skip
     for first in range(0, rows, chunk):
         count = min(chunk, rows - first)
