@@ -35,7 +35,7 @@ def _written(folder: Path, dtype: torch.dtype) -> Path:
                 s: torch.randn(UNIT_ROWS, w, generator=generator) * (1 + unit % 4) + unit % 4
                 for s, w in sites.items()
             }
-            with writer.unit(progress=unit + 1):
+            with writer.unit(cursor=unit + 1):
                 for site in sites:
                     writer.write({site: rows[site]}, step=unit % 4, branch="cond", prompt=unit)
     return folder
