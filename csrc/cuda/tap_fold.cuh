@@ -16,9 +16,9 @@ constexpr int kFoldThreads = 512;
 constexpr int kFoldSlices = kFoldThreads / 32;
 constexpr unsigned kFoldGroup = 4;  // chunks whose loads stand together
 
-// Captured tokens of a row; every thread of the block calls.
-__device__ inline void tap_count(const TapParams& p, int64_t row, int64_t slot) {
-  __shared__ unsigned long long counted[kFoldSlices];
+// Captured tokens of a row; every thread of the block calls. `counted` is shared memory.
+__device__ inline void tap_count(const TapParams& p, int64_t row, int64_t slot,
+                                 unsigned long long (&counted)[kFoldSlices]) {
   // Without a mask one thread knows.
   unsigned long long n = p.capture_mask.data == nullptr && threadIdx.x == 0 ? p.tokens : 0;
   if (p.capture_mask.data != nullptr) {
@@ -43,6 +43,7 @@ __global__ void __launch_bounds__(kFoldThreads, 1)
     tap_fold_kernel(const TapParams p, const TapLayout layout, int blocks_per_row) {
   constexpr int kColumns = 32 * kWidth;
   __shared__ float part[2][kFoldSlices][kColumns];
+  __shared__ unsigned long long counted[kFoldSlices];
   const unsigned row_32 = blockIdx.x / static_cast<unsigned>(blocks_per_row);
   const int block = static_cast<int>(blockIdx.x - row_32 * blocks_per_row);
   const int64_t row = row_32;
@@ -94,7 +95,7 @@ __global__ void __launch_bounds__(kFoldThreads, 1)
     }
   }
   const bool to_counts = p.counts.data != nullptr && tap_inside(slot, p.counts.slots);
-  if (block == 0 && to_counts) tap_count(p, row, slot);
+  if (block == 0 && to_counts) tap_count(p, row, slot, counted);
 }
 
 template <int kWidth>

@@ -34,7 +34,7 @@ LIBRARY = ROOT / "build" / "cmake" / "emulation_order.abi3.so"
 # Arguments that may have another dtype than the bench gives them, together.
 CASTS = {
     "sae_update": (("x",),),
-    "sae_edit": (("x",), ("x", "w_dec")),
+    "sae_edit": (("x",), ("w_dec",), ("x", "w_dec")),
     "sparse_decode": (("w_dec", "target"),),
 }
 
@@ -115,9 +115,15 @@ Shaped = tuple[str, str, str, str, tuple[int, int] | None, Callable[[], object]]
 
 
 def _calls() -> Iterator[Shaped]:
-    """Bench cases, then the same in other dtypes, shifted by an element, and of related ops."""
+    """Bench cases, then the same in other dtypes, shifted by an element, and of related ops.
+
+    Last the small cases, which reach every instance.
+    """
     for module in filter(_emulated, ops.modules()):
         stem = module.__name__.rpartition(".")[2]
+        for case in module.small("cpu"):
+            run = _bind(module.WORK.run, case.make(0))
+            yield module.OP, case.name, case.dtype, "small", None, run
         for case in module.cases("cpu"):
             args = _shapes(case.make)
             variants = [(case.dtype, "bench", args)]

@@ -32,7 +32,10 @@ class Narrow(NamedTuple):
 CODES = "indices and values of codes: 4 bytes an entry, the same for the whole block"
 LISTS = "two or three of the four numbers of a list's entry, where a list begins"
 HALF_PACKS = "packs of four elements of two bytes"
-SORT = "keys, ids and counts of the sort: 4 bytes, neighbours in neighbouring threads"
+COPIES = "copies of weights in half precision, which few callers ask for: a scalar path by dtype"
+SORT = "keys, codes and counts of the sort: neighbours in neighbouring threads"
+RING = "a ring of half precision: its alignment is known at run time"
+ALIGNMENT = "vectors, a float32 ring, sums: alignment known at run time"
 ALLOWED = (
     Narrow(("decode_kernel", "decode_dvalues_kernel", "edit_kernel"), 4, CODES),
     Narrow(
@@ -53,35 +56,29 @@ ALLOWED = (
         4,
         LISTS,
     ),
-    Narrow(
-        ("decode_table_kernel", "edit_kernel", "sae_square_kernel", "sae_tiles_kernel"),
-        8,
-        HALF_PACKS,
-    ),
+    Narrow(("decode_table_kernel", "edit_kernel"), 8, HALF_PACKS),
+    Narrow(("decode_table_kernel",), 2, "a table of half precision that is not aligned"),
+    Narrow(("sae_update_kernel",), 2, COPIES),
     Narrow(
         ("sae_update_kernel",),
         8,
         f"{HALF_PACKS} (x, moments, copies), int64 numbers of a feature",
     ),
-    Narrow(
-        (
-            "csc_count_kernel", "csc_entries_kernel", "csc_keys_kernel", "csc_scan_kernel",
-            "csc_scatter_kernel", "csc_start_kernel",
-        ),
-        4,
-        SORT,
-    ),
-    Narrow(("label_rows_kernel",), 8, "int64 labels and counts, one a row of codes"),
-    Narrow(("tap_kernel",), 1, "masks: one byte a token, the same for the whole block"),
-    Narrow(("tap_kernel",), 2, "a ring of half precision: its alignment is known at run time"),
-    Narrow(("tap_kernel",), 4, "vectors, a float32 ring, sums: alignment known at run time"),
+    Narrow(("csc_count_kernel", "csc_scatter_kernel", "csc_start_kernel"), 4, SORT),
+    Narrow(("csc_count_kernel", "csc_scatter_kernel"), 8, f"{SORT}; int64 labels and offsets"),
+    Narrow(("tap_kernel", "tap_wide_kernel"), 2, RING),
+    Narrow(("tap_kernel", "tap_wide_kernel"), 4, ALIGNMENT),
+    Narrow(("tap_kernel",), 8, f"{RING}: packs of four beside float32"),
     Narrow(("tap_fold_kernel",), 1, "masks: one byte a token"),
-    Narrow(("tap_fold_kernel",), 4, "a thread owns a channel"),
     Narrow(("sae_fold_kernel",), 4, "a thread owns a channel"),
     Narrow(("sae_fold_kernel",), 8, "sums in float64, one for each block"),
     Narrow(("adam_step_kernel",), 4, "one thread, the numbers of a step"),
     Narrow(("adam_step_kernel",), 8, "one thread, the numbers of a step"),
 )  # fmt: skip
+# Instances that move no rows of elements: what their template arguments say is no width of packs.
+SORTS = ("csc_count_kernel", "csc_scatter_kernel")
+# The last template argument says whether rows are aligned.
+ALIGNED_LAST = ("sae_square_kernel", "sae_tiles_kernel", "sae_update_kernel")
 
 
 def base(kernel: str) -> str:
@@ -91,6 +88,8 @@ def base(kernel: str) -> str:
 
 def scalar(kernel: str) -> bool:
     """Whether it is an instance for packs of one element."""
+    if base(kernel) in ALIGNED_LAST:
+        return kernel.endswith("false>")
     numbers = re.findall(r"(?<![\w])\d+(?=[,>])", kernel)
     return bool(numbers) and numbers[0] == "1"
 
@@ -110,7 +109,8 @@ def refused(rows: Iterable[Row]) -> list[str]:
         for width, lines in row.narrow.items():
             if (base(row.kernel), int(width)) not in allowed:
                 found.append(f"{row.kernel} ({row.arch}): {width} bytes at {', '.join(lines)}")
-        if "<" in row.kernel and 2 * row.wide_bytes < row.bytes:
+        rows_of_elements = "<" in row.kernel and base(row.kernel) not in SORTS
+        if rows_of_elements and 2 * row.wide_bytes < row.bytes:
             found.append(
                 f"{row.kernel} ({row.arch}): {row.wide_bytes} of {row.bytes} bytes of its main "
                 f"loop move {WIDE} at a time ({row.loop})"

@@ -42,6 +42,10 @@ struct Coming {
   int64_t offset(int64_t j) const { return entries[j < count ? j : count - 1].offset; }
 };
 
+// Entries whose products are summed by themselves, so that long rows lose no more to rounding than
+// a matrix product; the sum before them waits in the output.
+constexpr int64_t kRun = 64;
+
 struct Tile {
   const DecodeParams& p;
   int64_t n;
@@ -57,13 +61,26 @@ struct Tile {
       sum[i] = p.b_dec ? load_upto(p.b_dec + c + i * kLanes, left) : F32{};
     }
     const T* table = static_cast<const T*>(p.w_dec.data) + c;
-    for (int64_t j = 0; j < count; ++j) {
-      const T* w = table + entries[j].offset;
-      const T* ahead = table + coming.offset(j);
-      const F32 value = splat(entries[j].value);
-      constexpr int kLine = 64 / sizeof(T);
-      for (int i = 0; i < kVectors * kLanes; i += kLine) __builtin_prefetch(ahead + i, 0, 2);
-      for (int i = 0; i < kVectors; ++i) sum[i] += value * load_upto(w + i * kLanes, left);
+    float* const out = p.out + n * p.width + c;
+    for (int64_t first = 0; first < count; first += kRun) {
+      if (first > 0) {
+        for (int i = 0; i < kVectors; ++i) {
+          store_upto(out + i * kLanes, sum[i], left);
+          sum[i] = F32{};
+        }
+      }
+      const int64_t stop = first + kRun < count ? first + kRun : count;
+      for (int64_t j = first; j < stop; ++j) {
+        const T* w = table + entries[j].offset;
+        const T* ahead = table + coming.offset(j);
+        const F32 value = splat(entries[j].value);
+        constexpr int kLine = 64 / sizeof(T);
+        for (int i = 0; i < kVectors * kLanes; i += kLine) __builtin_prefetch(ahead + i, 0, 2);
+        for (int i = 0; i < kVectors; ++i) sum[i] += value * load_upto(w + i * kLanes, left);
+      }
+      if (first > 0) {
+        for (int i = 0; i < kVectors; ++i) sum[i] += load_upto(out + i * kLanes, left);
+      }
     }
     F32 squares = {};
     for (int i = 0; i < kVectors; ++i) {
@@ -71,7 +88,7 @@ struct Tile {
         sum[i] -= load_any(p.target, n, c + i * kLanes, left);
         squares += sum[i] * sum[i];
       }
-      store_upto(p.out + n * p.width + c + i * kLanes, sum[i], left);
+      store_upto(out + i * kLanes, sum[i], left);
     }
     return squares;
   }
