@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sidechain.ops import tap_
-from sidechain.testing.cases import DTYPES, TAP_BENCH, TAP_CASES, TapCase
+from sidechain.testing.cases import DTYPES, TAP_BENCH, TAP_CASES, TAP_LIMITS, TapCase
 
 from ..cases import ROTATED, Case
 from ._build import Args, Work
@@ -82,7 +82,7 @@ def cases(device: str, *, quick: bool = False) -> Iterator[Case]:
 
 def small(device: str) -> Iterator[Case]:
     """The op's case table."""
-    for case in TAP_CASES:
+    for case in TAP_CASES + TAP_LIMITS:
         for name, dtype in DTYPES.items():
             make = partial(case.make, dtype, device=device)
             yield WORK.case(case.name, name, make, WORK.ours(device), moved=moved(case, dtype))
