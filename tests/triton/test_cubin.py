@@ -53,6 +53,7 @@ def test_compiles_without_spills(op: str, dtype: torch.dtype, capability: int) -
                 name, kernel = built.kernels[key]
                 assert kernel.asm["cubin"]
                 meta = kernel.metadata
+                assert meta.enable_fp_fusion, f"{name}: left to Triton's version"
                 sizes = {"threads": 32 * meta.num_warps, "shared": meta.shared}
                 used = read_cubin(kernel.asm["cubin"], f"sm_{capability}", **sizes)
                 if not used.clean or meta.shared > SHARED_LIMIT:
