@@ -87,7 +87,9 @@ class TestTopkEncode:
         from sidechain.triton_kernels import _topk_screen
 
         monkeypatch.setattr(_topk_screen, "chunk_rows", lambda features, width: 3)
-        args = TopkEncodeCase(8, 20, 50, 4, mode=mode).make(torch.float32)
+        args = TopkEncodeCase(8, 20, features, 4, mode=mode).make(torch.float32)
+        if mode == "threshold":  # low and high ones in one group
+            args["threshold"] = 0.5 + 2.5 * (torch.arange(features) % 2)
         got = topk_encode(**args, backend="triton")
         assert_same_codes(got, plain(args, dense(args, "fp32")))
 
