@@ -192,6 +192,7 @@ def screen(
                 pool_kernel, (count,), lists.features, lists.low, lists.up, lists.counts,
                 lists.start, lists.cut, lists.failed, lists.state, *screened, limit, *numbers,
                 RANKED=ranked, **sizes,
+                maxnreg=255,  # left alone, the ptxas of Triton 3.9 stops at 168 and spills
             )  # fmt: skip
     programs = min(rows, FULL_PROGRAMS)
     launch(
