@@ -19,6 +19,9 @@ GPUHOST_PYTHON := $(shell command -v python3.12 >/dev/null && python3.12 --versi
 NATIVE_SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py
 FORMATTED := $(shell find csrc tests/native -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 PYTEST_FLAGS ?=
+# One test process for each core; `make test-python WORKERS=0` runs all in one, for a debugger.
+WORKERS ?= $(shell nproc)
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export HF_HUB_OFFLINE ?= 1
@@ -63,8 +66,8 @@ else
 endif
 
 test-python: $(INSTALLED)
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/triton $(PYTEST_FLAGS)
+	$(PYTEST) $(PYTEST_FLAGS)
+	TRITON_INTERPRET=1 $(PYTEST) tests/triton $(PYTEST_FLAGS)
 
 # One result file for each machine; a newer run replaces the older one of the same work.
 bench: bench-ops bench-hooks bench-sharing

@@ -20,6 +20,13 @@ MAY_LACK = (
 )  # fmt: skip
 
 
+def pytest_configure() -> None:
+    # Several test processes share the cores; each with all of them would make them wait.
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers > 1:
+        torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)

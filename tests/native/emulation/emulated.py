@@ -4,9 +4,9 @@
 Inside, backend "cuda" means the kernels of csrc/cuda compiled as host C++ and called through their
 own torch bindings with CPU tensors. Selected are the tests that take a backend, with "cuda"; those
 that also take a case run once for every seed of the schedule and have to write the same bits each
-time.
+time. The first seed stands for a GPU of sm_80, the others for sm_90, which has more shared memory.
 
-    pytest -p emulated --emulation=LIBRARY --emulated-op=OP tests/ops/test_OP*.py
+    pytest -p emulated --emulation=LIBRARY --emulated-op=OP --seeds=3 tests/ops/test_OP*.py
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from ops import support
 from sidechain.ops import _library
 
 EMULATED: dict[str, str | None] = {}  # op -> why it is not
-SEEDS = (1, 2, 3)
 # Emulated threads above which a case runs at the first seed only.
 LARGE = 20_000
 
@@ -47,9 +46,9 @@ class Emulation:
         self.runs: defaultdict[str, int] = defaultdict(int)
 
     def seed(self, seed: int) -> None:
-        """The first seed stands for a GPU with less shared memory."""
+        """Choose the schedule of threads, and the GPU that stands behind it."""
         self.library.emulation_seed(seed)
-        self.library.emulation_capability(80 if seed == SEEDS[0] else 90)
+        self.library.emulation_capability(80 if seed == 1 else 90)
 
     def launches(self, call: Callable[[], object]) -> list[tuple[int, int, int, str]]:
         """(blocks, threads, dynamic shared bytes, kernel) of what a call launches; none runs."""
@@ -90,6 +89,7 @@ class Digests(TorchDispatchMode):
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--emulation", required=True, help="library of emulated kernels")
     parser.addoption("--emulated-op", required=True, help="file stem of the op")
+    parser.addoption("--seeds", type=int, default=3, help="schedules of each case")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -126,7 +126,8 @@ def require(op: str, backend: str, device: torch.device) -> None:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if {"case", "backend"} <= set(metafunc.fixturenames):
         metafunc.fixturenames.append("schedule")
-        metafunc.parametrize("schedule", SEEDS, indirect=True, ids="seed{}".format)
+        seeds = range(1, metafunc.config.getoption("--seeds") + 1)
+        metafunc.parametrize("schedule", seeds, indirect=True, ids="seed{}".format)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[Any]) -> None:
@@ -149,7 +150,7 @@ def schedule(request: pytest.FixtureRequest) -> Iterator[None]:
     seed = request.param
     test = request.node.nodeid.replace(f"seed{seed}", "")
     if test in emulation.large:
-        pytest.skip(f"large: runs at seed {SEEDS[0]} only")
+        pytest.skip("large: runs at the first seed only")
     emulation.seed(seed)
     threads = emulation.report()[0][3]
     with Digests() as digests:
@@ -158,16 +159,17 @@ def schedule(request: pytest.FixtureRequest) -> Iterator[None]:
     if emulation.report()[0][3] - threads > LARGE:
         emulation.large.add(test)
     known = emulation.digests.setdefault(test, digests.found)
-    assert known == digests.found, f"seed {seed} wrote other bits than seed {SEEDS[0]}"
+    assert known == digests.found, f"seed {seed} wrote other bits than seed 1"
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     emulation: Emulation = config.emulation  # type: ignore[attr-defined]
     (kernels, launches, blocks, threads), lines = emulation.report()
-    all_seeds = sum(n == len(SEEDS) for n in emulation.runs.values())
+    seeds = config.getoption("--seeds")
+    all_seeds = sum(n == seeds for n in emulation.runs.values())
     op = config.getoption("--emulated-op")
     terminalreporter.write_line(
-        f"emulation: {op}: {kernels} kernels x {len(emulation.runs)} cases x {len(SEEDS)} seeds "
+        f"emulation: {op}: {kernels} kernels x {len(emulation.runs)} cases x {seeds} seeds "
         f"({len(emulation.runs) - all_seeds} large ones at 1 seed): "
         f"{launches} launches, {blocks} blocks, {threads} threads"
     )
