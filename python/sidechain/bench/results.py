@@ -34,8 +34,10 @@ def commit() -> str:
     name = _git(folder, "describe", "--always")
     if not name:
         return "installed"
-    results = [":(top,exclude)bench/results", ":(top,exclude)README.md"]
-    changed = _git(folder, "status", "--porcelain", "--untracked-files=no", "--", ":/", *results)
+    written = [
+        f":(top,exclude){path}" for path in ("bench/results", "bench/RESULTS.md", "README.md")
+    ]
+    changed = _git(folder, "status", "--porcelain", "--untracked-files=no", "--", ":/", *written)
     return f"{name}-dirty" if changed else name
 
 
