@@ -14,6 +14,7 @@ from bench.support import doubling
 from sidechain.bench import ops, results
 from sidechain.bench import run as command
 from sidechain.bench.cases import Row, run_case
+from sidechain.bench.config import BenchSettings
 from sidechain.bench.machine import Machine
 from sidechain.cli import main as cli
 
@@ -147,11 +148,11 @@ class TestCommand:
         monkeypatch.setattr(ops, "modules", lambda only="": [module])
         path = tmp_path / "r.json"
         with pytest.raises(KeyboardInterrupt):
-            command.run("ops", seconds=0.0, json=path)
+            command.run(BenchSettings(section="ops", seconds=0.0, json=path))
         (run,) = results.read(path)
         assert (run["status"], len(run["rows"])) == ("cut off", 2)
         monkeypatch.setattr(module, "cases", lambda device, quick: [doubling()])
-        command.run("ops", seconds=0.0, json=path)
+        command.run(BenchSettings(section="ops", seconds=0.0, json=path))
         assert [r["status"] for r in results.read(path)] == ["passed"]
 
     def test_a_wrong_case_is_stored_and_the_rest_of_the_op_runs(
@@ -206,7 +207,7 @@ class TestCommand:
         assert run["rows"][-1]["median_us"]
 
     def test_a_folder_gets_a_file_of_this_machine(self, tmp_path: Path) -> None:
-        command.run("ops", seconds=0.0, json=tmp_path)
+        command.run(BenchSettings(section="ops", seconds=0.0, json=tmp_path))
         (path,) = tmp_path.iterdir()
         assert path.stem == Machine("cpu").slug
 
