@@ -53,7 +53,7 @@ class Graph:
         return self
 
     def __exit__(self, *_: object) -> None:
-        del self.module.forward  # the one of the class is back
+        del self.module.forward  # the method of the class is visible again
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         fresh = list(_tensors((args, kwargs)))
@@ -82,7 +82,7 @@ class Graph:
 
 
 def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same lists, tuples and dicts with every tensor changed."""
+    """Apply a function to every tensor in nested lists, tuples and dicts."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, dict):
@@ -102,12 +102,12 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 class Generations:
-    """One prompt, several samples; the ways to make them.
+    """Ways to generate several samples of one prompt.
 
     Args:
         pipe: the music model.
-        samples: clips of a batch.
-        steps: denoiser calls of a clip.
+        samples: samples of a batch.
+        steps: denoiser calls of a sample.
     """
 
     def __init__(self, pipe: Any, samples: int, steps: int) -> None:
@@ -145,7 +145,7 @@ class Generations:
             yield
 
     def ways(self) -> dict[str, Callable[[], contextlib.AbstractContextManager[Any]]]:
-        """Name -> what is in place while a batch is made."""
+        """Map each way to what is attached while a batch is generated."""
 
         @contextlib.contextmanager
         def both() -> Iterator[None]:
@@ -199,7 +199,7 @@ def measured(case: Generations, machine: Machine, seconds: float) -> list[Row]:
     found: list[Row] = []
     for way, around in case.ways().items():
         with around():
-            case.make()  # captures, and leaves marks of the warm-up in what is kept
+            case.make()  # captures the graph, and leaves traces of the warm-up in the statistics
             done[way] = case.make()
             times = _times(case, machine, seconds)
         ours = way.startswith("taps")
