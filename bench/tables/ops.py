@@ -6,81 +6,62 @@ from __future__ import annotations
 from .files import Results, Row, Run, ours
 from .markdown import Section, figure, machine, stamp, times
 
+HEAD = ("case", "dtype", "way", "{unit}", "of the limit", "against plain torch", "against compiled")
+INTRO = (
+    "Plain torch is the op as one would write it, eager; compiled is the same through "
+    "`torch.compile`. Where plain torch has no such thing (bfloat16 Adam state, lazy updates) the "
+    "time stands alone. Of the limit: the least time that the measured copy and product rates of "
+    "the machine allow, over the time taken."
+)
+
 
 def section(results: Results) -> Section:
     """Every kernel on every CPU that was measured."""
-    found = Section("Ops on CPUs")
-    for run in results.runs("ops", device="cpu"):
-        found.add(
-            f"`{run['op']}`, {stamp(run, 'make bench-ops')}. {_verdict(run)}",
-            ("case", "dtype", "way", "ms", "against plain torch", "against compiled"),
-            (
-                (
-                    row["case"],
-                    row["dtype"],
-                    row["provider"],
-                    f"{row['median_us'] / 1000:.2f}",
-                    times(row["times_plain"]),
-                    times(row["times_compiled"]),
-                )
-                for row in ours(run)
-            ),
-        )
-        found.losses += _losses(run)
-    if found.lines:
-        found.lines = [
-            "Plain torch is the op as one would write it, eager; compiled is the same through "
-            "`torch.compile`. Where plain torch has no such thing (bfloat16 Adam state, lazy "
-            "updates) the time stands alone.",
-            "",
-            *found.lines,
-        ]
-    return found.measured("Ops on CPUs", "make bench-ops")
+    return _section(results, "Ops on CPUs", "cpu", "make bench-ops")
 
 
 def gpu_section(results: Results) -> Section:
     """Every kernel on every GPU that was measured."""
-    found = Section("Ops on GPUs")
-    for run in results.runs("ops", device="cuda"):
-        found.add(
-            f"`{run['op']}`, {stamp(run, 'bench/gpu.sh')}. {_verdict(run)}",
-            (
-                *("case", "dtype", "backend", "us", "of the limit"),
-                *("against plain torch", "against compiled"),
-            ),
-            (
-                (
-                    row["case"],
-                    row["dtype"],
-                    row["provider"],
-                    figure(row["median_us"], ".1f"),
-                    figure(row["share"], ".0%"),
-                    times(row["times_plain"]),
-                    times(row["times_compiled"]),
-                )
-                for row in ours(run)
-            ),
+    return _section(results, "Ops on GPUs", "cuda", "bench/gpu.sh")
+
+
+def _section(results: Results, title: str, device: str, command: str) -> Section:
+    runs = results.runs("ops", device=device)
+    found = Section(title, [INTRO, ""] if runs else [])
+    unit, scale = ("ms", 1000.0) if device == "cpu" else ("us", 1.0)
+    for run in runs:
+        rows = ours(run)
+        slow = [row for row in rows if _slower(row)]
+        verdict = (
+            f"{len(slow) or 'None'} of {len(rows)} rows are slower than plain or compiled torch"
         )
-        found.losses += _losses(run)
-    return found.measured("Ops on GPUs", "bench/gpu.sh")
+        found.add(
+            f"`{run['op']}`, {stamp(run, command)}. {verdict}:",
+            [name.format(unit=unit) for name in HEAD],
+            (_cells(row, scale) for row in rows),
+        )
+        found.losses += [_loss(run, row) for row in slow]
+    return found.measured(title, command)
 
 
-def slower(row: Row) -> bool:
-    """Whether a row loses against plain or compiled torch."""
+def _cells(row: Row, scale: float) -> list[str]:
+    return [
+        row["case"],
+        row["dtype"],
+        row["provider"],
+        figure(row["median_us"] and row["median_us"] / scale, ".2f"),
+        figure(row["share"], ".0%"),
+        times(row["times_plain"]),
+        times(row["times_compiled"]),
+    ]
+
+
+def _slower(row: Row) -> bool:
     return any((row[name] or 1.0) < 1.0 for name in ("times_plain", "times_compiled"))
 
 
-def _verdict(run: Run) -> str:
-    count = sum(slower(row) for row in ours(run))
-    if not count:
-        return "No row is slower than plain or compiled torch:"
-    return f"{count} of {len(ours(run))} rows are slower than plain or compiled torch:"
-
-
-def _losses(run: Run) -> list[str]:
-    return [
+def _loss(run: Run, row: Row) -> str:
+    return (
         f"`{run['op']}` {row['case']} {row['dtype']}: {times(row['times_plain'])} plain torch, "
         f"{times(row['times_compiled'])} compiled ({machine(run)}, {run['date']})."
-        for row in ours(run)
-        if slower(row)
-    ]
+    )

@@ -103,6 +103,26 @@ def test_what_was_not_measured_says_so_and_what_was_cut_off_is_no_claim(copy: Pa
     assert "; cut off)" in (copy / "bench" / "RESULTS.md").read_text()
 
 
+def test_a_gpu_has_its_own_tables(copy: Path) -> None:
+    record = json.loads((copy / "bench" / "results" / MACHINE).read_text())
+    record["runs"] = [run for run in record["runs"] if run["section"] == "ops"]
+    for run in record["runs"]:
+        run |= {"device": "cuda", "name": "Some GPU", "threads": None, "isa": None, "cores": None}
+        run["versions"]["cuda"] = "13.0"
+        for row in run["rows"]:
+            row["share"] = row["times_compiled"] = None
+    (copy / "bench" / "results" / "some-gpu.json").write_text(json.dumps(record))
+    front = (copy / "README.md").read_text()
+    assert main(["--root", str(copy)]) == 0
+    page = (copy / "bench" / "RESULTS.md").read_text()
+    here = page.split("## Ops on GPUs")[1].split("\n## ")[0]
+    assert "`tap_`, Some GPU, 2026" in here and ", CUDA 13.0, commit" in here
+    assert "| case | dtype | way | us | against plain torch |" in here  # no empty columns
+    assert "| `some-gpu.json` | Some GPU | cuda |" in page
+    after = (copy / "README.md").read_text()
+    assert after == front.replace(" No GPU has been measured yet.", "")
+
+
 def test_a_page_without_its_markers_is_refused(copy: Path) -> None:
     (copy / "README.md").write_text("# sidechain\n")
     with pytest.raises(ValueError, match="expected <!-- results --> and <!-- /results -->"):
