@@ -87,7 +87,7 @@ def advice(session: Session, words: Sequence[str], bad: Sequence[str]) -> str:
     home = f"{session.path} -> {RESULTS / session.path.name}"
     lines.append(f"now: bring the result file home, into the tree: {home}; commit it")
     if again:
-        lines.append(f"next: bench/gpu.sh run {' '.join(words)}  (goes on where it stopped)")
+        lines.append(f"next: bench/gpu.sh run {' '.join(words)}  (continues where it stopped)")
     elif numbers and max(numbers) < max(CALLS):
         lines.append(f"next: bench/gpu.sh run {max(numbers) + 1}  (merges what is in the tree)")
     else:

@@ -134,7 +134,7 @@ def table(runs: Runs) -> list[dict[str, Any]]:
 
 
 def text(found: list[dict[str, Any]]) -> str:
-    """The table as it is printed."""
+    """Format the table for printing."""
     lines = ["aims on an H100"]
     for row in found:
         value = "-" if row["measured"] is None else f"{row['measured']:g}"

@@ -39,7 +39,7 @@ def results_page(results: Results) -> str:
 
 
 def readme_page(results: Results, text: str) -> str:
-    """README.md with its table written anew between the markers.
+    """The text of README.md with a new table between the markers.
 
     Raises:
         ValueError: the markers are not there, once each.

@@ -117,7 +117,7 @@ class TestResume:
         here.until = time.monotonic() + 4
         bad = program.run(here, [work.unit("a")])
         assert (bad, work.ran) == (["correctness a: not started"], [])
-        assert "run 1  (goes on" in program.advice(here, ["1"], bad)
+        assert "run 1  (continues" in program.advice(here, ["1"], bad)
 
     def test_no_unit_gets_more_than_what_is_left(self, make: Any) -> None:
         work, here = Work(), make()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whole generations of the music model: plain and with taps, eager and in a CUDA graph.
 
-The graph holds one denoiser call. What a tap does at a step lies in device buffers that are filled
-before the call, outside of the graph, so that one graph serves every step and strength. On a CPU
+The graph holds one denoiser call. The values of a tap at a step are in device buffers that are
+filled before the call, outside of the graph, so one graph serves every step and strength. On a CPU
 there are no graphs: the same calls run eagerly, to see that everything works.
 """
 
@@ -40,7 +40,7 @@ class Graph:
         module: the denoiser; its `forward` is replaced while the graph is in place.
     """
 
-    WARM = 3  # calls on a stream of its own before the capture, as torch asks for
+    WARM = 3  # calls on a side stream before the capture, as torch requires
 
     def __init__(self, module: Any) -> None:
         self.module, self.inner = module, module.forward

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `sidechain bench` does: measure a section, print it, store it, compare it."""
+"""The work of `sidechain bench`: measure a section, print it, store it, compare it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def run(settings: BenchSettings) -> list[dict[str, Any]]:
     machine = Machine(settings.device, quick=settings.quick)
     path = json / f"{machine.slug}.json" if json and json.is_dir() else json
     if path:
-        results.read(path)  # a file of something else is refused before an hour is spent
+        results.read(path)  # any other file is refused before the measurement
     facts = machine.facts()
     print(_headline(facts), flush=True)
     section = settings.section
@@ -57,7 +57,7 @@ def run(settings: BenchSettings) -> list[dict[str, Any]]:
     for op, kept, tables in _measured(settings, machine, stored):
         every, status = list(kept.values()), ""
         for every in _growing(tables, kept):
-            if path:  # what is there survives a cut, marked as a part
+            if path:  # an interrupted run keeps its rows, marked as incomplete
                 part = facts | {"status": "cut off"}
                 results.merge(path, results.new_run(section, op, part, every))
             if not machine.alive():
@@ -78,9 +78,9 @@ def run(settings: BenchSettings) -> list[dict[str, Any]]:
 
 
 def _growing(tables: Iterable[list[Row]], kept: Kept) -> Iterator[list[Row]]:
-    """Print tables as they come; yield all rows so far, and those of before that are no part of it.
+    """Print tables as they come; yield all rows so far, and the kept rows that they do not replace.
 
-    Rows that come alone are printed as lines, and once more as a table at the end.
+    Single rows are printed as lines, and again as a table at the end.
     """
     new: list[Row] = []
     alone = False
@@ -97,7 +97,7 @@ def _growing(tables: Iterable[list[Row]], kept: Kept) -> Iterator[list[Row]]:
 def _measured(
     settings: BenchSettings, machine: Machine, stored: Callable[[str], Kept]
 ) -> Iterator[tuple[str | None, Kept, Iterable[list[Row]]]]:
-    """The tables of one run after the other, measured as they are taken, and what was kept."""
+    """Yield each run of a section: its op, the kept rows, and tables measured as they are taken."""
     only, seconds, quick = settings.only, settings.seconds or 0.0, settings.quick
     if settings.section == "ops":
         from . import ops
@@ -123,7 +123,7 @@ def _measured(
 def _cases(
     module: ModuleType, machine: Machine, settings: BenchSettings, kept: Kept
 ) -> Iterator[list[Row]]:
-    """The cases of an op; one that is there, and good, is not measured again."""
+    """Measure the cases of an op; a case with good kept rows is not measured again."""
     for case in module.cases(machine.device, quick=settings.quick):
         names = [(case.name, case.dtype, candidate.name) for candidate in case.candidates]
         rows = [kept[name] for name in names if name in kept]

@@ -156,7 +156,7 @@ def sampler(calls: Sequence[Call], device: str, *, promised: bool = False) -> Sa
     Args:
         calls: the same work on different buffers; they are warmed up here.
         device: "cpu" or "cuda".
-        promised: they must go into a CUDA graph, whatever they are timed by: try it.
+        promised: they must go into a CUDA graph, however they are timed: try it.
 
     Returns:
         A sampler. A GPU call too short for events is replayed from a graph; one that cannot be

@@ -25,6 +25,6 @@ COMMAND = Command(
     "plain torch, eager and compiled; reading and writing activations beside plain copies and "
     "files (store); sweeps in one batch (sharing), whole generations (generation) or the demo "
     "(demo). Prints times, rates, shares of the limit and ratios; everything is checked for "
-    "equal results. A run of sae or store that was cut off goes on where it was when the same "
-    "command is called again at the same commit.",
+    "equal results. An interrupted run of sae or store continues when the same command is run "
+    "again at the same commit.",
 )

@@ -23,7 +23,7 @@ COMMANDS = {
     "capture": ("capture", "record activations of sites into a store on disk"),
     "vector": ("vector", "make a steering vector from prompt pairs"),
     "steer": ("steer", "sweep steering strengths and compare arms"),
-    "sae train": ("sae_train", "train a dictionary, or go on with a run"),
+    "sae train": ("sae_train", "train a dictionary, or continue a run"),
     "sae score": ("sae_score", "measure dictionaries and find the features of concepts"),
     "curves": ("curves", "score a table of sweeps: AUC and smoothness"),
     "impact": ("impact", "rank sites in a table of impacts"),

@@ -231,8 +231,8 @@ def slug(rows: Source) -> str:
 COMMAND = Command(
     SaeTrainSettings,
     run,
-    "Train a sparse dictionary on recorded activations, or on what a site puts out while the model "
-    "generates. The same command again goes on from the last checkpoint, bit for bit, also after a "
-    "crash; Ctrl-C and SIGTERM save one first. Under torchrun the processes share the work.",
+    "Train a sparse dictionary on recorded activations, or on the output of a site while the model "
+    "generates. The same command again continues from the last checkpoint, bit for bit, also after "
+    "a crash; Ctrl-C and SIGTERM save one first. Under torchrun the processes share the work.",
     replays=True,
 )

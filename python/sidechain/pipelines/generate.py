@@ -15,7 +15,7 @@ def quiet_settings(name: str, pipe: Any, call: dict[str, Any]) -> dict[str, Any]
     """Check the arguments of a pipeline call and switch the decoder off.
 
     Args:
-        name: who asks, for messages.
+        name: caller, for messages.
         pipe: diffusers pipeline.
         call: arguments given by the user.
 

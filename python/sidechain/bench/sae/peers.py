@@ -104,7 +104,7 @@ class Overcomplete:
     """overcomplete's TopKSAE: linear and batch norm as encoder, rows normalised in each forward."""
 
     def __init__(self, shape: Shape, start: Start) -> None:
-        # Vision models and plots, which ask for packages of other versions.
+        # Vision models and plots, which need other versions of packages.
         with _without("torchvision", "torchvision.transforms", "overcomplete.visualization"):
             from overcomplete.sae import TopKSAE
 
