@@ -38,7 +38,7 @@ else
 INSTALLED := $(VENV)/.installed-native
 endif
 
-.PHONY: demo test test-python test-native lint types bench bench-ops bench-hooks bench-sharing bench-sae peers gpu-rehearsal kernels-report zoo-music zoo-sae install clean
+.PHONY: demo test test-python test-native lint types bench bench-ops bench-hooks bench-sharing bench-demo bench-sae peers gpu-rehearsal kernels-report zoo-music zoo-sae install clean
 
 install: $(INSTALLED)
 
@@ -76,8 +76,8 @@ bench-ops bench-hooks: bench-%: $(INSTALLED)
 	$(BIN)/sidechain bench $* --threads 1 --json bench/results
 
 # Whole generations: with all threads, as a study runs.
-bench-sharing: $(INSTALLED)
-	$(BIN)/sidechain bench sharing --json bench/results
+bench-sharing bench-demo: bench-%: $(INSTALLED)
+	$(BIN)/sidechain bench $* --json bench/results
 
 # Peers want packages that a user of sidechain does not: an environment on top of ours.
 bench-sae: $(PEERS)/.installed

@@ -12,7 +12,7 @@
 #
 # Sections: machine warm correctness tests sanitizer ops sae hooks sharing generation. Each outcome
 # is in $OUT/<gpu>.json (OUT: default bench/results) as soon as it is known, case by case, so a call
-# that was cut off goes on where it stopped. Bring that file into bench/results before the next call,
+# that was cut off continues where it stopped. Bring that file into bench/results before the next call,
 # which begins with it. No pip, no network. The two _C*.abi3.so files serve any Python with
 # torch >= 2.11.
 set -euo pipefail

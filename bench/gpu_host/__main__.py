@@ -25,12 +25,12 @@ def run(session: Session, units: Sequence[Unit]) -> list[str]:
     """Run the units that are not done.
 
     Returns:
-        What is to be looked at: title and status of each that is not good.
+        Title and status of each unit that is not good.
     """
     bad = []
     for unit in units:
         title = f"== {unit.title}"
-        # Ceilings and compilers are of the machine of this call, whatever an earlier one was.
+        # Limits and compiled kernels belong to the machine of this call, not to an earlier one.
         lasts = unit.section not in ("machine", "warm")
         if lasts and not session.again and session.done(unit.section, unit.op):
             print(f"{title}: already there for {session.commit}", flush=True)
@@ -51,7 +51,7 @@ def run(session: Session, units: Sequence[Unit]) -> list[str]:
 
 
 def explain(session: Session, unit: Unit) -> None:
-    """Print what is known of a unit that is not good; those that store rows have printed it."""
+    """Print the reasons for a unit that is not good; units with rows have printed theirs."""
     known = session.stored(unit.section, unit.op) or {}
     if not known.get("rows"):
         lines = [*map(str, known.get("failed", [])), *known.get("log", [])]
@@ -61,7 +61,7 @@ def explain(session: Session, unit: Unit) -> None:
 def one(session: Session, unit: Unit) -> str:
     """Run a unit; a fault of the harness itself is stored like any other."""
     start = time.monotonic()
-    # A rehearsal asks whether everything runs, also on a machine that is busy with other things.
+    # A rehearsal only asks whether everything runs, also on a busy machine.
     limit = min(REHEARSED if session.quick else unit.seconds, session.left())
     try:
         status = unit.work(session, unit.section, unit.op, limit)
@@ -80,14 +80,14 @@ def summary(session: Session) -> None:
 
 
 def advice(session: Session, words: Sequence[str], bad: Sequence[str]) -> str:
-    """What to do next."""
+    """Return what to do next."""
     lines = [f"{line}" for line in bad]
     numbers = [int(word) for word in words if word.isdigit()]
     again = any(line.endswith(("not started", CUT)) for line in bad)
     home = f"{session.path} -> {RESULTS / session.path.name}"
     lines.append(f"now: bring the result file home, into the tree: {home}; commit it")
     if again:
-        lines.append(f"next: bench/gpu.sh run {' '.join(words)}  (goes on where it stopped)")
+        lines.append(f"next: bench/gpu.sh run {' '.join(words)}  (continues where it stopped)")
     elif numbers and max(numbers) < max(CALLS):
         lines.append(f"next: bench/gpu.sh run {max(numbers) + 1}  (merges what is in the tree)")
     else:
@@ -96,7 +96,7 @@ def advice(session: Session, words: Sequence[str], bad: Sequence[str]) -> str:
 
 
 def rehearse(*, short: bool) -> int:
-    """All three calls on the CPU with tiny shapes; 1 unless every unit is in the file and good."""
+    """Run all three calls on the CPU with tiny shapes; 1 unless every unit is stored and good."""
     print(plan.text())
     missing = []
     with tempfile.TemporaryDirectory() as place:
@@ -121,7 +121,7 @@ def rehearse(*, short: bool) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse and do; 1 if something is to be looked at."""
+    """Parse arguments and run; returns 1 if a unit is not good."""
     parser = argparse.ArgumentParser(prog="bench/gpu.sh", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("plan", help="print what each call does and how long it may take")

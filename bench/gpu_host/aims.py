@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernels should reach on an H100, beside what a result file holds."""
+"""Aims of the kernels on an H100, compared with the figures of a result file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PRODUCT = "product bf16"
 
 @dataclass(frozen=True)
 class Aim:
-    """One figure.
+    """An aim for one figure.
 
     Attributes:
         name: what is measured.
@@ -37,7 +37,7 @@ class Aim:
     most: float | None = None
 
     def judge(self, runs: Runs) -> dict[str, Any]:
-        """The worst figure and whether the aim is met."""
+        """Return the worst figure and whether the aim is met."""
         wanted = f">= {self.least:g}" if self.least is not None else f"<= {self.most:g}"
         found = self.find(runs)
         told = {"aim": self.name, "wanted": f"{wanted} {self.unit}", "measured": None, "where": ""}
@@ -68,7 +68,7 @@ def _label(row: dict[str, Any]) -> str:
 
 
 def tap_share(runs: Runs) -> list[Value]:
-    """Share of the copy rate, all forms of the tap in bfloat16 at one site."""
+    """Shares of the copy rate of all forms of the tap in bfloat16 at one site."""
     rows = [r for r in _ours(_rows(runs, "ops", "tap_")) if r["dtype"] == "bf16"]
     return [(r["share"], _label(r)) for r in rows if r["case"].endswith(TAP_SITE)]
 
@@ -134,7 +134,7 @@ def table(runs: Runs) -> list[dict[str, Any]]:
 
 
 def text(found: list[dict[str, Any]]) -> str:
-    """The table as it is printed."""
+    """Format the table for printing."""
     lines = ["aims on an H100"]
     for row in found:
         value = "-" if row["measured"] is None else f"{row['measured']:g}"

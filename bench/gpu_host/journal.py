@@ -63,7 +63,7 @@ class Journal:
 
 
 def _last(found: Any) -> str:
-    """The line that says what happened."""
+    """Return the line that gives the reason."""
     if isinstance(found, tuple):
         return str(found[-1])
     lines = [line for line in str(found).splitlines() if line.strip()]
@@ -72,14 +72,14 @@ def _last(found: Any) -> str:
 
 
 def read(path: Path) -> dict[str, dict[str, str]]:
-    """Test -> its last line; a line that a kill left half written is no line."""
+    """Return the last line of each test; a half-written line is ignored."""
     found = {}
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
             entry = json.loads(line)
         except json.JSONDecodeError:
             continue
-        # A test that failed stays so, whatever its teardown says.
+        # A failed test stays failed, whatever its teardown reports.
         if found.get(entry["id"], {}).get("outcome") != "failed":
             found[entry["id"]] = entry
     return found

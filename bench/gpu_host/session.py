@@ -28,15 +28,15 @@ Outcome = tuple[str, str]
 
 
 class Session:
-    """What a call knows.
+    """State of one call.
 
     Args:
         device: "cuda" or "cpu".
         out: folder of the result file.
-        budget: seconds after which nothing is started any more.
-        again: measure also what is there for this commit.
+        budget: seconds after which no unit is started.
+        again: also measure what the file already has for this commit.
         quick: tiny shapes, to see that everything runs.
-        short: fork what is quick from this process, and collect few tests: for CI.
+        short: fork instead of starting processes, and collect few tests: for CI.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Session:
         self._take_over(RESULTS / self.path.name)
 
     def _take_over(self, stored: Path) -> None:
-        """Merge in what an earlier call brought home, unless this file knows better."""
+        """Merge the runs of an earlier call, except where this file has better ones."""
         if stored.resolve() == self.path.resolve():
             return
         here = {_identity(run): run for run in results.read(self.path)}
@@ -71,7 +71,7 @@ class Session:
         return run["commit"] == self.commit, run.get("status", "passed") in GOOD
 
     def stored(self, section: str, op: str | None) -> dict[str, Any] | None:
-        """The run of a unit that the file holds for this commit and device."""
+        """Return the stored run of a unit for this commit and device, or None."""
         for run in results.read(self.path):
             same = (run["section"], run["op"], run["device"], run["commit"])
             if same == (section, op, self.device, self.commit):
@@ -79,12 +79,12 @@ class Session:
         return None
 
     def done(self, section: str, op: str | None) -> bool:
-        """Whether there is a good one."""
+        """Whether the file has a good run of a unit."""
         run = self.stored(section, op)
         return run is not None and run.get("status", "passed") in GOOD
 
     def store(self, section: str, op: str | None, facts: dict[str, Any]) -> str:
-        """Put what is known of a unit into the file, beside the rows that it wrote itself.
+        """Store facts of a unit in the file, beside the rows that it wrote itself.
 
         Returns:
             Its status.
@@ -105,9 +105,9 @@ class Session:
         return self.process([sys.executable, "-m", name, *arguments], limit)
 
     def process(self, command: Sequence[str], limit: float) -> Outcome:
-        """Run a command in the repository; it and all it started are ended at the limit."""
+        """Run a command in the repository; end it and its children at the limit."""
         with tempfile.TemporaryFile() as text:
-            # A group of its own: compilers and test workers must not outlive a unit on the GPU.
+            # Its own process group: compilers and test workers must not outlive a unit on the GPU.
             child = subprocess.Popen(
                 command, cwd=ROOT, stdout=text, stderr=subprocess.STDOUT, process_group=0
             )
@@ -127,7 +127,7 @@ def _status(code: int | None) -> str:
 
 
 def _wait(pid: int, limit: float, poll: Callable[[], int | None]) -> int | None:
-    """Exit code of a child that leads a group; None where the group was ended at the limit."""
+    """Wait for a child that leads a group: its exit code, or None if it was ended at the limit."""
     stop = time.monotonic() + limit
     try:
         while (code := poll()) is None and time.monotonic() < stop:
@@ -141,7 +141,7 @@ def _wait(pid: int, limit: float, poll: Callable[[], int | None]) -> int | None:
 
 
 def _forked(name: str, arguments: Sequence[str], limit: float) -> Outcome:
-    """The same in a copy of this process, which has imported torch already."""
+    """Run a module in a fork of this process, which has imported torch already."""
     with tempfile.TemporaryFile() as text:
         sys.stdout.flush()
         pid = os.fork()
@@ -166,7 +166,7 @@ def _forked(name: str, arguments: Sequence[str], limit: float) -> Outcome:
 
 
 def _run(name: str, arguments: Sequence[str]) -> int:
-    """Exit code of a module run as the program."""
+    """Run a module as the program and return its exit code."""
     sys.argv = [name, *arguments]
     sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115

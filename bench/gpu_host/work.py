@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a unit of the plan does. Each returns its status; the file holds the rest."""
+"""The work of the units of the plan. Each returns its status; the file has the rest."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MISSING = re.compile(r"No module named '(\w+)")
 
 
 def machine(session: Session, section: str, op: str | None, limit: float) -> str:
-    """Measure the ceilings of the card, and read what state it is in."""
+    """Measure the limits of the card and read its state."""
     arguments = ["--device", session.device, *(["--quick"] if session.quick else [])]
     status, text = session.module("sidechain.bench.machine", arguments, limit)
     facts = last_json(text)
@@ -51,7 +51,7 @@ def warm(session: Session, section: str, op: str | None, limit: float) -> str:
 
 
 def correctness(session: Session, section: str, op: str | None, limit: float) -> str:
-    """The case table of an op on every backend; goes on after a device that was lost."""
+    """Check the cases of an op on every backend, also after the device was lost."""
     arguments = ["--device", session.device, "--only", op or "", "--json", str(session.path)]
     arguments += ["--most", "2"] if session.quick else []
     first = ["--fresh"] if session.again else []
@@ -59,7 +59,7 @@ def correctness(session: Session, section: str, op: str | None, limit: float) ->
 
 
 def bench(session: Session, section: str, op: str | None, limit: float) -> str:
-    """One run of the command `bench`, which stores its rows itself."""
+    """Run the command `bench`, which stores its rows itself."""
     if section in ("hooks", "sharing", "generation") and not importlib.util.find_spec("diffusers"):
         return session.store(section, op, {"status": "skipped", "log": ["diffusers is not here"]})
     arguments = ["bench", section, "--device", session.device, "--json", str(session.path)]
@@ -74,7 +74,7 @@ def _until_done(
     session: Session, module: str, arguments: list[str], first: list[str], section: str,
     op: str | None, limit: float,
 ) -> str:  # fmt: skip
-    """Run what stores itself; once more past each case that broke the device."""
+    """Run a module that stores its rows; run it again after each case that broke the device."""
     stop = time.monotonic() + limit
     status, text = session.module(module, [*arguments, *first], limit)
     while status == f"failed with exit code {LOST_CODE}" and stop - time.monotonic() > 5:
@@ -83,19 +83,19 @@ def _until_done(
         status, more = session.module(module, again, stop - time.monotonic())
         text += more
         if session.stored(section, op) == before:
-            break  # nothing was gained
+            break  # no progress
     print(text, end="", flush=True)
     run = session.stored(section, op)
     known = run.get("status", status) if run is not None else status
     if status == "passed":
         return str(known)
-    # A process that died of something else left "cut off" behind, with all that it had done.
+    # A process that died otherwise left the status "cut off" and the rows it had finished.
     worst = known if known.startswith("failed") else status
     return session.store(section, op, {"status": worst, "log": tail(text)})
 
 
 def tests(session: Session, section: str, op: str | None, limit: float) -> str:
-    """Everything in tests/ that pytest marks as needing a GPU, by several workers."""
+    """Run all tests that pytest marks as needing a GPU, by several workers."""
     with tempfile.TemporaryDirectory() as place:
         lines, passed = Path(place, "journal"), Path(place, "passed")
         before = session.stored(section, op) or {}
@@ -117,7 +117,7 @@ def tests(session: Session, section: str, op: str | None, limit: float) -> str:
 def judged(
     status: str, text: str, found: dict[str, dict[str, str]], known: list[str], session: Session
 ) -> dict[str, Any]:
-    """Facts of a run of tests.
+    """Return the facts of a run of tests.
 
     Args:
         status: of the process.
@@ -128,7 +128,7 @@ def judged(
 
     Returns:
         `counts`; `failed` [[test, why]]; `not here`, files that need a package the host lacks;
-        `passed`, all ids, where the run is not complete and has to go on from there.
+        `passed`, all ids, where the run is incomplete and has to continue from there.
     """
     counts = Counter(entry["outcome"] for entry in found.values())
     lacks = {
@@ -143,7 +143,7 @@ def judged(
     ]
     ran = len(known) + counts["passed"]
     if status != CUT:
-        # 1: failures, the collection of what is not here among them; 5: nothing was selected.
+        # 1: failures, also of collecting files whose packages are missing; 5: nothing was selected.
         expected = status in ("passed", "failed with exit code 1", "failed with exit code 5")
         if bad:
             status = f"failed: {len(bad)} test(s)"
@@ -161,7 +161,7 @@ def judged(
 
 
 def _is_missing(why: str) -> bool:
-    """Whether a file could not be imported because a package of others is not installed."""
+    """Whether a file could not be imported because another package is not installed."""
     name = MISSING.search(why)
     return name is not None and name.group(1) != "sidechain"
 
@@ -175,14 +175,14 @@ def kernel_names() -> list[str]:
 
 
 def sanitizer(session: Session, section: str, op: str | None, limit: float) -> str:
-    """The small cases of all ops under one tool, which looks at our kernels and no others."""
+    """Run the small cases of all ops under one tool that watches our kernels only."""
     tool = shutil.which(SANITIZER) or shutil.which(f"/usr/local/cuda/bin/{SANITIZER}")
     if tool is None or session.device == "cpu":
         why = f"{SANITIZER} is not here" if tool is None else "there is no GPU"
         return session.store(section, op, {"status": "skipped", "log": [why]})
     filters = [word for name in kernel_names() for word in ("--kernel-name", f"kns={name}")]
     command = [
-        # Without its cache every tensor is an allocation of its own, with ends to run over.
+        # Without torch's cache every tensor is its own allocation, so overruns are seen.
         "env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1",
         tool, "--tool", op or "memcheck", "--error-exitcode", "99", *filters, sys.executable,
         "-m", "sidechain.bench.small", "--device", "cuda", "--most", str(SMALL),
@@ -197,7 +197,7 @@ def sanitizer(session: Session, section: str, op: str | None, limit: float) -> s
 
 
 def last_json(text: str) -> dict[str, Any]:
-    """The last line that is an object."""
+    """Return the last line that is a JSON object."""
     for line in reversed(text.splitlines()):
         if line.startswith("{"):
             found: dict[str, Any] = json.loads(line)
@@ -206,10 +206,10 @@ def last_json(text: str) -> dict[str, Any]:
 
 
 def tail(text: str, lines: int = LINES) -> list[str]:
-    """The last lines, each cut to a length that a result file can stand."""
+    """Return the last lines, each cut to a length that suits a result file."""
     return [line[:300] for line in text.splitlines()[-lines:]]
 
 
 def log_of(status: str, text: str) -> list[str]:
-    """What is kept of what was printed: nothing where all is well."""
+    """Return the output to keep: none where the status is good."""
     return [] if status in ("passed", "skipped") else tail(text)

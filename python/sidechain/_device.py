@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copies that do not wait for the device, and whether it records a CUDA graph."""
+"""Copies that do not wait for the device, and the check for CUDA graph capture."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from torch import Tensor
 def capturing() -> bool:
     """Whether the current stream records a CUDA graph instead of running.
 
-    What is filled now is filled again by every replay, and memory taken now belongs to the graph:
-    buffers that live longer have to be made before.
+    During a capture every fill is repeated by each replay, and new memory belongs to the graph:
+    buffers that live longer must be made before.
     """
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
@@ -19,8 +19,8 @@ def capturing() -> bool:
 def send(t: Tensor, device: torch.device) -> Tensor:
     """Copy a tensor to a device in the current stream, without waiting for that stream.
 
-    A copy from ordinary memory would wait for all work before it. From pinned memory it does not;
-    torch keeps that memory, and uses it again only once the copy is over.
+    A copy from pageable memory would wait for all earlier work. A copy from pinned memory does not;
+    torch keeps that memory and reuses it only after the copy.
     """
     if device.type == "cuda" and t.device.type == "cpu":
         t = t.pin_memory()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the C library keeps memory that tensors gave back."""
+"""Reuse of freed memory by the C library."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ def keep_freed_memory() -> bool:
 
     Tensors above 32 MB are mapped anew, page by page, each time they are made, which costs a batch
     of 64 clips of the zoo's model a quarter of its time on a CPU. The process keeps its peak memory
-    until it ends; a setting of all of it, so only the command line and the benches make it.
+    until it ends. The setting is global, so only the command line and the benches make it.
 
     Returns:
-        Whether the C library took it (glibc only).
+        Whether the C library accepted it (glibc only).
     """
     if not sys.platform.startswith("linux"):
         return False

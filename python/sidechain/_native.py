@@ -22,7 +22,7 @@ _absent: dict[str, str | None] = {}
 
 
 def enabled() -> bool:
-    """Whether native code may be used: ``SIDECHAIN_NATIVE=0`` turns all of it off."""
+    """Return whether native code may be used: ``SIDECHAIN_NATIVE=0`` turns all of it off."""
     return os.environ.get("SIDECHAIN_NATIVE", "1") != "0"
 
 
@@ -34,7 +34,7 @@ def absent(name: str) -> str | None:
 
 
 def host() -> ModuleType | None:
-    """The pybind11 module, or None where it is absent."""
+    """Return the pybind11 module, or None where it is absent."""
     return importlib.import_module("sidechain._host") if absent("_host") is None else None
 
 

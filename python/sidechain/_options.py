@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options as fields of frozen dataclasses: default, choices, limits and help stand there, once.
+"""Options as fields of frozen dataclasses, with default, choices, limits and help in one place.
 
 A study declares its settings with `whole`, `number`, `choice` and the like; the command line builds
 its options from the fields. Imports nothing but the standard library.
@@ -21,12 +21,12 @@ Probe = Callable[[str, Any], object]
 
 @dataclass(frozen=True)
 class Option:
-    """How a field is an option.
+    """Description of a field as an option.
 
     Attributes:
         help: one line; "(default ...)" is added where it says none.
         read: (name, text or value) -> value of the field; raises InputError with that name.
-        probe: (name, value): looks at files and folders before a command begins.
+        probe: (name, value); checks files and folders before a command begins.
         checked: whether `read` also runs where the settings are made in Python.
         choices: words that are allowed.
         metavar: what stands for the value in the help; None = a flag without a value.

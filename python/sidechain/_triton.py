@@ -24,7 +24,7 @@ def interpreting() -> bool:
 
 
 def installed() -> bool:
-    """Whether there is a Triton to import; imports nothing."""
+    """Return whether Triton can be imported, without importing it."""
     return importlib.util.find_spec("triton") is not None
 
 
@@ -46,7 +46,7 @@ def absent() -> str | None:
 
 @functools.cache
 def launcher(op: str) -> Callable[..., Any]:
-    """The function that launches an op: `sidechain.triton_kernels.<stem>.launch_<stem>`."""
+    """Return the function that launches an op: `sidechain.triton_kernels.<stem>.launch_<stem>`."""
     stem = op.rstrip("_")
     module = importlib.import_module(f"sidechain.triton_kernels.{stem}")
     found: Callable[..., Any] = getattr(module, f"launch_{stem}")

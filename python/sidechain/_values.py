@@ -170,14 +170,14 @@ def folder_there(name: str, value: Path) -> None:
 
 
 def folder_to_write(name: str, value: Path) -> None:
-    """Check that a folder can be written or made; nothing is left behind."""
+    """Check that a folder can be written or made, without leaving anything in it."""
     if value.exists() and not value.is_dir():
         raise InputError(f"{name}: expected a folder, got the file {str(value)!r}")
     _writable(name, value, value)
 
 
 def file_to_write(suffix: str) -> Callable[[str, Path], None]:
-    """Return a check that a file of that suffix can be written; nothing is left behind."""
+    """Return a check that a file of that suffix can be written, without leaving one."""
 
     def probe(name: str, value: Path) -> None:
         if value.suffix != suffix:

@@ -117,7 +117,7 @@ class TestResume:
         here.until = time.monotonic() + 4
         bad = program.run(here, [work.unit("a")])
         assert (bad, work.ran) == (["correctness a: not started"], [])
-        assert "run 1  (goes on" in program.advice(here, ["1"], bad)
+        assert "run 1  (continues" in program.advice(here, ["1"], bad)
 
     def test_no_unit_gets_more_than_what_is_left(self, make: Any) -> None:
         work, here = Work(), make()
@@ -154,6 +154,13 @@ def write(path: Path, text: str) -> str:
     return path.stem
 
 
+def lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 class TestProcess:
     @pytest.mark.parametrize("short", [False, True], ids=["process", "forked"])
     def test_words_and_exit_code(
@@ -186,8 +193,10 @@ class TestProcess:
         status, text = make(short=short).module(name, [], limit)
         assert (status, text) == ("cut off", "begun\n")
         assert time.monotonic() - start < limit + 10
-        state = Path(f"/proc/{child.read_text()}/stat")
-        assert not state.exists() or state.read_text().split()[2] == "Z", "a child lives on"
+        # A busy machine may take a while to end what was killed.
+        while lives(int(child.read_text())):
+            assert time.monotonic() - start < limit + 30, "a child lives on"
+            time.sleep(0.05)
 
 
 class TestCases:

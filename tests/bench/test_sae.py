@@ -14,6 +14,7 @@ import torch
 from sidechain.bench import results
 from sidechain.bench import run as command
 from sidechain.bench.cases import Row
+from sidechain.bench.config import BenchSettings
 from sidechain.bench.machine import Machine
 from sidechain.bench.sae import common, encode, memory, peers, race
 from sidechain.bench.sae.common import Batches
@@ -248,12 +249,14 @@ class TestGoingOn:
         steps = race.PARITY_STEPS
         calls = [({}, steps), ({}, steps), ({"fresh": True}, 2 * steps)]
         for options, wanted in calls:
-            (run,) = command.run("sae", only="steps", seconds=0.0, json=path, **options)
+            (run,) = command.run(
+                BenchSettings(section="sae", only="steps", seconds=0.0, json=path, **options)
+            )
             assert len(lazy.tokens) == wanted, options
             assert [row["provider"] for row in run["rows"]] == [race.REFERENCE, "a"]
         monkeypatch.setattr(results, "commit", lambda: "abc1234-dirty")
         for count in (3, 4):
-            command.run("sae", only="steps", seconds=0.0, json=path)
+            command.run(BenchSettings(section="sae", only="steps", seconds=0.0, json=path))
             assert len(lazy.tokens) == count * steps, "nobody knows what differs from the commit"
         assert f"{SHAPE.name}  a: " in capsys.readouterr().out
 
@@ -269,13 +272,13 @@ class TestGoingOn:
             race, "entries", lambda device, compiled: [REFERENCE, entry("a", Cut())]
         )
         with pytest.raises(KeyboardInterrupt):
-            command.run("sae", only="steps", seconds=0.0, json=path)
+            command.run(BenchSettings(section="sae", only="steps", seconds=0.0, json=path))
         (run,) = results.read(path)
         assert (run["status"], len(run["rows"])) == ("cut off", 1)
 
     def test_unknown_part(self) -> None:
         with pytest.raises(ValueError, match=r"expected a part or a shape of sae \[steps, .*'no'"):
-            command.run("sae", only="no")
+            command.run(BenchSettings(section="sae", only="no"))
 
 
 class TestEmulated:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 
 from sidechain.bench import results, store
 from sidechain.bench import run as command
+from sidechain.bench.config import BenchSettings
 from sidechain.bench.machine import Machine
 from sidechain.bench.store import Site
 from sidechain.store import ActivationStore
@@ -64,18 +66,19 @@ class TestCommand:
     ) -> None:
         monkeypatch.setattr(results, "commit", lambda: "abc1234")
         path = tmp_path / "r.json"
-        first = command.run("store", seconds=0.0, json=path)
+        settings = BenchSettings(section="store", seconds=0.0, json=path)
+        first = command.run(settings)
         assert [(run["section"], run["op"]) for run in first] == [
             ("store", "read"),
             ("store", "write"),
         ]
-        assert command.run("store", seconds=0.0, json=path)[0]["rows"] == first[0]["rows"]
-        (read,) = command.run("store", only="read", seconds=0.0, json=path, fresh=True)
+        assert command.run(settings)[0]["rows"] == first[0]["rows"]
+        (read,) = command.run(replace(settings, only="read", fresh=True))
         assert read["op"] == "read"
 
     def test_bad_input(self, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(ValueError, match=r"a part or a site of store \[read, .*got 'no'"):
-            command.run("store", only="no")
+            command.run(BenchSettings(section="store", only="no"))
         machine = Machine("cpu")
         machine.device = "cuda"
         with pytest.raises(ValueError, match=r"expected device cpu \[section store\], got 'cuda'"):

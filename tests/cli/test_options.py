@@ -9,9 +9,8 @@ import pytest
 
 from sidechain._errors import InputError
 from sidechain._options import defaults, options
-from sidechain.bench.run import SECTIONS
-from sidechain.cli import bench, sae_train
 from sidechain.cli import main as cli
+from sidechain.cli import sae_train
 from sidechain.cli.builder import flag_of, label
 from sidechain.sae.features.scoring import ACTIVATIONS, METHODS
 from sidechain.sae.training.log import LOGGERS
@@ -119,7 +118,6 @@ def test_choices_are_those_of_the_library():
     assert tuple(MODES) == PASSES
     assert tuple(DTYPES) == options(CaptureConfig)["dtype"].choices
     assert tuple(LOGGERS) == sae_train.LOGGERS
-    assert tuple(SECTIONS) == bench.SECTIONS
 
 
 MODEL_COMMANDS = [name for name, kind in SETTINGS.items() if "model" in options(kind)] + ["demo"]

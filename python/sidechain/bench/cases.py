@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A case: the same work done by several candidates. Checked first, then timed side by side."""
+"""Cases: the same work done by several candidates, checked first and then timed in turns."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class Row:
 
     @property
     def broken(self) -> str:
-        """What of ours is wrong in this row; "" where nothing is."""
+        """Why our candidate in this row is wrong; "" where it is not."""
         if self.kind != "ours":
             return ""
         lost = f"capture {self.capture}" if self.capture.startswith("failed") else ""
@@ -110,7 +110,7 @@ def run_case(case: Case, machine: Machine, *, seconds: float = 0.6) -> list[Row]
 
     Returns:
         One row for each candidate. One that is wrong or cannot run keeps its row, with the reason
-        in `failed`; what is wrong with ours is in `Row.broken`.
+        in `failed`; `Row.broken` has the reason for ours.
     """
     rows = [
         Row(case.name, case.dtype, c.name, c.kind, case.moved, case.flops) for c in case.candidates
@@ -136,7 +136,7 @@ def run_case(case: Case, machine: Machine, *, seconds: float = 0.6) -> list[Row]
     try:
         with _mode(case):
             timings = side_by_side({COPY: machine.copy_sampler(case.moved), **samplers}, seconds)
-    except Exception as error:  # nobody can say whose fault it was: the device is asynchronous
+    except Exception as error:  # the device is asynchronous: the candidate at fault is unknown
         for row in rows:
             row.failed = row.failed or f"timing: {reason(error)}"
         return rows
@@ -160,7 +160,7 @@ def run_case(case: Case, machine: Machine, *, seconds: float = 0.6) -> list[Row]
 
 
 def _no_promise(case: Case, candidate: Candidate) -> str:
-    """Why a candidate need not go into a CUDA graph; "" where it must."""
+    """Return why a candidate need not go into a CUDA graph; "" where it must."""
     if candidate.kind != "ours":
         return "not ours"
     return case.waits or ("the reference" if candidate.name == "reference" else "")
@@ -178,7 +178,7 @@ def _fill(row: Row, timing: Timing, floor: float, bound: str) -> None:
 
 
 def reason(error: Exception) -> str:
-    """Why a row is empty, on one line."""
+    """Return why a row is empty, in one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 

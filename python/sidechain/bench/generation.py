@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whole generations of the music model: plain and with taps, eager and in a CUDA graph.
 
-The graph holds one denoiser call. What a tap does at a step lies in device buffers that are filled
-before the call, outside of the graph, so that one graph serves every step and strength. On a CPU
+The graph holds one denoiser call. The values of a tap at a step are in device buffers that are
+filled before the call, outside of the graph, so one graph serves every step and strength. On a CPU
 there are no graphs: the same calls run eagerly, to see that everything works.
 """
 
@@ -40,7 +40,7 @@ class Graph:
         module: the denoiser; its `forward` is replaced while the graph is in place.
     """
 
-    WARM = 3  # calls on a stream of its own before the capture, as torch asks for
+    WARM = 3  # calls on a side stream before the capture, as torch requires
 
     def __init__(self, module: Any) -> None:
         self.module, self.inner = module, module.forward
@@ -53,7 +53,7 @@ class Graph:
         return self
 
     def __exit__(self, *_: object) -> None:
-        del self.module.forward  # the one of the class is back
+        del self.module.forward  # the method of the class is visible again
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         fresh = list(_tensors((args, kwargs)))
@@ -82,7 +82,7 @@ class Graph:
 
 
 def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The same lists, tuples and dicts with every tensor changed."""
+    """Apply a function to every tensor in nested lists, tuples and dicts."""
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, dict):
@@ -102,12 +102,12 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 class Generations:
-    """One prompt, several samples; the ways to make them.
+    """Ways to generate several samples of one prompt.
 
     Args:
         pipe: the music model.
-        samples: clips of a batch.
-        steps: denoiser calls of a clip.
+        samples: samples of a batch.
+        steps: denoiser calls of a sample.
     """
 
     def __init__(self, pipe: Any, samples: int, steps: int) -> None:
@@ -145,7 +145,7 @@ class Generations:
             yield
 
     def ways(self) -> dict[str, Callable[[], contextlib.AbstractContextManager[Any]]]:
-        """Name -> what is in place while a batch is made."""
+        """Map each way to what is attached while a batch is generated."""
 
         @contextlib.contextmanager
         def both() -> Iterator[None]:
@@ -199,7 +199,7 @@ def measured(case: Generations, machine: Machine, seconds: float) -> list[Row]:
     found: list[Row] = []
     for way, around in case.ways().items():
         with around():
-            case.make()  # captures, and leaves marks of the warm-up in what is kept
+            case.make()  # captures the graph, and leaves traces of the warm-up in the statistics
             done[way] = case.make()
             times = _times(case, machine, seconds)
         ours = way.startswith("taps")

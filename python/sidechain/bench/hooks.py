@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a tap or a hand-written hook adds to one call of an attention module.
 
-One cross-attention module of the real class is called in eager mode. For the timing its processor
-hands its input through, so that what is left is what is added. Attaching is not timed: it happens
-once.
+One cross-attention module of the real class is called in eager mode. While it is timed its
+processor returns its input, so that only the added work remains. Attaching is not timed, because it
+happens once.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def build(width: int, heads: int, tokens: int, device: str) -> Any:
 
 
 def start(pipe: Any, tap: Any, samples: int, tokens: int, context: int) -> None:
-    """Bind the taps to a run, as the first denoiser call of a pipeline does."""
+    """Bind the taps to a generation, as the first denoiser call of a pipeline does."""
     config, device = pipe.transformer.config, pipe.transformer.device
     width = config.cross_attention_input_dim
     tap.context.begin(samples, 1000)
@@ -69,7 +69,7 @@ def start(pipe: Any, tap: Any, samples: int, tokens: int, context: int) -> None:
 
 
 class Through:
-    """A processor that costs nothing; its output is its input."""
+    """A processor without cost, which returns its input."""
 
     def __call__(  # noqa: D102
         self,
@@ -83,7 +83,7 @@ class Through:
 
 @contextlib.contextmanager
 def hooked(module: Any, function: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
-    """A plain forward hook for the time of the block."""
+    """Attach a plain forward hook for the duration of the block."""
     handle = module.register_forward_hook(lambda m, a, out: function(out))
     try:
         yield
@@ -94,7 +94,7 @@ def hooked(module: Any, function: Callable[[Tensor], Tensor | None]) -> Iterator
 def rows(
     machine: Machine, *, only: str = "", seconds: float = 0.6, quick: bool = False
 ) -> Iterator[list[Row]]:
-    """Time every case whose name holds a text; one list of rows for each. `quick`: the first.
+    """Time every case whose name contains `only`; one list of rows for each. `quick`: the first.
 
     Raises:
         AssertionError: a tap and the hook beside it give different numbers.
@@ -159,7 +159,7 @@ class Site:
         return sidechain.patch(self.pipe, "cross:0", context=text)
 
     def check(self) -> None:
-        """Taps and hooks give the same numbers."""
+        """Check that taps and hooks give the same numbers."""
         with hooked(self.module, self.pool_and_add):
             expected = self.call()
         with self.steer(), self.capture() as tap:
@@ -170,7 +170,7 @@ class Site:
             torch.testing.assert_close(mean, self.seen[0], rtol=1e-4, atol=1e-5)
 
     def rows(self, seconds: float) -> list[Row]:
-        """Check, then time what can be put around a call, one after the other."""
+        """Check hooks and taps, then time them in turns."""
         self.check()
         self.module.set_processor(Through())
         around: list[tuple[str, str, Callable[[], list[Any]]]] = [

@@ -38,7 +38,7 @@ ISAS = {
     "avx2": {"avx2", "fma", "f16c"},
     "baseline": set[str](),
 }
-# What is read of a card, and never set: its driver, and what it does while a product runs.
+# Read from a card, never set: its driver, and its state while a product runs.
 QUERIED = (
     "name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem",
     "temperature.gpu", "power.draw", "power.limit",
@@ -99,7 +99,7 @@ class Machine:
 
     @cached_property
     def name(self) -> str:
-        """The device in words."""
+        """Readable name of the device."""
         if self.device == "cuda":
             return torch.cuda.get_device_name()
         text = CPUINFO.read_text() if CPUINFO.exists() else ""
@@ -111,7 +111,7 @@ class Machine:
         """The instruction set that the CPU kernels use; None where the reference runs."""
         used: str | None = doctor.doctor_report()["isa"]["used"]
         if used is None and _native.absent("_C") is None:
-            # The kernels are there but not the module that names their choice: it is of one Python.
+            # The kernels are there, but the module that names their choice is for another Python.
             used = isa_of(CPUINFO.read_text() if CPUINFO.exists() else "")
         return used
 
@@ -134,7 +134,7 @@ class Machine:
         return re.sub(r"[^a-z0-9]+", "-", words.lower()).strip("-")
 
     def copy_size(self, moved: int) -> int:
-        """Bytes, read plus written, of the copy that work moving so many bytes is compared with.
+        """Bytes, read plus written, of the copy to compare with work that moves so many bytes.
 
         On a CPU the copy is as large as the work, since a small one stays in cache; on a GPU
         buffers are rotated through memory, so that one large copy serves all.
@@ -166,7 +166,7 @@ class Machine:
         return rates
 
     def floor(self, copied: float, flops: int, dtype: str) -> tuple[float, str]:
-        """Seconds some work takes at the limits of this machine, and the limit that binds.
+        """Return the least seconds for some work on this machine, and the limit that binds.
 
         Args:
             copied: seconds of a plain copy of the bytes it moves.

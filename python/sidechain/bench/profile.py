@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Time of each kernel inside one call of an op, as the profiler of torch sees it."""
+"""Time of each kernel inside one call of an op, by the profiler of torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LONGEST = 60  # letters of a name: template arguments say little more
 
 
 def kernels(call: Callable[[], object]) -> list[tuple[str, float]]:
-    """Microseconds of each kernel in one call, the longest first.
+    """Measure the microseconds of each kernel in one call, the longest first.
 
     Args:
         call: work on the current CUDA device, warmed up.

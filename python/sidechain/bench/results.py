@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One result file for each machine: runs merged in by what they measured, tables, comparison."""
+"""Result files, one for each machine: merging of runs, tables and comparison."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ IDENTITY = ("section", "op", "device", "threads")
 
 
 def commit() -> str:
-    """The commit measured, with -dirty where the tree differs from it; "installed" outside one.
+    """Return the commit that is measured; "-dirty" follows where the tree differs from it.
 
     Results themselves do not count as a difference: a bench writes them while it runs. A copied
-    tree without its history names its commit in a file beside the package.
+    tree without its history names its commit in a file beside the package; without that file the
+    answer is "installed".
     """
     folder = Path(sidechain.__file__).resolve().parent
     told = folder / "COMMIT"
@@ -34,8 +35,10 @@ def commit() -> str:
     name = _git(folder, "describe", "--always")
     if not name:
         return "installed"
-    results = [":(top,exclude)bench/results", ":(top,exclude)README.md"]
-    changed = _git(folder, "status", "--porcelain", "--untracked-files=no", "--", ":/", *results)
+    written = [
+        f":(top,exclude){path}" for path in ("bench/results", "bench/RESULTS.md", "README.md")
+    ]
+    changed = _git(folder, "status", "--porcelain", "--untracked-files=no", "--", ":/", *written)
     return f"{name}-dirty" if changed else name
 
 
@@ -47,7 +50,7 @@ def _git(folder: Path, *arguments: str) -> str:
 def new_run(
     section: str, op: str | None, facts: dict[str, Any], rows: Iterable[Row]
 ) -> dict[str, Any]:
-    """A run as it is stored: what, when, where and the rows."""
+    """Return a run as it is stored: what, when, where and the rows."""
     return {
         "section": section,
         "op": op,
@@ -88,8 +91,8 @@ def kept(path: Path, run: dict[str, Any]) -> dict[Key, Row]:
         run: what is about to be measured, without rows.
 
     Returns:
-        (case, dtype, provider) -> row; none for a tree that differs from its commit, since nobody
-        knows whether it is the same difference.
+        (case, dtype, provider) -> row; none for a tree that differs from its commit, because the
+        difference may be another one.
     """
     same = (*IDENTITY, "commit", "name", "versions")
     if run["commit"].endswith("-dirty"):
@@ -124,7 +127,7 @@ def _dump(runs: list[dict[str, Any]]) -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Rows as text: time, rate, share of the limit, ratios, facts; losing rows stay."""
+    """Format rows as text: time, rate, share of the limit, ratios, facts; losing rows stay."""
     facts = list(dict.fromkeys(name for row in rows for name in row.facts))
     head = ("case", "dtype", "provider", "median us", "p20", "p80", "issue us", "GB/s", "TFLOP/s",
             "of limit", "x plain", "x compiled", *facts)  # fmt: skip
@@ -143,7 +146,7 @@ def table(rows: Sequence[Row]) -> str:
         )
         for r in rows
     ]
-    # A column that says nothing is left out.
+    # Empty columns are left out.
     kept = [i for i in range(len(head)) if i < 3 or any(row[i] for row in cells)]
     text = _aligned([[line[i] for i in kept] for line in [head, *cells]], left=3)
     failed = [f"{r.case} {r.dtype} {r.provider}: failed: {r.failed}" for r in rows if r.failed]
@@ -151,7 +154,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def line(row: Row) -> str:
-    """One row as text, for rows that come alone."""
+    """Format one row as text, for rows that come one by one."""
     if row.failed:
         return f"{row.case}  {row.provider}: failed: {row.failed}"
     times = "" if row.median_us is None else f"{row.median_us / 1e3:.1f} ms  "
@@ -160,7 +163,7 @@ def line(row: Row) -> str:
 
 
 def comparison(runs: Sequence[dict[str, Any]], old: Sequence[dict[str, Any]]) -> str:
-    """The same rows in two files: times now and then, and how many times faster now."""
+    """Compare rows with those of another file: both times, and how many times faster now."""
     then = {_key(run, row): (run, row) for run in old for row in run.get("rows", [])}
     cells: list[tuple[str, ...]] = []
     for run in runs:

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `sidechain bench` does: measure a section, print it, store it, compare it."""
+"""The work of `sidechain bench`: measure a section, print it, store it, compare it."""
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -14,52 +13,15 @@ import torch
 
 from . import results
 from .cases import Row, run_case
+from .config import SECTIONS, BenchSettings
 from .machine import Machine
 
-# Section -> seconds for each candidate, where nothing else is asked for.
-SECTIONS = {
-    "ops": 0.6, "hooks": 0.6, "sae": 5.0, "store": 2.0, "sharing": 6.0, "generation": 4.0
-}  # fmt: skip
 Kept = dict[results.Key, Row]  # rows that are there already
 LOST, LOST_CODE = "failed: the device was lost; what follows needs a new process", 3
 
 
-def run(
-    section: str = "ops",
-    *,
-    device: str = "cpu",
-    threads: int | None = None,
-    only: str = "",
-    seconds: float | None = None,
-    json: Path | None = None,
-    compare: Path | None = None,
-    fresh: bool = False,
-    quick: bool = False,
-    keep_failed: bool = False,
-) -> list[dict[str, Any]]:
+def run(settings: BenchSettings) -> list[dict[str, Any]]:
     """Measure one section and print its rows as they come.
-
-    Args:
-        section: "ops", every op against plain torch, eager and compiled; "hooks", taps against
-            hand-written hooks; "sae", training steps and encoders of dictionaries and what a step
-            needs, against plain torch and other packages; "store", reading and writing activations
-            against plain copies and one file per tensor; "sharing", sweeps in one batch against
-            one generation each; "generation", whole generations with taps, eager and in a CUDA
-            graph, against plain ones.
-        device: "cpu" or "cuda".
-        threads: of torch on the CPU. None = as they are.
-        only: ops: those whose name holds this text; hooks: cases likewise; sae: shapes, or one of
-            "steps", "encode", "memory"; store: sites, "read" or "write"; sharing: sweeps;
-            generation: cases.
-        seconds: time for each candidate; at least a few calls are timed. None = as the section has
-            it.
-        json: result file to merge the runs into, or a folder for `<machine>.json`. It is written
-            after every row, whole, with the status "cut off" until the run is at its end.
-        compare: result file to compare with.
-        fresh: ops, sae and store: measure also what the file holds for this commit, machine and
-            number of threads.
-        quick: tiny shapes that show whether everything runs; their times mean nothing.
-        keep_failed: ops: cases that failed before are not tried again.
 
     Returns:
         The runs, as stored. `status` is "passed" unless something of ours was wrong (its rows say
@@ -68,34 +30,34 @@ def run(
     Raises:
         AssertionError: hooks, sharing, generation: ours computes something else.
         RuntimeError: no such device.
-        ValueError: an unknown section or op, a file that holds no results.
+        ValueError: an unknown op or part, a file that holds no results.
     """
-    if section not in SECTIONS:
-        raise ValueError(f"bench: expected a section of {', '.join(SECTIONS)}, got {section!r}")
+    compare, json = settings.compare, settings.json
     old = results.read(compare) if compare else []
     if compare and not old:
         raise ValueError(f"bench: expected results in {compare}, got none")
-    if threads is not None:
-        torch.set_num_threads(threads)
-    machine = Machine(device, quick=quick)
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    machine = Machine(settings.device, quick=settings.quick)
     path = json / f"{machine.slug}.json" if json and json.is_dir() else json
     if path:
-        results.read(path)  # a file of something else is refused before an hour is spent
+        results.read(path)  # any other file is refused before the measurement
     facts = machine.facts()
     print(_headline(facts), flush=True)
-    seconds = SECTIONS[section] if seconds is None else seconds
+    section = settings.section
+    if settings.seconds is None:
+        settings = replace(settings, seconds=SECTIONS[section])
 
     def stored(op: str) -> Kept:
-        if fresh or path is None:
+        if settings.fresh or path is None:
             return {}
         return results.kept(path, results.new_run(section, op, facts, []))
 
     runs = []
-    wish = _Wish(only, seconds, quick, keep_failed)
-    for op, kept, tables in _measured(section, machine, wish, stored):
+    for op, kept, tables in _measured(settings, machine, stored):
         every, status = list(kept.values()), ""
         for every in _growing(tables, kept):
-            if path:  # what is there survives a cut, marked as a part
+            if path:  # an interrupted run keeps its rows, marked as incomplete
                 part = facts | {"status": "cut off"}
                 results.merge(path, results.new_run(section, op, part, every))
             if not machine.alive():
@@ -116,9 +78,9 @@ def run(
 
 
 def _growing(tables: Iterable[list[Row]], kept: Kept) -> Iterator[list[Row]]:
-    """Print tables as they come; yield all rows so far, and those of before that are no part of it.
+    """Print tables as they come; yield all rows so far, and the kept rows that they do not replace.
 
-    Rows that come alone are printed as lines, and once more as a table at the end.
+    Single rows are printed as lines, and again as a table at the end.
     """
     new: list[Row] = []
     alone = False
@@ -132,52 +94,44 @@ def _growing(tables: Iterable[list[Row]], kept: Kept) -> Iterator[list[Row]]:
         print(results.table(new), flush=True)
 
 
-@dataclass(frozen=True)
-class _Wish:
-    """What is asked for of a section; see `run`."""
-
-    only: str
-    seconds: float
-    quick: bool
-    keep_failed: bool
-
-
 def _measured(
-    section: str, machine: Machine, wish: _Wish, stored: Callable[[str], Kept]
+    settings: BenchSettings, machine: Machine, stored: Callable[[str], Kept]
 ) -> Iterator[tuple[str | None, Kept, Iterable[list[Row]]]]:
-    """The tables of one run after the other, measured as they are taken, and what was kept."""
-    if section == "ops":
+    """Yield each run of a section: its op, the kept rows, and tables measured as they are taken."""
+    only, seconds, quick = settings.only, settings.seconds or 0.0, settings.quick
+    if settings.section == "ops":
         from . import ops
 
-        for module in ops.modules(wish.only):
+        for module in ops.modules(only):
             kept = stored(module.OP)
-            yield module.OP, kept, _cases(module, machine, wish, kept)
-    elif section in ("hooks", "sharing", "generation"):
-        module = importlib.import_module(f"{__package__}.{section}")
-        options = {"only": wish.only, "seconds": wish.seconds, "quick": wish.quick}
-        yield None, {}, module.rows(machine, **options)
-    else:
+            yield module.OP, kept, _cases(module, machine, settings, kept)
+    elif settings.section in ("sae", "store"):
         from . import sae, store
 
-        if section == "store":
-            parts = store.parts(machine, wish.only, wish.seconds)
+        if settings.section == "store":
+            parts = store.parts(machine, only, seconds)
         else:
-            parts = sae.parts(machine, wish.only, wish.seconds, quick=wish.quick)
+            parts = sae.parts(machine, only, seconds, quick=quick)
         for op, rows in parts:
             kept = stored(op)
             yield op, kept, rows(kept)
+    else:
+        module = importlib.import_module(f"{__package__}.{settings.section}")
+        yield None, {}, module.rows(machine, only=only, seconds=seconds, quick=quick)
 
 
-def _cases(module: ModuleType, machine: Machine, wish: _Wish, kept: Kept) -> Iterator[list[Row]]:
-    """The cases of an op; one that is there, and good, is not measured again."""
-    for case in module.cases(machine.device, quick=wish.quick):
+def _cases(
+    module: ModuleType, machine: Machine, settings: BenchSettings, kept: Kept
+) -> Iterator[list[Row]]:
+    """Measure the cases of an op; a case with good kept rows is not measured again."""
+    for case in module.cases(machine.device, quick=settings.quick):
         names = [(case.name, case.dtype, candidate.name) for candidate in case.candidates]
         rows = [kept[name] for name in names if name in kept]
         good = len(rows) == len(names) and not any(row.broken for row in rows)
-        if good or (rows and wish.keep_failed):
+        if good or (rows and settings.keep_failed):
             yield rows
         else:
-            yield run_case(case, machine, seconds=wish.seconds)
+            yield run_case(case, machine, seconds=settings.seconds or 0.0)
 
 
 def exit_code(runs: Iterable[Mapping[str, Any]]) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Shape:
-    """N tokens a batch of width d, F features, k of them active."""
+    """Batches of N tokens of width d, F features, k of them active."""
 
     tokens: int
     width: int
@@ -27,5 +27,5 @@ class Shape:
 
     @property
     def moved(self) -> int:
-        """Bytes that Adam alone moves: two matrices and their moments in float32, in and out."""
+        """Bytes that Adam alone moves: two matrices and their state in float32, in and out."""
         return 2 * 2 * 3 * 4 * self.features * self.width

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A whole patching sweep and a whole strength sweep: one shared batch against one run each.
+"""A whole patching sweep and a whole strength sweep: one batch against one generation each.
 
-Baselines use plain PyTorch hooks on the same pipeline, written as well as they can be, and none of
-our taps, `share` among them:
-- `hooks`: one generation a preset (or strength), the clean context known beforehand;
-- `hooks, published protocol`: as the public code of arXiv 2602.11910 does it, a clean generation
-  for every preset to record what its sites see, then the patched one.
-End to end: text encoding, generation, reading by both judges. Results must agree first.
+Baselines use plain PyTorch hooks on the same pipeline, written as well as we can, and none of our
+taps or cached contexts:
+- `hooks`: one generation for each preset or strength, the clean context known beforehand;
+- `hooks, published protocol`: as the public code of arXiv 2602.11910 does it, for every preset a
+  clean generation that records what its sites see, then the patched one.
+Timed end to end: text encoding, generation, scoring by both scorers. Results must agree first.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ LOCALIZATION, STRENGTH = "localization", "strength sweep"
 STEPS, QUICK_STEPS = 12, 2
 LEAST, MOST, QUICK_ROUNDS = 3, 9, 2  # timed rounds
 STRENGTHS = (-2.0, -1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0)
-# Largest difference of latents, as a share of the largest one: rows of a batch meet other matrix
-# products than rows alone, for twelve steps.
+# Largest difference of latents, relative to the largest latent: matrix products of a batch round
+# differently from those of single rows, and twelve steps add up.
 AGREEMENT = 1e-3
 
 
 @contextlib.contextmanager
 def context_hooks(modules: Sequence[nn.Module], clean: Tensor) -> Iterator[None]:
-    """Swap the conditional row's context at some modules: a plain forward pre-hook on each."""
+    """Swap the context of the conditional row at some modules by plain forward pre-hooks."""
 
     def swap(module: nn.Module, args: Any, kwargs: Any) -> Any:
         context = kwargs["encoder_hidden_states"].clone()
@@ -51,7 +51,7 @@ def context_hooks(modules: Sequence[nn.Module], clean: Tensor) -> Iterator[None]
 def recording_hooks(
     modules: Sequence[nn.Module], store: dict[nn.Module, list[Tensor]]
 ) -> Iterator[None]:
-    """Record what each module sees, at every step, as a clean run for patching does."""
+    """Record the context of each module at every step, as a clean generation for patching does."""
 
     def record(module: nn.Module, args: Any, kwargs: Any) -> None:
         store.setdefault(module, []).append(kwargs["encoder_hidden_states"].detach().clone())
@@ -62,7 +62,7 @@ def recording_hooks(
 
 @contextlib.contextmanager
 def steering_hooks(vectors: Mapping[nn.Module, Tensor], strength: float) -> Iterator[None]:
-    """Add strength x vector of the step to the conditional row: a plain forward hook on each."""
+    """Add strength x vector of the step to the conditional row by plain forward hooks."""
     calls = dict.fromkeys(vectors, 0)
 
     def add(module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ def _removed(hooks: Iterator[Any]) -> Iterator[None]:
 
 
 class Localize:
-    """All sites one by one, none and all, for one prompt pair."""
+    """A patching sweep of one prompt pair: no site, all sites, and each site alone."""
 
     def __init__(self, pipe: Any, judges: Mapping[str, Any], steps: int = STEPS) -> None:
         from sidechain import sites
@@ -119,14 +119,14 @@ class Localize:
         return latents
 
     def hooks(self) -> Tensor:
-        """One generation a preset."""
+        """One generation for each preset."""
         from sidechain import contexts
 
         clean = contexts(self.pipe, [self.pair.clean])
         return torch.cat([self._patched(preset, clean) for preset in self.presets])
 
     def protocol(self) -> Tensor:
-        """A clean and a patched generation a preset."""
+        """A clean and a patched generation for each preset."""
         rows = []
         for preset in self.presets:
             chosen = [self.modules[name] for name in preset.sites]
@@ -147,7 +147,7 @@ class Localize:
 
 
 class Sweep:
-    """Ten strengths of one vector at two sites, for one prompt."""
+    """A strength sweep of one prompt: ten strengths of one vector at two sites."""
 
     def __init__(
         self,
@@ -190,7 +190,7 @@ class Sweep:
         return latents
 
     def hooks(self) -> Tensor:
-        """One generation a strength."""
+        """One generation for each strength."""
         from sidechain.studies import common
 
         rows = []
@@ -203,7 +203,7 @@ class Sweep:
 
 
 def _one(pipe: Any, prompt: str, steps: int) -> Tensor:
-    """One clip as a pipeline call makes it, without sharing."""
+    """Latents of one sample from a plain pipeline call."""
     latents: Tensor = pipe(
         prompt_embeds=pipe.encode_prompt([prompt]),
         generator=[_noise()],
@@ -228,15 +228,14 @@ def rows(
     Args:
         machine: where.
         only: part of the name of a sweep.
-        seconds: for the shared batch of a sweep; as many rounds of all ways as it takes, within
-            limits.
+        seconds: for the shared batch of a sweep; all ways get as many rounds as fit, within limits.
         quick: the strength sweep only, two steps and two rounds, to see that everything runs.
 
     Yields:
         The rows of a sweep. Fact `x shared`: how many times longer than the shared batch.
 
     Raises:
-        AssertionError: a way whose results differ from the shared batch.
+        AssertionError: the results of a way differ from those of the shared batch.
         ValueError: no sweep has this name.
     """
     from sidechain import zoo
@@ -262,7 +261,7 @@ def rows(
 def _measured(
     name: str, ways: Mapping[str, Callable[[], Tensor]], seconds: float, most: int = MOST
 ) -> list[Row]:
-    """Median of each way, taken in turns, after one run each whose results must agree."""
+    """Time all ways in turns, after one run of each whose results must agree."""
     results = {way: run() for way, run in ways.items()}
     reference = results["shared"]
     for way, found in results.items():
@@ -278,7 +277,7 @@ def _measured(
     ):
         for way, run in ways.items():
             begun = time.perf_counter()
-            run()  # readings wait for the device
+            run()  # scoring waits for the device
             taken[way].append(time.perf_counter() - begun)
     made = []
     shared = statistics.median(taken["shared"])

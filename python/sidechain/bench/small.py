@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Correctness without pytest: `python -m sidechain.bench.small [--device cuda] [--only TEXT]`.
 
-Every op's case table once, each backend of the device against the reference in float64: what a
-sanitizer can watch, and what a host without the test packages can run. With `--json FILE` the
+Every case of every op once, each backend of the device against the reference in float64. A
+sanitizer can watch this, and a host without the test packages can run it. With `--json FILE` the
 outcome of every case is in the file before the next one starts, and what has passed for this
 commit is not run again. The last line is JSON.
 """
@@ -56,11 +56,11 @@ class Proof:
         self._done |= {(backend, f"{case} {dtype}") for case, dtype, backend, _ in self.failed}
 
     def done(self, case: Case, candidate: Candidate) -> bool:
-        """Whether it need not be run."""
+        """Whether a case need not be run."""
         return (candidate.name, f"{case.name} {case.dtype}") in self._done
 
     def add(self, case: Case, candidate: Candidate, error: str | None) -> None:
-        """Take in the outcome of a case and write it down."""
+        """Add the outcome of a case and write the file."""
         if error is None:
             self.passed.setdefault(candidate.name, []).append(f"{case.name} {case.dtype}")
         else:
@@ -69,13 +69,13 @@ class Proof:
         self.write("cut off")
 
     def write(self, status: str) -> None:
-        """Put what is known into the file."""
+        """Write what is known into the file."""
         if self.path is not None:
             known = {"status": status, "passed": self.passed, "failed": self.failed}
             results.merge(self.path, results.new_run(SECTION, self.op, self.facts | known, []))
 
     def close(self, *, lost: bool) -> None:
-        """Say how it went as a whole."""
+        """Store the status of the whole."""
         count = len(self.failed)
         self.write(LOST if lost else f"failed: {count} case(s)" if count else "passed")
 
@@ -104,7 +104,7 @@ def prove(
         device: "cpu" or "cuda".
         only: text in the op's name.
         most: cases of each op. None = all.
-        path: result file that takes in every case as it ends.
+        path: result file that receives every case as it ends.
         fresh: run also what has passed before.
         keep_failed: do not run again what has failed before.
 

@@ -7,7 +7,7 @@ same random rows as `gather`, and `batches` is the iterator of the store without
 it is timed every way is compared with the rows that were written.
 
 Writing: the output of a site for 8 samples at one step as one write, against one file for each
-sample, without and with the fsync that makes a file survive a power cut; ours always pays it. The
+sample, without and with the fsync that makes a file survive a power cut; ours always syncs. The
 temporary folder (TMPDIR) decides what is measured: a RAM disk shows the work, a disk the disk.
 """
 
@@ -44,7 +44,7 @@ READ_MIB, WRITE_MIB, PIECES = 512, 256, 200  # most that is read, is written, an
 
 @dataclass(frozen=True)
 class Site:
-    """What is stored: float16 rows of a width, samples of so many tokens."""
+    """A site to store: samples of `tokens` rows of `width` values in float16."""
 
     what: str
     tokens: int
@@ -62,7 +62,7 @@ SITES = (Site("zoo", 65, 160), Site("SDXL", 1024, 1280), Site("ACE-Step", 323, 2
 def parts(
     machine: Machine, only: str, seconds: float
 ) -> Iterator[tuple[str, Callable[[Mapping[Key, Row]], Iterable[list[Row]]]]]:
-    """The runs of the section: name, and how to measure it beside the rows that are kept.
+    """List the parts of the section: name, and how to measure it given the rows already there.
 
     Args:
         machine: where; the CPU.
@@ -98,8 +98,8 @@ def _tables(
 
 
 def fill(folder: Path, width: int, rows: int) -> Tensor:
-    """A store of random rows; returns them."""
-    # Bits of numbers within [0, 2): several times quicker than normal ones, and all finite.
+    """Write a store of random rows and return them."""
+    # Random bits of numbers in [0, 2): several times faster to draw than normal ones, all finite.
     bits = torch.randint(0, 0x4000, (rows, width), dtype=torch.int16)
     everything = bits.view(torch.float16)
     with ActivationWriter(folder, {"a": width}, shard_bytes=64 << 20) as writer:
@@ -109,7 +109,7 @@ def fill(folder: Path, width: int, rows: int) -> Tensor:
 
 
 def reading(site: Site, folder: Path, seconds: float) -> list[Row]:
-    """Every way to read batches; fact `of memcpy`: share of its speed.
+    """Time every way to read batches; fact `of memcpy`: share of its speed.
 
     Args:
         site: what is stored.
@@ -142,7 +142,7 @@ def _ways_to_read(folder: Path, everything: Tensor) -> dict[str, Callable[[], ob
     """Name -> a call that reads the next batch; each has been checked against `everything`."""
     rows, width = everything.shape
     store = ActivationStore(folder, verify="full", damaged="error")
-    # One mapping of everything in one piece: what the plain ways may have, and a store has not.
+    # The plain ways get all rows in one mapping, which a store does not have.
     whole = np.memmap(folder / "plain", np.float16, "w+", shape=(rows, width))
     whole[:] = everything.numpy()
     plain = torch.from_numpy(whole)
@@ -175,7 +175,7 @@ def _ways_to_read(folder: Path, everything: Tensor) -> dict[str, Callable[[], ob
     }  # fmt: skip
     for name, way in ways.items():
         target.zero_()
-        # `batches` keeps its own place: the first batch is all that both sides agree on.
+        # `batches` keeps its own position, so only the first batch can be compared.
         wanted = everything[:BATCH] if name == "memcpy" else everything[random[0]]
         if not torch.equal(way(0), wanted):
             raise AssertionError(f"{name}: expected the rows that were written, got others")
@@ -183,13 +183,13 @@ def _ways_to_read(folder: Path, everything: Tensor) -> dict[str, Callable[[], ob
 
 
 def _in_turn(way: Callable[[int], Tensor], count: int) -> Callable[[], Tensor]:
-    """Batch after batch, from the beginning again after the last."""
+    """Return batch after batch, starting again after the last."""
     numbers = cycle(range(count))
     return lambda: way(next(numbers))
 
 
 def writing(site: Site, folder: Path) -> list[Row]:
-    """Every way to write the same pieces, median of three; fact `x ours`: times as long as ours.
+    """Time every way to write the same pieces, median of three; fact `x ours`: time over ours.
 
     Args:
         site: what is stored.

@@ -17,7 +17,7 @@ import torch
 
 Call = Callable[[], object]
 
-SHORTEST = 2e-4  # seconds in one CPU sample: below it the clock and the loop show
+SHORTEST = 2e-4  # seconds of one CPU sample: in shorter ones the clock and the loop would show
 GRAPH_BELOW = 5e-5  # GPU calls shorter than this are replayed from a graph: events resolve 0.5 us
 ROUNDS = 5
 LEAST, MOST = 7, 400
@@ -41,7 +41,7 @@ class Sampler(Protocol):
 
     @property
     def method(self) -> str:
-        """Where the time comes from: clock, events or graph."""
+        """How the time is taken: clock, events or graph."""
 
     @property
     def issue(self) -> float | None:
@@ -49,7 +49,7 @@ class Sampler(Protocol):
 
     @property
     def capture(self) -> str:
-        """What became of the capture in a CUDA graph; "" where none was tried."""
+        """Outcome of the capture in a CUDA graph; "" where none was tried."""
 
     def sample(self) -> float:
         """Seconds of one call."""
@@ -139,7 +139,7 @@ class GraphSampler:
 
 
 def issue_time(calls: Sequence[Call], count: int = 100) -> float:
-    """Host seconds per call of an asynchronous device: enqueued, not waited for."""
+    """Host seconds to enqueue one call on an asynchronous device."""
     turn = cycle(calls)
     torch.cuda.synchronize()
     start = time.perf_counter()
@@ -156,7 +156,7 @@ def sampler(calls: Sequence[Call], device: str, *, promised: bool = False) -> Sa
     Args:
         calls: the same work on different buffers; they are warmed up here.
         device: "cpu" or "cuda".
-        promised: they must go into a CUDA graph, whatever they are timed by: try it.
+        promised: they must go into a CUDA graph, however they are timed: try it.
 
     Returns:
         A sampler. A GPU call too short for events is replayed from a graph; one that cannot be

@@ -2,8 +2,8 @@
 """Triton kernels compiled by many processes: `python -m sidechain.bench.warm [--only TEXT]`.
 
 A kernel is compiled when it is first launched, on one core, half a second to two seconds each.
-Here every case of an op, small and timed, is launched once, dealt out over processes that share
-Triton's cache on disk; whoever comes later finds all kernels there.
+Here every case of an op, small and timed, is launched once, in several processes that use the same
+Triton cache on disk, so that later runs find all kernels there.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def share(device: str, only: str, number: int, count: int) -> dict[str, int]:
     """Launch every `count`-th case, from `number` on.
 
     Returns:
-        "launched", and "failed": those that raised, which the proof of the op will name.
+        "launched", and "failed": those that raised; the correctness run of the op will name them.
     """
     launched = failed = 0
     for index, (case, candidate) in enumerate(launches(device, only)):
@@ -58,7 +58,7 @@ def share(device: str, only: str, number: int, count: int) -> dict[str, int]:
 
 
 def deal(device: str, only: str, count: int) -> dict[str, int]:
-    """Run all shares, each in a process of its own."""
+    """Run all parts, each in its own process."""
     options = ["--device", device, "--only", only, "--processes", str(count)]
     command = [sys.executable, "-m", f"{__package__}.warm", *options, "--share"]
     children = [

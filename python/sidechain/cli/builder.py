@@ -30,7 +30,7 @@ class Command:
 
     Attributes:
         settings: dataclass of its options.
-        run: does it: (settings, words given by option) -> exit code.
+        run: (settings, words given by option) -> exit code.
         about: the text of its help.
         replays: whether it has `--config`.
     """
@@ -42,7 +42,7 @@ class Command:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, and which takes no abbreviations."""
+    """A parser with errors in one line and without abbreviations."""
 
     def __init__(self, *args: Any, **details: Any) -> None:
         super().__init__(*args, **{**details, "allow_abbrev": False})

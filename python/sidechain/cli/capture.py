@@ -20,7 +20,7 @@ def run(config: CaptureConfig, given: Mapping[str, Any]) -> int:
     try:
         stores = capture.run(config)
     except BaseException:
-        if fresh and manifest.exists():  # the store was begun with these settings
+        if fresh and manifest.exists():  # the store was made with these settings
             write_settings(config.out, "capture", config)
         raise
     write_settings(config.out, "capture", config)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `sidechain`: finds the command, answers errors, and imports what it needs to do so.
+"""The command `sidechain`: finds the command, reports errors, and imports only what that needs.
 
-Nothing is imported above `main` but the standard library's lightest, so that Ctrl-C is answered
-from the beginning and help needs no torch.
+Only light modules of the standard library are imported above `main`, so that Ctrl-C works from the
+start and help needs no torch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ COMMANDS = {
     "capture": ("capture", "record activations of sites into a store on disk"),
     "vector": ("vector", "make a steering vector from prompt pairs"),
     "steer": ("steer", "sweep steering strengths and compare arms"),
-    "sae train": ("sae_train", "train a dictionary, or go on with a run"),
+    "sae train": ("sae_train", "train a dictionary, or continue a run"),
     "sae score": ("sae_score", "measure dictionaries and find the features of concepts"),
     "curves": ("curves", "score a table of sweeps: AUC and smoothness"),
     "impact": ("impact", "rank sites in a table of impacts"),

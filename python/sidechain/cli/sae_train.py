@@ -146,7 +146,7 @@ def run(settings: SaeTrainSettings, given: Mapping[str, Any]) -> int:
 
 
 def train_config(settings: SaeTrainSettings) -> TrainConfig:
-    """Return how to train; values of --set as in JSON, words without quotes."""
+    """Return the training settings; values of --set as in JSON, words without quotes."""
     found: dict[str, Any] = {name: getattr(settings, name) for name in _OWN}
     for pair in settings.set:
         name, _, word = pair.partition("=")
@@ -164,7 +164,7 @@ def source(settings: SaeTrainSettings) -> Source:
     Raises:
         FileNotFoundError: a path without a store.
         InputError: a site without prompts.
-        ValueError: what the store or the site says.
+        ValueError: from the store or the site.
     """
     from .. import sae
     from ..store import ActivationStore
@@ -231,8 +231,8 @@ def slug(rows: Source) -> str:
 COMMAND = Command(
     SaeTrainSettings,
     run,
-    "Train a sparse dictionary on recorded activations, or on what a site puts out while the model "
-    "generates. The same command again goes on from the last checkpoint, bit for bit, also after a "
-    "crash; Ctrl-C and SIGTERM save one first. Under torchrun the processes share the work.",
+    "Train a sparse dictionary on recorded activations, or on the output of a site while the model "
+    "generates. The same command again continues from the last checkpoint, bit for bit, also after "
+    "a crash; Ctrl-C and SIGTERM save one first. Under torchrun the processes share the work.",
     replays=True,
 )

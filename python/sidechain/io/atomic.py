@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that are there whole or not at all."""
+"""Atomic writes: a file is complete or absent."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def replacing(path: str | os.PathLike[str], *, parents: bool = False) -> Iterato
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Let an OSError of the block name a path: that of a full disk names none, or a temporary."""
+    """Let an OSError of the block name `path`; a full disk names none, or a temporary file."""
     try:
         yield
     except OSError as error:

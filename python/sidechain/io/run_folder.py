@@ -38,12 +38,12 @@ _PLACE = frozenset({"out", "device"})
 
 
 def write_table(path: Path, table: pd.DataFrame) -> None:
-    """Write a table as CSV, whole or not at all."""
+    """Write a table as CSV, atomically."""
     write_text(path, table.to_csv(index=False, float_format="%.6f"))
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON, whole or not at all; what is undefined (NaN) becomes null."""
+    """Write JSON atomically; undefined values (NaN) become null."""
     text = json.dumps(_nan_to_none(content), indent=1, default=str, allow_nan=False)
     write_text(path, text + "\n")
 
@@ -73,7 +73,7 @@ def _nan_to_none(content: Any) -> Any:
 
 
 def facts() -> dict[str, str]:
-    """Versions that a manifest should name."""
+    """Return the versions that a manifest names."""
     import diffusers
     import torch
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether two runs have the same settings, and what they are a function of."""
+"""Comparison of settings and fingerprints of what a run depends on."""
 
 from __future__ import annotations
 

@@ -67,9 +67,9 @@ def read_tensors(
     """Return tensors and metadata of a file that `write_tensors` made.
 
     Args:
-        name: who asks, for the message.
+        name: caller, for the message.
         path: of the file.
-        format_: what it has to be.
+        format_: the expected format.
         version: of the format.
 
     Raises:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Intervals: seeded percentile bootstrap over independent units, Wilson for proportions.
 
-A unit is whatever was drawn independently, as a rule a prompt or a prompt pair: average several
-seeds of one prompt first. Paired quantities resample the same units on both sides.
+A unit is what was drawn independently, usually a prompt or a prompt pair: average several seeds of
+one prompt first. Paired quantities resample the same units on both sides.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ def score_sweeps(
 def undefined_directions(
     rows: Sequence[Row], cutoff: Sequence[str] = CUTOFF_METHODS, directions: str = "both"
 ) -> list[str]:
-    """Say in words which concepts have a direction that no cut-off exists for."""
+    """Describe the concepts that have a direction without a cut-off."""
     sweeps = _group(rows)
     notes = []
     for concept in dict.fromkeys(concept for _, concept in sweeps):

@@ -19,7 +19,7 @@ from torch import nn
 
 @dataclass(frozen=True)
 class CallShape:
-    """What one denoiser call looks like.
+    """Shapes, device and dtype of one denoiser call.
 
     Attributes:
         rows: R, the batch of the denoiser.
@@ -60,11 +60,11 @@ _REGISTRY: dict[str, Adapter] = {}
 
 
 def register_adapter(denoiser_class: str, adapter: Adapter) -> None:
-    """Make a model family known.
+    """Register a model family.
 
     Args:
         denoiser_class: class name of the denoiser; subclasses inherit the entry.
-        adapter: what is special about it.
+        adapter: its properties.
 
     Raises:
         ValueError: another adapter already has that name.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pipeline calls made only for what passes through the denoiser: seeded, without decoder or bar."""
+"""Pipeline calls for the activations only: seeded, without decoder or progress bar."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch
 
 
 def quiet_settings(name: str, pipe: Any, call: dict[str, Any]) -> dict[str, Any]:
-    """Check the arguments of a pipeline call and leave the decoder out.
+    """Check the arguments of a pipeline call and switch the decoder off.
 
     Args:
-        name: who asks, for messages.
+        name: caller, for messages.
         pipe: diffusers pipeline.
         call: arguments given by the user.
 
@@ -31,7 +31,7 @@ def quiet_settings(name: str, pipe: Any, call: dict[str, Any]) -> dict[str, Any]
 
 
 def spread_seeds(name: str, seeds: int | Sequence[int], count: int) -> list[int]:
-    """Seeds of `count` generations: s, s + 1, ... for a number s, else the list over and over.
+    """Return seeds of `count` generations: s, s + 1, ... for a number s, else the list repeated.
 
     Raises:
         ValueError: an empty list.
@@ -57,7 +57,7 @@ def generate(
 
 
 def model_name(pipe: Any) -> str:
-    """Class of a pipeline and where it was loaded from."""
+    """Return the class of a pipeline and where it was loaded from."""
     path = getattr(pipe, "name_or_path", None) or getattr(pipe, "_name_or_path", None)
     return f"{type(pipe).__name__}:{path}" if path else type(pipe).__name__
 

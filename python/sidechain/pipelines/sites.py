@@ -134,7 +134,7 @@ class SiteList(Sequence[Site]):
         if span:
             kind, first, last = span[1], int(span[2]), int(span[3])
             found = {s.name for s in self._sites if s.kind == kind and first <= s.index <= last}
-            # A range that runs past the last site is a slip, not a wish for fewer sites.
+            # A range past the last site is a mistake, not a request for fewer sites.
             return found if len(found) == last - first + 1 else set()
         return {
             s.name for s in self._sites if fnmatchcase(s.alias, part) or fnmatchcase(s.name, part)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tables over steps, moved from one time grid to another."""
+"""Resampling of tables over steps from one time grid to another."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all studies share: model and judges, seeded noise, readings, run folders."""
+"""Functions of all studies: model and judges, seeded noise, scores of samples, site patterns."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LOCALIZE_PROMPTS, VECTOR_PROMPTS, TEST_PROMPTS = 11, 23, 37
 
 
 def load(model: str, device: str = "cpu", dtype: str = "float32") -> tuple[Any, dict[str, Any]]:
-    """Pipeline and judges of "zoo:music", or of a folder with a saved `MusicPipeline`.
+    """Load pipeline and judges of "zoo:music", or of a folder with a saved `MusicPipeline`.
 
     Args:
         model: which.
@@ -65,7 +65,7 @@ def check_device(name: str) -> None:
 
 
 def inputs(config: Any) -> dict[str, str]:
-    """Digests of what a study reads, by field of its settings: a path does not say what it is."""
+    """Return digests of the inputs of a study by field, since a path does not identify content."""
     model = getattr(config, "model", MODEL)
     found = {"model": digest(WEIGHTS / "music" / CHECKSUMS) if model == MODEL else digest(model)}
     for name in ("vector", "dictionaries"):
@@ -76,17 +76,17 @@ def inputs(config: Any) -> dict[str, str]:
 
 
 def noise_seed(seed: int, index: int) -> int:
-    """Seed of the start noise of prompt number `index` in repetition `seed`."""
+    """Return the seed of the start noise of prompt number `index` in repetition `seed`."""
     return 1_000_003 * seed + 7919 * index + 1
 
 
 def generate(
     pipe: Any, contexts: Tensor, seeds: Sequence[int], *, steps: int, guidance: float
 ) -> Tensor:
-    """Latents [B, 64, 64] of encoded prompts [B, S, C]; row i starts from the noise of seeds[i].
+    """Generate latents [B, 64, 64] of encoded prompts [B, S, C]; row i has the noise of seeds[i].
 
-    Noise depends on the row's seed only, so a row is the same clip in any batch. Rows of one text
-    share their keys and values, whatever else is attached to the pipeline.
+    Noise depends on the seed of the row only, so a row is the same clip in any batch. Keys and
+    values of a text are computed once, whatever else is attached to the pipeline.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     with share(pipe):
@@ -101,7 +101,7 @@ def generate(
 
 
 def readings(judges: Mapping[str, Any], latents: Tensor) -> dict[str, dict[str, Array]]:
-    """Probabilities [B, classes] by judge and attribute."""
+    """Compute probabilities [B, classes] by judge and attribute."""
     return {
         name: {
             attribute: values.double().cpu().numpy()
@@ -112,23 +112,23 @@ def readings(judges: Mapping[str, Any], latents: Tensor) -> dict[str, dict[str, 
 
 
 def class_index(attribute: str, name: str) -> int:
-    """Index of a class in the probabilities of its attribute."""
+    """Return the index of a class in the probabilities of its attribute."""
     return ATTRIBUTES[attribute].index(name)
 
 
 def site_patterns(text: str) -> list[str]:
-    """The patterns in a comma list, "cross:2,cross:5" or "cross:*", as `sites` takes them."""
+    """Split a comma list of patterns, "cross:2,cross:5" or "cross:*", as `sites` takes them."""
     return [part.strip() for part in text.split(",")]
 
 
 def log_odds(probability: Array, floor: float = 1e-4) -> Array:
-    """ln(p / (1 - p)), with p kept away from 0 and 1 by `floor`."""
+    """Return ln(p / (1 - p)), with p kept away from 0 and 1 by `floor`."""
     inside = np.clip(probability, floor, 1.0 - floor)
     odds: Array = np.log(inside / (1.0 - inside))
     return odds
 
 
 def batches(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
-    """Consecutive pieces of at most `size` items."""
+    """Yield consecutive pieces of at most `size` items."""
     for start in range(0, len(items), size):
         yield items[start : start + size]

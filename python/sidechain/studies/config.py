@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings that several studies have; their names, defaults and help stand here."""
+"""Settings that several studies have, with their names, defaults and help."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def assert_close(
         got: result under test.
         exact: the reference on inputs upcast to float64.
         eager: the plain torch expression in the dtype of `got`.
-        times: 2 for everything of ours; a bench asks its peers only to compute the same thing.
+        times: 2 for our own kernels; a bench allows other packages more.
 
     Raises:
         AssertionError: the shapes, the NaN or infinity masks differ, or the error is too large.

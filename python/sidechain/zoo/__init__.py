@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small trained models that ship with the package, and the recipes that made them (floor 4)."""
+"""Small trained models that ship with the package, and the recipes that made them."""
 
 from __future__ import annotations
 

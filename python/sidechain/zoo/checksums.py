@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Shipped weights, and the checksums that show whether their files are whole."""
+"""Shipped weights, and the checksums that show whether their files are intact."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load what ships with the package, after a check that its files are whole."""
+"""Load what ships with the package, after a check that its files are intact."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SAES = "sae"
 
 
 def _folder(given: Path | str | None, shipped: str) -> Path:
-    """The folder to load, verified; a folder that `save_pretrained` wrote has no checksums."""
+    """Return the verified folder to load; one that `save_pretrained` wrote has no checksums."""
     path = Path(given) if given is not None else WEIGHTS / shipped
     if given is None or not path.is_dir() or (path / CHECKSUMS).is_file():
         verify(path)
@@ -31,7 +31,7 @@ def _folder(given: Path | str | None, shipped: str) -> Path:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the bars that both libraries draw while they load: it takes a second."""
+    """Hide the progress bars of both libraries: loading takes only a second."""
     import diffusers.utils.logging
     import transformers.utils.logging
 
@@ -51,7 +51,7 @@ def music(
     dtype: torch.dtype | None = None,
     folder: Path | str | None = None,
 ) -> Any:
-    """The text-to-music pipeline of the zoo, ready to call.
+    """Load the text-to-music pipeline of the zoo, ready to call.
 
     Args:
         device: where to put it.
@@ -87,7 +87,7 @@ def music(
                 f"music: expected a saved MusicPipeline in {path}, got "
                 f"{type(error).__name__}: {' '.join(str(error).split())}"
             ) from error
-    # The argument of from_pretrained for the dtype changed its name; modules' own `to` did not.
+    # from_pretrained renamed its dtype argument; `to` of the modules works in every version.
     for part in (pipe.text_encoder, pipe.transformer, pipe.codec):
         torch.nn.Module.to(part, device, dtype or torch.float32)
     return pipe
@@ -112,7 +112,7 @@ def judges(device: str | torch.device = "cpu", folder: Path | str | None = None)
 
 
 def dictionaries() -> tuple[str, ...]:
-    """Aliases of the sites of the music model for which a dictionary is shipped, in order."""
+    """List the sites of the music model that have a shipped dictionary, by alias, in order."""
     listing = WEIGHTS / SAES / CHECKSUMS
     if not listing.is_file():
         return ()
@@ -121,7 +121,7 @@ def dictionaries() -> tuple[str, ...]:
 
 
 def dictionary(site: str, device: str | torch.device = "cpu") -> Sae:
-    """The shipped sparse dictionary of a site of the music model, in evaluation mode.
+    """Load the shipped sparse dictionary of a site of the music model, in evaluation mode.
 
     Args:
         site: alias, "cross:6"; `dictionaries` lists them.
@@ -143,7 +143,7 @@ def dictionary(site: str, device: str | torch.device = "cpu") -> Sae:
 
 
 def dictionary_file(site: str) -> str:
-    """Name of the file of a site's dictionary."""
+    """Return the file name of the dictionary of a site."""
     return f"{site.replace(':', '-')}.safetensors"
 
 
@@ -152,7 +152,7 @@ def _is_weights(name: str) -> bool:
 
 
 def localized(name: str) -> tuple[str, ...]:
-    """Aliases of the sites of the music model that carry a concept, best first.
+    """List the sites of the music model that carry a concept, by alias, best first.
 
     Read from the shipped localization: the concept's best sites until half of its full effect.
 

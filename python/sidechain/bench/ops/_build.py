@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the call of an op and what one writes instead to a `Case`, checked the same way for all."""
+"""Cases from the call of an op and what one writes instead, all checked the same way."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Work:
         return Case(name, dtype, make, tuple(candidates), check, moved, flops, rotations=rotations)
 
     def _check(self, candidate: Candidate, *, make: Callable[[int], Args]) -> dict[str, Any] | None:
-        """Against the reference in float64, by what the reference errs in the dtype itself."""
+        """Compare with the reference in float64, within the error of the reference in the dtype."""
         args = make(0)
         own, got = copy(args), copy(args)
         wide = upcast(args) | {name: copy(args[name]) for name in self.narrow if name in args}
@@ -113,7 +113,7 @@ class Work:
 
 
 def buffers(make: Callable[[int], Args]) -> Callable[[int], Args]:
-    """Arguments of a rotation: the same numbers in buffers of their own.
+    """Copy the arguments for a rotation: the same numbers in separate buffers.
 
     Drawing them on the host once more for each buffer would take longer than the measurement.
     """
@@ -131,7 +131,7 @@ def copy(value: Any) -> Any:
 
 
 def upcast(value: Any) -> Any:
-    """Copies with everything that floats in float64."""
+    """Copies with all floating-point tensors in float64."""
     if isinstance(value, dict):
         return {name: upcast(v) for name, v in value.items()}
     if isinstance(value, list):

@@ -42,7 +42,7 @@ def eager(args: Args) -> Tensor:
 
 
 def hooked(args: Args) -> Tensor:
-    """SDPA on contexts that each row has of its own already, the capture in a hook."""
+    """SDPA on contexts that are already gathered for each row, the capture in a hook."""
     out = _attend_own(args, 0)
     out = torch.where((args["context_index"] >= 0)[:, None, None, None], out, 0.0)
     args["sums"][1] += out.flatten(2).float().sum(1)
@@ -51,7 +51,7 @@ def hooked(args: Args) -> Tensor:
 
 
 def alone(args: Args) -> Tensor:
-    """SDPA on the rows that have a context, without any capture: what no capture can beat."""
+    """SDPA on the rows that have a context, without capture: the lower bound of the time."""
     return _attend_own(args, args["idle"])
 
 
@@ -62,7 +62,7 @@ def _attend_own(args: Args, first: int) -> Tensor:
 
 
 def with_own(args: Args) -> Args:
-    """Add each row's keys and values [R, H, S, D], and the number of first rows without any."""
+    """Add each row's keys and values [R, H, S, D], and the number of leading rows without any."""
     index = args["context_index"]
     rows = index.clamp(min=0).long()
     own = {f"{n}_own": args[f"{n}_bank"][rows].transpose(1, 2).contiguous() for n in "kv"}

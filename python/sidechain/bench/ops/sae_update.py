@@ -93,7 +93,7 @@ WORK = Work(OP, _run, eager, _outputs, {"index_add": gathered}, narrow=("enc_cop
 
 
 def moved(case: UpdateCase) -> int:
-    """Both matrices and their moments in and out; rows of x and error once."""
+    """Both matrices and their Adam state in and out; rows of x and error once."""
     widths = case.d_in + case.d_out
     moment = 2 if case.half_moments else 4
     return 2 * case.features * widths * (4 + 2 * moment) + 4 * case.rows * widths
@@ -106,7 +106,7 @@ def quick_cases(table: tuple[UpdateCase, ...]) -> list[UpdateCase]:
 
 
 def cases(device: str, *, quick: bool = False) -> Iterator[Case]:
-    """The shapes of the training bench. Narrow moments and lazy rows are ours alone."""
+    """The shapes of the training bench. Only ours has bfloat16 Adam state and lazy rows."""
     for case in quick_cases(UPDATE_BENCH) if quick else UPDATE_BENCH:
         make = partial(case.make, torch.float32, device=device)
         candidates = WORK.candidates(device, quick=quick)

@@ -24,7 +24,7 @@ OUTPUTS = ("x", "sums", "squares", "counts", "ring")
 
 
 def eager(args: Args) -> None:
-    """What one writes by hand for a known step: no device tensors, no masks, no spare work."""
+    """The hook one writes by hand for a known step: no device tensors, no masks, no spare work."""
     x, slot = args["x"], 1
     xf = x.float()
     if "sums" in args:
@@ -46,7 +46,7 @@ def eager(args: Args) -> None:
 
 
 def moved(case: TapCase, dtype: torch.dtype) -> int:
-    """What the op has to move: x once in, once out if it steers, the buffers in and out."""
+    """Bytes the op has to move: x once in, once out if it steers, the buffers in and out."""
     kept = -(-case.tokens // case.ring_stride)
     steers = case.strength or case.removal
     sums = case.sums + case.squares

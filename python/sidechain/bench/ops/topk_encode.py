@@ -93,7 +93,7 @@ def _as_mask(codes: Any, rows: int, features: int) -> Tensor:
         row = torch.repeat_interleave(row, codes.offsets.diff())
         mask[row, indices[: len(row)]] = True
     else:
-        # -1, an empty slot, goes to a column that is cut off
+        # an empty slot (-1) goes to a column that is dropped
         mask.scatter_(1, torch.where(indices < 0, features, indices), True)
     return mask[:, :features]
 
@@ -109,9 +109,9 @@ def _mask_of_plain(args: Args, found: Any) -> Tensor:
 
 
 def _check(candidate: Candidate, *, make: Any, wanted: Callable[[], Tensor]) -> dict[str, Any]:
-    """Sets in float32 must be those of float64; of others the share found is reported.
+    """Require the sets of float64 in float32; report the recall of other dtypes.
 
-    A part has other sets, without bias: only its numbers are looked at.
+    A part has other sets, without bias: only its values are compared.
     """
     if candidate.kind == "part":
         _check_part(candidate.call(make(0)), make(0))
@@ -133,7 +133,7 @@ def _check(candidate: Candidate, *, make: Any, wanted: Callable[[], Tensor]) -> 
 
 
 def _check_part(found: Any, args: Args) -> None:
-    """Against the same rows in float32, up to the rounding of bfloat16."""
+    """Compare with the same rows in float32, up to the rounding of bfloat16."""
     rows = args["x_bf16"][:4].float() @ args["w_bf16"].float().T
     if isinstance(found, Tensor):
         found, wanted = found[:4].float(), rows
@@ -146,7 +146,7 @@ def _check_part(found: Any, args: Args) -> None:
 
 
 def _others(case: TopkEncodeCase, device: str, *, compiled: bool) -> Iterator[Candidate]:
-    """What else does the work, or a part of it, at best settings."""
+    """Other ways to do the work, or a part of it, at their best settings."""
     if compiled:
         yield Candidate("compile", torch.compile(eager, dynamic=False), "compiled")
     if case.mode != "topk":
@@ -162,7 +162,7 @@ def _others(case: TopkEncodeCase, device: str, *, compiled: bool) -> Iterator[Ca
 
 
 def timed_case(case: TopkEncodeCase, device: str, *, compiled: bool = True) -> Case:
-    """What is measured of one call.
+    """Build the case of one call.
 
     Args:
         case: shapes and data.
@@ -197,7 +197,7 @@ def _make(case: TopkEncodeCase, device: str, seed: int) -> Args:
 
 
 def _draw(case: TopkEncodeCase, device: str, seed: int) -> Args:
-    """What `case.make` draws, drawn where it is used: a large dictionary takes seconds on a CPU."""
+    """Draw what `case.make` draws, on the device: a large dictionary takes seconds on a CPU."""
     g = torch.Generator(device).manual_seed(seed)
 
     def normal(*sizes: int) -> Tensor:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training steps of sparse autoencoders, ours beside plain torch and other packages.
 
-`common` holds what all share (shapes, data, start), `plain` torch alone, `peers` other packages,
+`common` has shapes, data and start, `plain` torch alone, `peers` other packages,
 `ours` our trainer; `race` times them on the same batches; `encode` is the first half of a step by
 itself; `memory` measures what a step adds.
 """
@@ -20,7 +20,7 @@ PARTS = ("steps", "encode", "memory")
 def parts(
     machine: Machine, only: str, seconds: float, *, quick: bool = False
 ) -> Iterator[tuple[str, Callable[[Mapping[Key, Row]], Iterable[list[Row]]]]]:
-    """The runs of the section: name, and how to measure it beside the rows that are kept.
+    """List the parts of the section: name, and how to measure it given the rows already there.
 
     Args:
         machine: where.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every trainer of the comparison starts from: shape, data, weights, settings."""
+"""The common start of all trainers in the comparison: shape, data, weights, settings."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SPARE = 4  # true directions per feature of width d: the data is in superpositio
 
 
 class Start(NamedTuple):
-    """The weights all trainers start from: tied, decoder rows of length 1, biases 0."""
+    """Initial weights of all trainers: tied, decoder rows of length 1, biases 0."""
 
     w_enc: Tensor  # [F, d]
     w_dec: Tensor  # [F, d]
@@ -34,7 +34,7 @@ class Trainer(Protocol):
 
 
 def start(shape: Shape, device: str, seed: int = 0) -> Start:
-    """Random unit rows; the encoder is their half, so that nothing explodes at the first step."""
+    """Draw random unit rows; the encoder is half of them, so that the first step is stable."""
     g = torch.Generator(device).manual_seed(seed)
     w = torch.randn(shape.features, shape.width, generator=g, device=device)
     w /= w.norm(dim=1, keepdim=True)
@@ -42,7 +42,7 @@ def start(shape: Shape, device: str, seed: int = 0) -> Start:
 
 
 class Batches:
-    """Sparse sums of random directions with noise, mean 0: what a dictionary can be learned from.
+    """Training data: sparse sums of random directions with noise, mean 0.
 
     Mean 0, since not every package has a bias that could learn it.
 
@@ -59,7 +59,7 @@ class Batches:
         self._directions = directions / directions.norm(dim=1, keepdim=True)
 
     def __getitem__(self, number: int) -> Tensor:
-        """Batch of a number, [N, d] float32, the same every time."""
+        """Return batch number `i`, [N, d] float32, the same every time."""
         shape, here = self.shape, self.device
         g = torch.Generator(here).manual_seed(1_000_003 * self.seed + number)
         many = (shape.tokens, max(2, shape.k // 2))

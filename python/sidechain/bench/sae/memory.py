@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one step needs beyond weights and moments, each trainer in a process of its own.
+"""Memory of one step beyond weights and Adam state, each trainer in its own process.
 
 `python -m sidechain.bench.sae.memory NAME N d F k DEVICE` prints the bytes of one trainer.
 """
@@ -23,13 +23,13 @@ STATUS, MEMINFO = Path("/proc/self/status"), Path("/proc/meminfo")
 SHAPE = Shape(4096, 1024, 65536, 64)
 DENSE = "dense fp32"
 CANDIDATES = (DENSE, "eai-sparsify", "ours fp32")
-# What dense torch holds at its peak, in matrices [N, F] of float32; it needs 5 and a little.
+# Matrices [N, F] of float32 that dense torch holds at its peak; it needs slightly more than 5.
 DENSE_MATRICES = 6
 PARTS = (8, 4)  # of N, where all of it does not fit
 
 
 def extra_bytes(name: str, shape: Shape, device: str) -> int:
-    """Peak of a step above what is held between steps.
+    """Return the peak of a step above what is held between steps.
 
     Args:
         name: of an entry of the race.
@@ -46,7 +46,7 @@ def extra_bytes(name: str, shape: Shape, device: str) -> int:
         raise ValueError(f"memory: expected an entry of the race, got {name!r}")
     trainer = found[0].make(shape, start(shape, device))
     few = Shape(8, shape.width, shape.features, shape.k)
-    trainer.step(Batches(shape, device)[0][: few.tokens].clone())  # moments come with the first
+    trainer.step(Batches(shape, device)[0][: few.tokens].clone())  # the first makes the Adam state
     x = Batches(shape, device)[1]
     if device == "cuda":
         torch.cuda.synchronize()
@@ -97,9 +97,9 @@ def rows(
 
 
 def _extrapolated(name: str, shape: Shape, device: str, row: Row) -> float | None:
-    """Bytes of dense torch from smaller N, or None where all of N fits."""
+    """Extrapolate the bytes of dense torch from smaller N; None where all of N fits."""
     matrix = 4 * shape.tokens * shape.features
-    held = 4 * 4 * 2 * shape.features * shape.width  # weights, moments and gradients
+    held = 4 * 4 * 2 * shape.features * shape.width  # weights, Adam state and gradients
     if name != DENSE or DENSE_MATRICES * matrix + held < _free(device):
         return None
     few, more = (replace(shape, tokens=shape.tokens // part) for part in PARTS)
@@ -113,7 +113,7 @@ def _free(device: str) -> int:
 
 
 def _of_process(name: str, shape: Shape, device: str) -> int:
-    """Bytes of one trainer, measured in a process of its own.
+    """Measure the bytes of one trainer in a separate process.
 
     Raises:
         RuntimeError: it failed, with the last line that it wrote.

@@ -33,7 +33,7 @@ class Sparsify:
     def __init__(self, shape: Shape, start: Start) -> None:
         if start.w_enc.device.type == "cpu":
             os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # its kernels are for GPUs; read at import
-        # Data sets of texts, which nothing here reads: a large package that a GPU host lacks.
+        # A large package for text data sets, which nothing here reads and a GPU host lacks.
         with _without("datasets"):
             from sparsify import SparseCoder, SparseCoderConfig
 
@@ -101,10 +101,10 @@ class SaeLens:
 
 
 class Overcomplete:
-    """overcomplete's TopKSAE: linear and batch norm as encoder, rows normalised in every pass."""
+    """overcomplete's TopKSAE: linear and batch norm as encoder, rows normalised in each forward."""
 
     def __init__(self, shape: Shape, start: Start) -> None:
-        # Vision models and plots, which ask for packages of other versions.
+        # Vision models and plots, which need other versions of packages.
         with _without("torchvision", "torchvision.transforms", "overcomplete.visualization"):
             from overcomplete.sae import TopKSAE
 
@@ -165,7 +165,7 @@ class Llamascopium:
 
 
 class _Hollow(ModuleType):
-    """A module whose names are all None: functions that nobody calls."""
+    """A module in which every name is None, for functions that are never called."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
@@ -174,7 +174,7 @@ class _Hollow(ModuleType):
 
 @contextmanager
 def _without(*names: str) -> Iterator[None]:
-    """Let a package be imported that asks for others which the part used here never calls."""
+    """Import a package without some of its own imports, which the part used here never calls."""
     stubs: dict[str, Any] = {}
     for name in names:
         if name not in sys.modules:

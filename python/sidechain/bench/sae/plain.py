@@ -15,7 +15,7 @@ from .common import LR, Start
 
 
 class DenseTrainer:
-    """relu, topk, zeros, scatter, a dense product back; fused Adam; decoder rows of length 1.
+    """Dense TopK dictionary: relu, topk, scatter, dense decoder; fused Adam; unit decoder rows.
 
     Args:
         shape: N, d, F, k.

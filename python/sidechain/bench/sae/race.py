@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One trainer after the other on the same batches, its steps in turns with ours: time and loss.
+"""Time and loss of one trainer after the other on the same batches, in turns with ours.
 
-Two trainers live at a time, and a row is complete when its trainer is: ratios come from the steps
-of ours that were taken in between, so that rows of different hours may stand in one table.
+Only two trainers exist at a time, and a row is complete when its trainer is done: ratios come from
+the steps of ours taken in between, so rows measured hours apart can stand in one table.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ SHAPES = {
 QUICK = (Shape(64, 32, 256, 4),)  # to see that everything runs
 WARM = 1  # steps that are not timed: allocation, compilation
 LEAST, MOST = 3, 20  # timed steps
-PARITY_STEPS = WARM + LEAST  # everybody does so many; then the loss is compared
-HELD_OUT, HELD_TOKENS = 10**6, 256  # number of the batch that nobody trains on, and its tokens
-# A trainer counts if it has come as far as this one after the same tokens, but for this share of
-# the way. At (1024, 1280, 5120, 10) a learning rate of 0.8 is 25 % behind, an encoder that stands
-# still 75 %, no training 100 %; of those that train as they should none is 1 % behind.
+PARITY_STEPS = WARM + LEAST  # steps of every trainer before the loss is compared
+HELD_OUT, HELD_TOKENS = 10**6, 256  # number of the held-out batch, and its tokens
+# A trainer counts if its loss has fallen as far as that of this one after the same tokens, up to
+# this fraction. At (1024, 1280, 5120, 10) a learning rate of 0.8 is 25 % behind, a frozen encoder
+# 75 %, no training 100 %; no correct trainer is 1 % behind.
 REFERENCE = "dense fp32"
 PARITY = 0.1
-# A product so much slower than in float32 is emulated: nobody trains with it here.
+# A product this much slower than in float32 is emulated: nobody would train with it.
 EMULATED = 8.0
 LEAST_TOKENS = 8  # and twice as many: where an emulated step is extrapolated from
 
@@ -65,11 +65,11 @@ class Entry:
 
 
 def entries(device: str, *, compiled: bool = True) -> list[Entry]:
-    """Everybody, the reference first, then by what the comparison needs most.
+    """List all trainers, the reference first, then the most important ones.
 
     Args:
         device: "cpu" or "cuda".
-        compiled: also those that take a compiler.
+        compiled: also those that need a compiler.
     """
     precisions = ("fp32", "bf16", "int8") if device == "cpu" else ("fp32", "bf16")
     compilers = [
@@ -91,7 +91,7 @@ def entries(device: str, *, compiled: bool = True) -> list[Entry]:
 
 
 class Race:
-    """What the trainers of one shape share: batches, start, and the step that all are timed beside.
+    """Batches, start and timed reference step, common to the trainers of one shape.
 
     Args:
         shape: N, d, F, k.
@@ -159,7 +159,7 @@ class Race:
         row.facts["steps"] = len(taken)
 
     def _extrapolate(self, trainer: Trainer, row: Row) -> None:
-        """A step on N tokens from steps on two smaller numbers of tokens, as a straight line."""
+        """Extrapolate a step on N tokens linearly from steps on two smaller numbers of tokens."""
         assert self.beside is not None
         few, more = LEAST_TOKENS, 2 * LEAST_TOKENS
         taken: dict[int, list[float]] = {few: [], more: []}
@@ -193,7 +193,7 @@ def _fill(row: Row, taken: list[float], beside: list[float], method: str) -> Non
     row.tflops = round(row.flops / times[0] / 1e12, 4)
     row.method = method
     step = statistics.median(beside)
-    # Four digits, wherever the point is: a share of a busy machine's step must not become zero.
+    # Four significant digits, so that a small ratio does not become zero.
     row.facts |= {"ms beside": round(1e3 * step, 2), "x ours": float(f"{times[0] / step:.4g}")}
 
 
@@ -201,7 +201,7 @@ def compare(rows: list[Row]) -> None:
     """Say who counts, and how many times faster each row is than the best others that do.
 
     Args:
-        rows: of one shape, as far as they are measured; written.
+        rows: of one shape, as far as they are measured; modified in place.
     """
     reference = next((r.facts for r in rows if r.provider == REFERENCE and not r.failed), None)
     timed = [row for row in rows if row.median_us]
@@ -250,8 +250,8 @@ def rows(
         everybody: who. None = all `entries` of the device.
 
     Yields:
-        One row as soon as it is there. Its comparisons are of the rows so far, and it is written
-        again when later ones come.
+        One row as soon as it is measured. Its comparisons cover the rows so far and are updated
+        when later rows come.
     """
     everybody = entries(machine.device) if everybody is None else everybody
     for shape in shapes:

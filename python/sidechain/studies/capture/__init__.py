@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recording: what sites put out while a model generates, into a store on disk."""
+"""Record the outputs of sites into a store on disk while a model generates."""
 
 from typing import TYPE_CHECKING
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Record what sites put out into a store: `sidechain capture`."""
+"""Record the outputs of sites into a store: `sidechain capture`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .config import CaptureConfig
 
 
 def run(config: CaptureConfig) -> dict[str, ActivationStore]:
-    """Record into `config.out`, or continue what was begun there."""
+    """Record into `config.out`, or continue the recording there."""
     pipe, _ = common.load(config.model, config.device, config.model_dtype)
     count = config.prompts
     prompts = fresh_captions(count) if isinstance(count, int) else count

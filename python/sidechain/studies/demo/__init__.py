@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo: localize, make vectors, sweep strengths, one page of what was found."""
+"""The demo: localize, make vectors, sweep strengths, one page of results."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The demo: localize, make vectors, sweep strengths; `report.demo` shows what it found."""
+"""The demo: localize, make vectors, sweep strengths; `page` shows the results."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class DemoResult:
 def settings(
     *, seed: int = 0, short: bool = False, device: str = "cpu", dtype: str = "float32"
 ) -> DemoConfig:
-    """The config of `sidechain demo`."""
+    """Return the sizes of `sidechain demo`."""
     sizes = SHORT if short else DemoConfig()
     return replace(sizes, seed=seed, device=device, dtype=dtype)
 
@@ -129,7 +129,7 @@ def run(out: Path, config: DemoConfig) -> DemoResult:
 def _clips(
     config: st.SteeringConfig, pipe: Any, judges: dict[str, Any], localized: list[str]
 ) -> SweepClips:
-    """Audio of the first test prompt at every strength of the localized arm."""
+    """Generate the first test prompt at every strength of the localized arm, with audio."""
     assert config.vector is not None and config.concept is not None
     wanted = concept(config.concept)
     vector = SteeringVector.load(config.vector, pipe)

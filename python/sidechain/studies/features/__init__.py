@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What dictionaries learned: health on fresh captions, features of concepts."""
+"""Quality of dictionaries on fresh captions, and their features of concepts."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How good dictionaries are and which of their features stand for concepts: `sidechain sae score`.
+"""Quality of dictionaries, and the features that represent concepts: `sidechain sae score`.
 
 Held-out captions are generated once and recorded at all sites; every concept's prompt pairs are
-read at all sites in one generation. What features are largest at can be heard in the report.
+read at all sites in one generation. The report plays the clips at which features are largest.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ FIRST_CAPTION = 500_000
 
 @dataclass(frozen=True)
 class FeatureFound:
-    """A feature that stands for a concept at a site.
+    """A feature that represents a concept at a site.
 
     Attributes:
         concept, site, feature: which.
         score: mean over steps of the method asked for.
         step: where that score is largest.
         kept: mean activation with and without the concept, mean over steps.
-        rate: share of tokens in which it is kept, with and without the concept.
+        rate: share of tokens at which it is active, with and without the concept.
         moments: where it is largest among the held-out captions.
     """
 
@@ -62,7 +62,7 @@ class FeatureFound:
 
 @dataclass(frozen=True)
 class HeardMoment:
-    """A moment with what there is to hear and see of it.
+    """A token at which a feature is large, with its clip to hear and see.
 
     Attributes:
         moment: prompt, step, token and value.
@@ -90,7 +90,7 @@ class DictionaryStudy:
     sizes: dict[str, dict[str, object]]
 
     def health_table(self) -> pd.DataFrame:
-        """One row a site."""
+        """Return one row for each site."""
         return pd.DataFrame(
             [
                 {
@@ -108,7 +108,7 @@ class DictionaryStudy:
         )
 
     def feature_table(self) -> pd.DataFrame:
-        """One row a feature found."""
+        """Return one row for each feature found."""
         return pd.DataFrame(
             [
                 {
@@ -183,7 +183,7 @@ def run(config: DictionaryConfig) -> DictionaryStudy:
 def record_captions(
     config: DictionaryConfig, pipe: Any, sites: Sequence[str]
 ) -> dict[str, ActivationStore]:
-    """Rows of the held-out captions by site."""
+    """Record the rows of the held-out captions by site."""
     return record(
         pipe,
         list(sites),
@@ -225,7 +225,7 @@ def _best(
     read: FeatureStatistics,
     store: ActivationStore,
 ) -> list[FeatureFound]:
-    """The features with the largest mean score over steps."""
+    """Select the features with the largest mean score over steps."""
     scores = read.score(config.score)
     order = torch.sort(scores.mean(0), descending=True, stable=True).indices[: config.features]
     numbers = [int(f) for f in order]
@@ -247,7 +247,7 @@ def _best(
 
 
 def _scores(name: str, statistics: dict[str, FeatureStatistics]) -> pd.DataFrame:
-    """Best feature of every method, site and step: how far the methods agree."""
+    """Return the best feature of every method, site and step, to compare the methods."""
     rows = []
     for site, read in statistics.items():
         for method in METHODS:
@@ -268,7 +268,7 @@ def _scores(name: str, statistics: dict[str, FeatureStatistics]) -> pd.DataFrame
 
 
 def listen(study: DictionaryStudy, found: Sequence[FeatureFound]) -> list[list[HeardMoment]]:
-    """Clips of the moments of some features; every caption is generated once."""
+    """Generate the clips at which some features are large; every caption is generated once."""
     config = study.config
     pipe, _ = common.load(config.model, config.device, config.dtype)
     saes = dictionaries(pipe, config.sites, config.dictionaries)
@@ -302,7 +302,7 @@ def listen(study: DictionaryStudy, found: Sequence[FeatureFound]) -> list[list[H
 
 
 def _trace(sae: Sae, store: ActivationStore, feature: int, moment: Moment) -> list[float]:
-    """Kept activation of a feature at every token of one clip and step."""
+    """Return the selected activation of a feature at every token of one clip and step."""
     part = ActivationStore(store.folder, store.site, steps=[moment.step], prompts=[moment.prompt])
     rows = torch.arange(len(part))
     with torch.no_grad():

@@ -40,7 +40,7 @@ STEERED_SHARE = 0.5
 
 @dataclass(frozen=True)
 class JudgeResult:
-    """Impacts as one judge (or both together) reads them.
+    """Impacts by the scores of one judge, or of both together.
 
     Attributes:
         impacts: one interval per concept and site [C][L].
@@ -53,7 +53,7 @@ class JudgeResult:
 
 @dataclass(frozen=True)
 class Localization:
-    """What a localization found.
+    """Results of a localization.
 
     Attributes:
         sites: aliases in network order.
@@ -70,7 +70,7 @@ class Localization:
         cumulative: effect of each concept's best k sites, mean over concepts; None until it was
             measured.
         cumulative_by_concept: the same of each concept, in its own order.
-        scores: every score behind it.
+        scores: the table of all scores.
     """
 
     sites: list[str]
@@ -90,7 +90,7 @@ class Localization:
 
     @property
     def localized(self) -> dict[str, list[str]]:
-        """Sites to steer each concept at: its best ones, until half of its full effect.
+        """List the sites to steer each concept at: its best ones, until half of its full effect.
 
         An added vector need not replace the prompt, so less than the 90 % of `cumulative` will do.
         A concept without a measured effect gets the functional sites, or else the best one.
@@ -145,7 +145,7 @@ class Localization:
         return pd.DataFrame(rows)
 
     def summary(self) -> dict[str, Any]:
-        """What the tables say, for `summary.json`."""
+        """Summarise the tables, for `summary.json`."""
         return {
             "sites": self.sites,
             "order": self.order,
@@ -261,7 +261,7 @@ def _stability(
 def _cumulative(
     scores: pd.DataFrame, orders: dict[str, list[str]], seed: int
 ) -> dict[str, Cumulative]:
-    """Cumulative effect by concept, and under "" of their mean; empty until it was measured."""
+    """Compute the cumulative effect by concept, and of their mean under ""; empty if unmeasured."""
     if "top:1" not in set(scores.preset):
         return {}
     count = len(next(iter(orders.values())))
@@ -274,7 +274,7 @@ def _cumulative(
         if row[-1] > row[0]:
             found[name] = cumulative(order, row, float(row[0]), float(row[-1]))
     if found:
-        # every concept counts alike: the mean of shares, not the share of the mean
+        # all concepts have equal weight: the mean of shares, not the share of the mean
         shares = np.mean([curve.effect for curve in found.values()], axis=0)
         labels = [f"best {k}" for k in range(1, count + 1)]
         found[""] = cumulative(labels, shares, 0.0, 1.0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which sites get the clean prompt: the presets of a localization, as rows of one batch."""
+"""Presets of a localization: the sets of sites that get the clean prompt, one for each row."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Preset:
 
 
 def window_name(sites: Sequence[str]) -> str:
-    """Name of a run of sites: "cross:2-4" of ("cross:2", "cross:3", "cross:4")."""
+    """Name consecutive sites: "cross:2-4" of ("cross:2", "cross:3", "cross:4")."""
     if len(sites) == 1:
         return sites[0]
     kind, first = sites[0].split(":")
@@ -29,23 +29,23 @@ def window_name(sites: Sequence[str]) -> str:
 
 
 def single_presets(sites: Sequence[str]) -> list[Preset]:
-    """None, all and each site."""
+    """List the presets "none", "all" and each single site."""
     every = tuple(sites)
     return [Preset("none", ()), Preset("all", every), *(Preset(s, (s,)) for s in sites)]
 
 
 def window_presets(sites: Sequence[str], size: int) -> list[Preset]:
-    """Every run of `size` consecutive sites; none for size 1."""
+    """List every window of `size` consecutive sites; none for size 1."""
     if size == 1:
         return []
     return [Preset(window_name(window), window) for window in windows(sites, size)]
 
 
 def top_presets(order: Sequence[str]) -> list[Preset]:
-    """The best k sites together, k = 1 .. L - 1 (k = 0 is none, k = L is all)."""
+    """List the best k sites together, k = 1 .. L - 1 (k = 0 is none, k = L is all)."""
     return [Preset(f"top:{k}", tuple(order[:k])) for k in range(1, len(order))]
 
 
 def row_masks(presets: Sequence[Preset], sites: Sequence[str]) -> dict[str, Tensor]:
-    """For every site, which rows of a batch with these presets are patched there, bool [B]."""
+    """Return, for every site, the mask [B] of the rows that are patched there, bool."""
     return {site: torch.tensor([site in preset.sites for preset in presets]) for site in sites}

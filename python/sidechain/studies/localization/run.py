@@ -38,7 +38,7 @@ class Pair:
 
 
 def pairs_of(config: LocalizationConfig, name: str) -> list[Pair]:
-    """The prompt pairs of a concept: the given ones, or held-out ones from its templates."""
+    """Return the prompt pairs of a concept: the given ones, or held-out ones of its templates."""
     if config.prompts is not None:
         given = list(config.prompts[name])[: config.pairs]
     else:
@@ -86,7 +86,7 @@ def _measure(
     stage: str,
     seeds: Sequence[int],
 ) -> pd.DataFrame:
-    """Scores of every concept with its own presets, part by part."""
+    """Score every concept with its own presets, part by part."""
     tables = []
     work = [(name, seed) for seed in seeds for name in config.concepts]
     total = sum(len(pairs_of(config, name)) * len(presets[name]) for name, _ in work)
@@ -112,7 +112,7 @@ def score_presets(
     presets: Sequence[Preset],
     progress: Any = None,
 ) -> pd.DataFrame:
-    """Reading of every pair and preset.
+    """Score every pair and preset.
 
     Columns: concept, preset, pair, seed, judge, probability (of the concept) and score, its
     log-odds: like the alignment scores of the published method it does not saturate, so partial
@@ -167,10 +167,10 @@ def _generate(
 
 
 def check_equal(pipe: Any, config: LocalizationConfig, name: str) -> dict[str, float]:
-    """Largest differences that should be zero: all = clean run, none = corrupted run.
+    """Measure differences that should be zero: all - clean generation, none - corrupted one.
 
     Both sides are encoded and generated in batches of one size, so the first two are exact; the
-    third compares a batch with one-by-one runs, relative to the largest latent.
+    third compares a batch with single generations, relative to the largest latent.
     """
     pair = pairs_of(config, name)[0]
     presets = single_presets(_site_names(pipe, config))

@@ -23,21 +23,21 @@ KEPT_FLOOR = 0.8
 
 
 def kept_attribute(wanted: Concept) -> str:
-    """What steering should leave alone: the instrument, or drums when it steers instruments."""
+    """Return the attribute that steering should keep: the instrument, or drums for instruments."""
     return "drums" if wanted.attribute == "instrument" else "instrument"
 
 
 @dataclass(frozen=True)
 class ArmCurve:
-    """One arm as one judge reads it, over strengths (0 first among the sorted ones).
+    """Scores of one arm by one judge, over strengths.
 
     Attributes:
         strength: strengths, ascending, 0 among them.
         score: P(concept) at each.
         distance: to the clip of strength 0.
-        kept: share of clips whose `kept_attribute` stays.
+        kept: share of clips that keep their `kept_attribute`.
         auc: area of the gain over distance up to the cut-off; NaN where undefined.
-        smoothness: unevenness of the climb; NaN where undefined.
+        smoothness: unevenness of the gain; NaN where undefined.
     """
 
     strength: list[float]
@@ -50,7 +50,7 @@ class ArmCurve:
 
 @dataclass(frozen=True)
 class Steering:
-    """What a sweep found.
+    """Results of a sweep.
 
     Attributes:
         concept: what was steered.
@@ -58,7 +58,7 @@ class Steering:
         arms: judge -> arm -> curve.
         cutoff: judge -> direction -> distance up to which the area counts.
         prompts: number of prompts.
-        readings: every reading behind it.
+        readings: the score of every clip.
     """
 
     concept: Concept
@@ -113,9 +113,9 @@ class Steering:
         return pd.DataFrame(rows)
 
     def operating_strength(self) -> float | None:
-        """Strength of the localized arm with the largest P(concept), mean over judges.
+        """Return the strength of the localized arm with the largest P(concept), mean over judges.
 
-        Only strengths count that every judge reads as keeping at least `KEPT_FLOOR`.
+        Only strengths count at which every judge sees at least `KEPT_FLOOR` kept.
         """
         found = [arms["localized"] for arms in self.arms.values() if "localized" in arms]
         if not found:
@@ -146,7 +146,7 @@ class Steering:
 
 
 def best_point(curve: ArmCurve, floor: float = KEPT_FLOOR) -> int | None:
-    """Index of the largest score among strengths != 0 that keep at least `floor`."""
+    """Return the index of the largest score among strengths != 0 that keep at least `floor`."""
     allowed = [
         index
         for index, strength in enumerate(curve.strength)
@@ -174,7 +174,7 @@ def _means(part: pd.DataFrame) -> pd.DataFrame:
 
 
 def _cutoff(tables: dict[str, pd.DataFrame]) -> dict[int, float]:
-    """Per direction the smallest of the largest distances that the real directions reach."""
+    """Return, per direction, the smallest of the largest distances that the real arms reach."""
     reference = [tables[arm] for arm in CUTOFF_ARMS if arm in tables] or list(tables.values())
     sweeps = [
         (means.distance.to_numpy(), means.strength.to_numpy()) for means in map(_means, reference)

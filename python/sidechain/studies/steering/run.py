@@ -84,7 +84,7 @@ def scored_concept(config: SteeringConfig, given: SteeringVector | None) -> Conc
 
 
 def localized_sites(pipe: Any, pattern: str | None, name: str) -> list[str]:
-    """Aliases of the sites a concept is steered at: `pattern`, or those the zoo names for it."""
+    """List the sites to steer a concept at, by alias: `pattern`, or those the zoo names for it."""
     if pattern is not None:
         return [site.alias for site in list_sites(pipe, common.site_patterns(pattern))]
     from ... import zoo
@@ -93,7 +93,7 @@ def localized_sites(pipe: Any, pattern: str | None, name: str) -> list[str]:
 
 
 def _held_sites(config: SteeringConfig, pipe: Any, given: SteeringVector | None) -> Any:
-    """Sites that the vector has, or will have once it is made."""
+    """List the sites that the vector has, or will have once it is made."""
     if given is not None:
         return given.sites
     if config.method == "sae":
@@ -137,7 +137,7 @@ def _make_vector(
 
 
 def test_prompts(config: SteeringConfig, wanted: Concept) -> list[str]:
-    """Held-out prompts without the concept: the given ones, or from its templates."""
+    """Return held-out prompts without the concept: the given ones, or from its templates."""
     if isinstance(config.prompts, int):
         pairs = wanted.pairs(config.prompts, common.TEST_PROMPTS)
         return [pair.corrupted for pair in pairs]
@@ -153,7 +153,7 @@ def sweep(
     localized: Sequence[str],
     folder: RunFolder | None = None,
 ) -> pd.DataFrame:
-    """Readings of every clip; batches that are parts of `folder` are not generated again.
+    """Score every clip; batches that are parts of `folder` are not generated again.
 
     Columns: prompt, text, arm, strength, judge, score (P(concept)), distance (to the clip of
     strength 0), and for every other attribute `<attribute>_kept`, 1 where the most probable class
@@ -192,7 +192,7 @@ def generate_rows(
     prompts: Sequence[str],
     rows: Sequence[Row],
 ) -> Tensor:
-    """Latents of the rows, steered in one batch."""
+    """Generate the latents of the rows, steered in one batch."""
     every = [site.alias for site in list_sites(pipe, vector.sites)]
     plans = {
         "localized": (vector, list(localized)),

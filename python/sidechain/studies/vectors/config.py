@@ -36,7 +36,7 @@ def read_sides(name: str, value: Any) -> Sides | None:
 class VectorConfig(Method, Sampling, Model):
     """Settings of `sidechain vector`; see `sidechain vector --help`.
 
-    Without `out` the vector is made and not saved.
+    Without `out` the vector is not saved.
     """
 
     concept: str | None = text(

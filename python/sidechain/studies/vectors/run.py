@@ -22,9 +22,9 @@ from .config import VectorConfig as VectorConfig
 
 
 def build(pipe: Any, config: VectorConfig, *, progress: bool = True) -> SteeringVector:
-    """Vector of the config's concept, not saved.
+    """Build the vector of the concept in `config`, without saving it.
 
-    Keys and values of the prompts are computed once a run and not once a step.
+    Keys and values of the prompts are computed once in a generation, not at every step.
 
     Raises:
         InputError: neither concept nor prompts, or with "sae" a site without a dictionary.
@@ -80,7 +80,7 @@ def _build(pipe: Any, config: VectorConfig, progress: bool) -> SteeringVector:
 
 
 def prompt_pairs(config: VectorConfig) -> tuple[list[str], list[str]]:
-    """Prompts with and without the concept: given ones, or from its templates."""
+    """Return prompts with and without the concept: given ones, or from its templates."""
     if config.prompts is None and config.concept is None:
         raise InputError("vector: expected a concept or prompts, got neither")
     if config.prompts is not None:
@@ -91,12 +91,12 @@ def prompt_pairs(config: VectorConfig) -> tuple[list[str], list[str]]:
 
 
 def dictionaries(pipe: Any, pattern: str, folder: Path | None) -> dict[str, Sae]:
-    """Dictionaries of the sites of a pattern that have one, by alias.
+    """Load the dictionaries of the sites of a pattern that have one, by alias.
 
     Args:
         pipe: the pipeline.
         pattern: comma list of sites.
-        folder: with files named as the zoo's, `cross-6.safetensors`; None = those of the zoo.
+        folder: its files are named as in the zoo, `cross-6.safetensors`; None = those of the zoo.
 
     Raises:
         InputError: no site of the pattern has one.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Case tables shared by tests and benches, one module per op.
 
-Shapes met in diffusion models beside ugly ones.
+Shapes of diffusion models, and irregular ones.
 """
 
 import torch

@@ -9,7 +9,7 @@ import torch
 
 
 def capture_arguments(case: Any, slots: int, channels: int, g: torch.Generator) -> dict[str, Any]:
-    """Buffers that a case asks for, with a known content, and the slot that is written."""
+    """Make the buffers of a case, with a known content, and the slot that is written."""
     rows, tokens = case.rows, case.tokens
     args: dict[str, Any] = {}
     if case.sums:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cases of `attention_tap`: cross-attention of audio models beside ugly shapes."""
+"""Cases of `attention_tap`: cross-attention of audio models, and irregular shapes."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class AttentionCase:
         rows, tokens, width = self.rows, self.tokens, self.width
         kv_heads = self.kv_heads or self.heads
         args: dict[str, Any] = {
-            # Scores of a few units, as trained attention has, rather than an even average.
+            # Scores of a few units, as in trained attention, rather than a uniform average.
             "q": 2.0 * heads_last(rows, tokens, self.heads, width),
             "k_bank": heads_last(self.contexts, self.context, kv_heads, width),
             "v_bank": heads_last(self.contexts, self.context, kv_heads, width) + 0.25,

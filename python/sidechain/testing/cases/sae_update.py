@@ -14,7 +14,7 @@ from .sparse_decode import random_codes
 
 @dataclass(frozen=True)
 class UpdateCase:
-    """One call of `sae_update_`; every flag adds what it names."""
+    """One call of `sae_update_`; every flag adds the argument of that name."""
 
     rows: int
     d_in: int

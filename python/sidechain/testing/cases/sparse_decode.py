@@ -13,7 +13,7 @@ from torch import Tensor
 def random_codes(
     rows: int, features: int, k: int, *, csr: bool = False, seed: int = 0, slack: int = 3
 ) -> dict[str, Tensor]:
-    """Random values, indices and, with `csr`, offsets, as an encoder leaves them.
+    """Draw values, indices and, with `csr`, offsets, as an encoder returns them.
 
     Features fire with Zipf's law. Fixed width: sorted by value, about a tenth of the slots unused
     (value 0, index -1) and a few active slots of value 0. CSR: 0 to 2 k entries in a row,

@@ -122,8 +122,8 @@ TAP_CASES = (
     TapCase(1, 4, 64, **_moments, what="one-row"),
 )
 
-# Shapes on both sides of the limits where the CUDA kernel cuts its work another way
-# (csrc/cuda/tap_plan.cuh), each with what it is for.
+# Shapes on both sides of the limits at which the CUDA kernel divides its work differently
+# (csrc/cuda/tap_plan.cuh), each with its purpose.
 _all = TapCase(
     2,
     13,

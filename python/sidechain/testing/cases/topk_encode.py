@@ -35,8 +35,8 @@ class TopkEncodeCase:
         """Random arguments of `topk_encode`; the weights have the dtype of x, the biases float32.
 
         "planted": rows are sums of k dictionary rows and noise; "ties": small integers, so that
-        many values are equal; "outliers": a few dims are 30 times larger; "negative": few or no
-        positive activations.
+        many values are equal; "outliers": a few dimensions are 30 times larger; "negative": few
+        or no positive activations.
         """
         g = torch.Generator().manual_seed(seed)
         w = torch.randn(self.features, self.width, generator=g)

@@ -30,7 +30,7 @@ TEMPO_RANGES: dict[str, tuple[float, float]] = {
 
 @dataclass(frozen=True)
 class Clip:
-    """What one clip is: a class for every attribute, the exact tempo and the seed of its notes."""
+    """Description of a clip: a class for every attribute, exact tempo and the seed of its notes."""
 
     instrument: str
     drums: str
@@ -46,7 +46,7 @@ class Clip:
         return [classes.index(getattr(self, name)) for name, classes in ATTRIBUTES.items()]
 
     def as_dict(self) -> dict[str, str | float | int]:
-        """Plain dictionary, for metadata files."""
+        """Return a plain dictionary, for metadata files."""
         return asdict(self)
 
 

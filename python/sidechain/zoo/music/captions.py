@@ -66,7 +66,7 @@ def vocabulary() -> list[str]:
 
 
 def mentioned(labels: Sequence[int], rng: np.random.Generator) -> dict[str, str]:
-    """The attributes that a caption for a clip with these labels speaks of, at random."""
+    """Draw the attributes that a caption of a clip with these labels mentions."""
     clip = {name: ATTRIBUTES[name][index] for name, index in zip(ATTRIBUTES, labels, strict=True)}
     band = clip["genre"] in ("jazz", "rock", "techno")
     rates = {
@@ -81,13 +81,13 @@ def mentioned(labels: Sequence[int], rng: np.random.Generator) -> dict[str, str]
 
 
 def describe(spec: Mapping[str, str], rng: np.random.Generator, *, plain: bool = False) -> str:
-    """A prompt that mentions the attributes in `spec`, in random words and one of two forms.
+    """Word a prompt that mentions the attributes in `spec`, in random words and one of two forms.
 
     Args:
         spec: attribute -> class, only those to be mentioned.
-        rng: source of the wording. The number of draws does not depend on the classes, so the same
-            seed words two specs alike but for the classes in which they differ.
-        plain: always the plainest word and the sentence form.
+        rng: source of the wording. The number of draws does not depend on the classes, so with one
+            seed the prompts of two specs differ only in the classes that differ.
+        plain: always use the plainest word and the sentence form.
     """
     picks = {name: float(rng.random()) for name in ATTRIBUTES}
     form = float(rng.random())
@@ -131,9 +131,9 @@ def caption(labels: Sequence[int], rng: np.random.Generator) -> str:
 
 
 def fresh_captions(count: int, first: int = 0) -> list[str]:
-    """Captions number `first`, ..., drawn as those of the training clips, of clips never rendered.
+    """Draw captions of clips that were never rendered, as those of the training clips were drawn.
 
-    The same numbers give the same captions, whatever the count.
+    Caption number `first`, `first + 1`, ... is the same for any count.
     """
     import numpy as np
 

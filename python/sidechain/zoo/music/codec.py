@@ -5,7 +5,7 @@ Four mel frames are one latent step: PCA of the stacked 4 x 64 values to 64 numb
 (standard deviation)^-1/2 (partial whitening), the whole to unit mean variance. The decoder is the
 transpose. It takes the place of a VAE and has the same interface.
 
-librosa is imported where audio is: latents need none of it, and a host that keeps to them may lack
+librosa is imported only where audio is made or read, so a host that works on latents can do without
 it.
 """
 
@@ -100,19 +100,19 @@ class LinearMelCodec(ModelMixin, ConfigMixin):  # type: ignore[misc, unused-igno
         return {"variance_kept": float(values[order].sum() / values.sum())}
 
     def encode(self, mels: Tensor) -> Tensor:
-        """Latents [B, channels, frames / 4] of log-mels [B, frames, n_mels]."""
+        """Encode log-mels [B, frames, n_mels] to latents [B, channels, frames / 4]."""
         config: Any = self.config
         stacked = mels.reshape(mels.shape[0], -1, config.frames_per_step * config.n_mels)
         return (((stacked - self.mean) @ self.basis.T) * self.scale).transpose(1, 2)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Log-mels [B, 4 x steps, n_mels] of latents [B, channels, steps]."""
+        """Decode latents [B, channels, steps] to log-mels [B, 4 x steps, n_mels]."""
         config: Any = self.config
         stacked = (latents.transpose(1, 2) / self.scale) @ self.basis + self.mean
         return stacked.reshape(latents.shape[0], -1, config.n_mels)
 
     def audio(self, mels: Tensor, *, iterations: int = 32) -> np.ndarray:
-        """Audio [B, hop x frames] float32 of log-mels [B, frames, n_mels], by Griffin-Lim.
+        """Invert log-mels [B, frames, n_mels] to audio [B, hop x frames] float32 by Griffin-Lim.
 
         The linear spectrum is the non-negative part of the mel filters' pseudo-inverse; phases come
         from librosa's Griffin-Lim with a fixed seed, so equal mels give equal audio.

@@ -54,7 +54,7 @@ class Note:
 
 
 class _Score:
-    """Collects notes in beats and converts them to seconds with a little human timing."""
+    """Collects notes in beats and converts them to seconds with slight random timing."""
 
     def __init__(self, clip: Clip, rng: np.random.Generator) -> None:
         self.beat = 60.0 / clip.bpm
@@ -86,7 +86,7 @@ def _into(key: int, low: int, high: int) -> int:
 
 
 def compose(clip: Clip) -> list[Note]:
-    """Notes of `clip`, the same for the same clip, sorted by start time."""
+    """Compose the notes of `clip`, the same for the same clip, sorted by start time."""
     rng = np.random.default_rng([clip.seed, 1])
     score = _Score(clip, rng)
     happy = clip.mood == "happy"

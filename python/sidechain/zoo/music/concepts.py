@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PromptPair:
-    """Two prompts that differ in one concept; `spec` is what both say besides it."""
+    """Two prompts that differ in one concept; `spec` has the attributes that both mention."""
 
     clean: str
     corrupted: str
@@ -46,7 +46,7 @@ class Concept:
         return ATTRIBUTES[self.attribute].index(self.positive)
 
     def pairs(self, count: int, seed: int = 0) -> list[PromptPair]:
-        """`count` prompt pairs; the same for the same seed, prefixes agree.
+        """Return `count` prompt pairs; the first ones of a seed are the same for any count.
 
         Raises:
             ValueError: count below 1.
@@ -77,7 +77,7 @@ def _stable_id(name: str) -> int:
 
 
 def _other_attributes(rng: np.random.Generator, but: str) -> dict[str, str]:
-    """What a base prompt says of the other attributes: always an instrument, the rest sometimes."""
+    """Draw the other attributes of a base prompt: always an instrument, the others sometimes."""
     spec = {"instrument": str(rng.choice(INSTRUMENTS))}
     rates = {"tempo": 0.6, "mood": 0.6, "drums": 0.25, "vocals": 0.15, "genre": 0.2}
     for name, rate in rates.items():
@@ -129,7 +129,7 @@ DEFAULT_CONCEPTS = (
 
 
 def concept(name: str) -> Concept:
-    """The concept called `name`.
+    """Return the concept called `name`.
 
     Raises:
         ValueError: no such concept; the message lists all.

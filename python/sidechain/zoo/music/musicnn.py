@@ -63,7 +63,7 @@ WITNESSES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class Heard:
-    """What the tagger makes of clips: tag probabilities and two embeddings, means over patches."""
+    """Output of the tagger for clips: tag probabilities and two embeddings, means over patches."""
 
     probabilities: Tensor  # [B, 50]
     mean_pool: Tensor  # [B, 753]
@@ -75,7 +75,7 @@ class Heard:
         return dict(zip(TAGS, self.probabilities.unbind(1), strict=True))
 
     def evidence(self, concept: str) -> Tensor:
-        """How much the tags speak for `concept`, [B]: mean log-odds for it minus against it.
+        """Compute the evidence of the tags for `concept`, [B]: mean log-odds for minus against it.
 
         Raises:
             ValueError: a concept that is not in `WITNESSES`.
@@ -176,7 +176,7 @@ class MusicTagger(ModelMixin, ConfigMixin):  # type: ignore[misc, unused-ignore]
         self.head = nn.Linear(penultimate, len(tags))
 
     def forward(self, patches: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits [N, 50], mean_pool [N, 753] and penultimate [N, 200] of patches [N, 187, 96]."""
+        """Return logits [N, 50], mean_pool [N, 753], penultimate [N, 200] of [N, 187, 96]."""
         hidden = self.entry(patches[..., None])[..., 0]
         stages = [torch.cat([bank(hidden) for bank in self.front], dim=2)]  # [N, T, 561]
         stages.append(self.middle[0](stages[0]))
@@ -191,7 +191,7 @@ class MusicTagger(ModelMixin, ConfigMixin):  # type: ignore[misc, unused-ignore]
 
     @torch.no_grad()
     def hear(self, audio: Tensor | np.ndarray, *, chunk: int = 1) -> Heard:
-        """Tag probabilities and embeddings of clips, means over their 3-second patches.
+        """Compute tag probabilities and embeddings of clips, means over their 3-second patches.
 
         Clips are computed one by one, so a clip's result does not depend on its batch.
 
@@ -223,7 +223,7 @@ class MusicTagger(ModelMixin, ConfigMixin):  # type: ignore[misc, unused-ignore]
 
 
 def log_mel(audio: Tensor) -> Tensor:
-    """Log-mel frames as musicnn was trained on.
+    """Compute log-mel frames as musicnn was trained on.
 
     y = log10(10000 m + 1), m = float16(mel power spectrum), 96 Slaney mel bands.
 
@@ -270,9 +270,9 @@ def _mel_filters() -> np.ndarray:
 
 
 def cut_patches(frames: Tensor) -> Tensor:
-    """Evenly spaced patches [B, P, 187, 96] that cover frames [B, T, 96].
+    """Cut evenly spaced patches [B, P, 187, 96] that cover frames [B, T, 96].
 
-    As few as possible; a rest of less than a tenth of a patch is left out.
+    As few as possible; a remainder of less than a tenth of a patch is dropped.
     """
     total = frames.shape[1]
     count = math.ceil(total / PATCH_FRAMES - 0.1)
@@ -283,7 +283,7 @@ def cut_patches(frames: Tensor) -> Tensor:
 def music_tagger(
     device: str | torch.device = "cpu", folder: Path | str | None = None
 ) -> MusicTagger:
-    """The shipped musicnn tagger (MTT_musicnn), float32, in evaluation mode.
+    """Load the shipped musicnn tagger (MTT_musicnn), float32, in evaluation mode.
 
     Raises:
         FileNotFoundError: no weights there.

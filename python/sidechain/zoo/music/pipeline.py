@@ -69,9 +69,9 @@ class MusicPipeline(DiffusionPipeline):  # type: ignore[misc, unused-ignore]
         )
 
     def encode_prompt(self, prompt: str | list[str]) -> Tensor:
-        """Text states [B, 20, 128], zero at padding.
+        """Encode prompts to text states [B, 20, 128], zero at padding.
 
-        Warns of words that the model has never seen, and of those past the end of its context.
+        Warns of words that the model does not know, and of words past the end of its context.
         """
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
         self._warn_of_lost_words(texts)
@@ -116,7 +116,7 @@ class MusicPipeline(DiffusionPipeline):  # type: ignore[misc, unused-ignore]
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
     ) -> Tensor:
-        """Start noise [batch_size, 64, 64], or `latents` after a check of their shape."""
+        """Draw start noise [batch_size, 64, 64], or return `latents` if their shape is right."""
         shape = (batch_size, self.transformer.config.in_channels, LATENT_STEPS)
         if isinstance(generator, list) and len(generator) != batch_size:
             raise ValueError(
@@ -200,7 +200,7 @@ class MusicPipeline(DiffusionPipeline):  # type: ignore[misc, unused-ignore]
             num_inference_steps: denoiser calls.
             guidance_scale: weight of classifier-free guidance; at most 1 turns it off.
             num_waveforms_per_prompt: clips of each prompt.
-            generator: one torch generator, or one a clip.
+            generator: one torch generator, or one for each clip.
             latents: start noise [B, 64, 64] instead of a generator.
             prompt_embeds: `encode_prompt` result instead of `prompt`.
             negative_prompt_embeds: the same for the negative prompt.

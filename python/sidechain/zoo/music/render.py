@@ -50,7 +50,7 @@ FONT_GAIN_DB = 9.0
 
 
 def find_font() -> Path:
-    """Path of the sound font: `SIDECHAIN_SOUNDFONT`, or Debian's FluidR3.
+    """Find the sound font: `SIDECHAIN_SOUNDFONT`, or FluidR3 of Debian.
 
     Raises:
         FileNotFoundError: neither exists; the message names the package to install.
@@ -65,7 +65,7 @@ def find_font() -> Path:
 
 
 class Renderer:
-    """One sound font, loaded once, that renders clips one after another."""
+    """A loaded sound font that renders clips one after another."""
 
     def __init__(self, font: Path | None = None) -> None:
         """Load `font` (default: `find_font()`), 0.4 s for the 148 MB FluidR3."""
@@ -80,7 +80,7 @@ class Renderer:
         self._font = self._synth.sfload(str(font or find_font()), gain=FONT_GAIN_DB)
 
     def __call__(self, clip: Clip) -> np.ndarray:
-        """Mono audio [81920] float32 at 16 kHz, peak at most 0.95."""
+        """Render a clip: mono audio [81920] float32 at 16 kHz, peak at most 0.95."""
         synth = self._synth
         synth.sounds_off()
         programs = {

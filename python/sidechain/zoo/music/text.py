@@ -13,7 +13,7 @@ TEXT_WIDTH = 128
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Lower-cased words of the caption vocabulary; punctuation is ignored, the rest is `<unk>`."""
+    """Build the tokenizer: lower-case words of captions, no punctuation, `<unk>` for the rest."""
     words = ["<pad>", "</s>", "<unk>", *vocabulary()]
     tokenizer = Tokenizer(
         models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>")
@@ -35,7 +35,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_text_encoder(vocab_size: int) -> T5EncoderModel:
-    """An untrained T5 encoder: 2 layers, width 128, 4 heads, gated feed-forward of 256."""
+    """Build an untrained T5 encoder: 2 layers, width 128, 4 heads, gated feed-forward of 256."""
     return T5EncoderModel(
         T5Config(
             vocab_size=vocab_size,

@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def make(out: Path, *, short: bool) -> None:
-    """All stages into `out`; the finished folders are `out/export/{music,judges}`."""
+    """Run all stages into `out`; the finished folders are `out/export/{music,judges}`."""
     recipe, judge_recipe = train_music.MusicRecipe(), train_judges.JudgeRecipe()
     train, test, per_cell = 22_000, 2_000, 48
     if short:
@@ -58,7 +58,7 @@ def make(out: Path, *, short: bool) -> None:
 
 
 def measure(target: Path, *, per_cell: int) -> None:
-    """Evaluate the exported model (what ships, in half precision) and write its card."""
+    """Evaluate the exported model, in half precision as it ships, and write its card."""
     pipe = music(folder=target / "music")
     found = evaluate(pipe, judges(folder=target / "judges"), music_tagger(), per_cell=per_cell)
     write(found, target / "music" / "evaluation.json")

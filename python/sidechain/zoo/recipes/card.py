@@ -45,7 +45,7 @@ Clips were rendered with the FluidR3 sound font (MIT, Frank Wen); captions come 
 
 
 def card(training: dict[str, Any], evaluation: dict[str, Any], judges: dict[str, Any]) -> str:
-    """Text of the card.
+    """Write the text of the card.
 
     Args:
         training: `training.json` of the music model.

@@ -36,7 +36,7 @@ DENSE = ["dense", "head"]
 
 
 def find_checkpoint() -> str:
-    """Prefix of the MTT_musicnn checkpoint in the installed wheel.
+    """Find the prefix of the MTT_musicnn checkpoint in the installed wheel.
 
     Raises:
         FileNotFoundError: the wheel is not installed.

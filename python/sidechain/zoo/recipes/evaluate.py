@@ -29,7 +29,7 @@ PROMPT_SEED = 90_001
 
 @dataclass(frozen=True)
 class Cell:
-    """One row of the card: prompts that ask for `wanted` of `attribute`, and the bar to reach."""
+    """One row of the card: prompts that ask for `wanted` of `attribute`, and the rate to reach."""
 
     name: str
     attribute: str
@@ -40,7 +40,7 @@ class Cell:
 
 
 def _held_out_form(spec: Mapping[str, str], rng: np.random.Generator) -> str:
-    """A wording that no training caption has: noun first, then the rest in a fixed order."""
+    """Word a prompt as no training caption is: noun first, then the rest in a fixed order."""
     words = describe({k: v for k, v in spec.items() if k == "instrument"}, rng, plain=True)
     noun_first = f"{words.split()[-1]}, {' '.join(words.split()[1:-1])}".rstrip(", ")
     adjectives = [spec[name] for name in ("tempo", "mood", "genre") if name in spec]
@@ -115,7 +115,7 @@ def cells(per_cell: int = 48) -> list[Cell]:
 
 
 def generate(pipe: Any, prompts: tuple[str, ...], seed: int, *, rows: int = 24) -> Tensor:
-    """Latents of one clip a prompt; clip i has generator seed + i, whatever the batch size."""
+    """Generate latents of one clip for each prompt; clip i has the seed `seed + i` in any batch."""
     parts = []
     for start in range(0, len(prompts), rows):
         chunk = list(prompts[start : start + rows])
@@ -132,12 +132,12 @@ def evaluate(
     per_cell: int = 48,
     seed: int = 777,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Hit rates with Wilson intervals of every cell for each judge, and what the tagger hears.
+    """Measure hit rates with Wilson intervals of every cell, and the evidence of the tagger.
 
     Returns:
-        "cells": one row a cell with name, bar, n and per judge `value`, `low`, `high` and (tempo)
-        `opposite`; "witness" (with a tagger): one row a concept with the AUC of its evidence in
-        audio between clips that asked for it and clips of the same cells that did not.
+        "cells": one row for each cell with name, bar, n and per judge `value`, `low`, `high` and
+        (tempo) `opposite`; "witness" (with a tagger): one row for each concept: the AUC of its
+        evidence in audio between clips that asked for it and clips of the same cells that did not.
     """
     pipe.set_progress_bar_config(disable=True)
     table = cells(per_cell)
@@ -166,7 +166,7 @@ def _row(cell: Cell, latents: Tensor, judges: Mapping[str, Any]) -> dict[str, An
 
 
 def _witness(heard: list[tuple[Cell, Any]]) -> list[dict[str, Any]]:
-    """AUC of the tagger's evidence for every concept that its tags have words for."""
+    """Compute the AUC of the tagger's evidence for every concept that has tags."""
     from ..music.concepts import CONCEPTS
     from ..music.musicnn import WITNESSES
 

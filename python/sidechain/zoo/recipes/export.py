@@ -21,7 +21,7 @@ from .train_music import MusicRecipe, build_scheduler, build_transformer
 
 
 def load_trained(run: Path, recipe: MusicRecipe) -> MusicPipeline:
-    """Pipeline with the averaged weights in `run/ema.safetensors`, float32."""
+    """Load the pipeline with the averaged weights of `run/ema.safetensors`, float32."""
     tokenizer = build_tokenizer()
     transformer = build_transformer(recipe)
     text_encoder = build_text_encoder(len(tokenizer))
@@ -62,7 +62,7 @@ def export_music(run: Path, target: Path, recipe: MusicRecipe) -> None:
     pipe.text_encoder.half()
     shutil.rmtree(target, ignore_errors=True)
     pipe.save_pretrained(target, safe_serialization=True)
-    for path in target.rglob("config.json"):  # where a part was loaded from is nobody's business
+    for path in target.rglob("config.json"):  # the path a part was loaded from is private
         config = json.loads(path.read_text())
         config.pop("_name_or_path", None)
         write_text(path, json.dumps(config, indent=2) + "\n")

@@ -33,7 +33,7 @@ class JudgeRecipe:
 
 
 def _augment(latents: Tensor, recipe: JudgeRecipe, generator: torch.Generator) -> Tensor:
-    """Noise of random strength, a random shift in time by up to two steps and a random gain."""
+    """Add noise of random strength, shift in time by up to two steps and scale by a random gain."""
     count = len(latents)
     strength = torch.rand(count, 1, 1, generator=generator) * recipe.noise
     noisy = latents + strength * torch.randn(latents.shape, generator=generator)

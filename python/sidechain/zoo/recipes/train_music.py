@@ -52,7 +52,7 @@ class MusicRecipe:
 
 
 def build_scheduler() -> DPMSolverMultistepScheduler:
-    """The scheduler of the pipeline, whose noise schedule is also the training's."""
+    """Build the scheduler of the pipeline; training uses its noise schedule too."""
     return DPMSolverMultistepScheduler(
         num_train_timesteps=TRAIN_TIMESTEPS,
         beta_schedule="squaredcos_cap_v2",
@@ -65,7 +65,7 @@ def build_scheduler() -> DPMSolverMultistepScheduler:
 
 
 def build_transformer(recipe: MusicRecipe) -> StableAudioDiTModel:
-    """An untrained denoiser of the recipe's size."""
+    """Build an untrained denoiser of the size in the recipe."""
     width = recipe.heads * recipe.head_width
     return StableAudioDiTModel(
         sample_size=64,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make the dictionaries of the music model: record what its sites put out, train, measure, card.
+"""Make the dictionaries of the music model: record its sites, train, measure, write the card.
 
     python -m sidechain.zoo.recipes.train_sae [--out DIR] [--sites 6,3] [--short] [--install]
 
@@ -36,10 +36,10 @@ _FIRST_HELD_OUT = 900_000
 
 @dataclass(frozen=True)
 class SaeRecipe:
-    """Activations and dictionary of one site; what is held out is measured, never trained on.
+    """Settings for the activations and the dictionary of one site.
 
-    Steps are normalised one by one: within a run the variance of the outputs falls up to 24-fold.
-    Every recorded token is trained on once.
+    Steps are normalised one by one, because the variance of the outputs falls up to 24-fold within
+    a generation. Every recorded token is trained on once; held-out tokens are only measured.
     """
 
     prompts: int = 1600
@@ -61,7 +61,7 @@ class SaeRecipe:
 def record(
     pipe: Any, out: Path, sites: Sequence[str], recipe: SaeRecipe
 ) -> dict[str, dict[str, store.ActivationStore]]:
-    """Stores of training and held-out rows by site, `{"train": {...}, "held_out": {...}}`."""
+    """Record the training and held-out rows by site: `{"train": {...}, "held_out": {...}}`."""
     parts = {"held_out": (recipe.held_out, _FIRST_HELD_OUT), "train": (recipe.prompts, 0)}
     return {
         name: store.record(
@@ -79,7 +79,7 @@ def record(
 
 
 def train(source: store.ActivationStore, out: Path, recipe: SaeRecipe) -> Sae:
-    """Dictionary of one site; a finished run is read, one that was cut off goes on."""
+    """Train the dictionary of one site; a finished run is read, an interrupted one continues."""
     return sae.train(
         source,
         out,
@@ -117,7 +117,7 @@ def publish(
     }
     trained.provenance = replace(
         trained.provenance,
-        model="zoo:music",  # where it was loaded from is nobody's business
+        model="zoo:music",  # the path it was loaded from is private
         passes=("cond",),
         metrics=figures,
         extra={**trained.provenance.extra, **facts},
@@ -141,7 +141,7 @@ def publish(
 
 
 def make(out: Path, sites: Sequence[str], recipe: SaeRecipe) -> dict[str, dict[str, Any]]:
-    """All stages; the finished dictionaries and their figures are in `out/export`."""
+    """Run all stages; the finished dictionaries and their figures are in `out/export`."""
     stores = record(music(), out / "activations", SITES, recipe)
     target = out / "export"
     figures = {}
