@@ -112,9 +112,7 @@ def _longcat(layers: int, scheduler: Any) -> Any:
 
 
 FAMILIES = {
-    "ace_step": Family(
-        _ace_step, _ace_step_arguments, ("AceStepPipeline",), scheduler="flow_unit"
-    ),
+    "ace_step": Family(_ace_step, _ace_step_arguments, ("AceStepPipeline",), scheduler="flow_unit"),
     "longcat_audio": Family(
         _longcat,
         prompted(audio_duration_s=3.0, output_type="latent"),

@@ -79,7 +79,7 @@ def _film_unet(layers: int) -> Any:
     from diffusers import UNet2DConditionModel
 
     # The prompt is a class embedding: `attn2` has the width of the block and reads no context.
-    return UNet2DConditionModel(
+    unet = UNet2DConditionModel(
         block_out_channels=(8, 16),
         layers_per_block=1,
         transformer_layers_per_block=layers,
@@ -95,6 +95,8 @@ def _film_unet(layers: int) -> Any:
         projection_class_embeddings_input_dim=_PROJECTION,
         class_embeddings_concat=True,
     )
+    unet.class_embedding.weight.data.mul_(8.0)  # embeddings of prompts have length 1
+    return parts.louder(unet)
 
 
 def _audioldm(layers: int, scheduler: Any) -> Any:
@@ -107,7 +109,7 @@ def _audioldm(layers: int, scheduler: Any) -> Any:
         vae=_spectrogram_autoencoder(),
         text_encoder=parts.spread_words(encoder),
         tokenizer=tokenizer,
-        unet=parts.louder(_film_unet(layers)),
+        unet=_film_unet(layers),
         scheduler=scheduler,
         vocoder=parts.vocoder(),
     )
@@ -123,7 +125,7 @@ def _musicldm(layers: int, scheduler: Any) -> Any:
         text_encoder=parts.spread_words(ClapModel(clap_config(len(tokenizer)))),
         tokenizer=tokenizer,
         feature_extractor=feature_extractor(),
-        unet=parts.louder(_film_unet(layers)),
+        unet=_film_unet(layers),
         scheduler=scheduler,
         vocoder=parts.vocoder(),
     )
