@@ -14,7 +14,7 @@ from .family import Family
 
 # Of equal length: some pipelines let the padding of shorter prompts through to the result.
 PROMPTS = (
-    "a slow piano loop",
+    "a slow piano song",
     "fast rock with drums",
     "a sad violin song",
     "happy techno bass music",
