@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sparse codes turned around: for every feature the rows in which it is active, in row order.
+// Transposes sparse codes, CSR to CSC: for every feature the rows in which it is active, in row
+// order.
 #pragma once
 
 #include <cstdint>

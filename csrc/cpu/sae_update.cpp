@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// sae_update_ on the CPU: turns the codes around, cuts the features into pieces of equal cost.
+// sae_update_ on the CPU: transposes the codes, cuts the features into pieces of equal cost.
 #include "sidechain/sae_update.h"
 
 #include <algorithm>
@@ -44,7 +44,8 @@ Kernels kernels(Isa isa) {
 
 class Job {
  public:
-  Job(const SaeGradientParams& p, Isa isa, bool sleepers) : p_(p), kernel_(kernels(isa)) {
+  // Features without entries cost nothing where only their gradient is wanted.
+  Job(const SaeGradientParams& p, Isa isa, bool gradient_only) : p_(p), kernel_(kernels(isa)) {
     for (int32_t i = 0; i < p.group_count; ++i) {
       const CodeGroup& g = p.groups[i];
       csc_[i] = build_csc(
@@ -52,8 +53,7 @@ class Job {
       lists_.entries[i] = csc_[i].entries.get();
       lists_.start[i] = csc_[i].start.get();
     }
-    cut(sleepers);
-    squares_.assign(pieces(), 0.0);
+    cut(gradient_only);
   }
 
   void update(const SaeUpdateParams& p, const AdamStep& adam, ParallelFor parallel_for) {
@@ -66,7 +66,6 @@ class Job {
       half_ = half;
       run(parallel_for);
     }
-    if (p.grad_square != nullptr) *p.grad_square = total();
     if (p.b_pre_grad == nullptr) return;
     for (int64_t c = 0; c < p_.d_in; ++c) p.b_pre_grad[c] = 0.0f;
     for (int64_t i = 0; i < pieces(); ++i) {
@@ -76,21 +75,24 @@ class Job {
 
   float square(const float* w_dec, ParallelFor parallel_for) {
     w_dec_ = w_dec;
+    squares_.assign(pieces(), 0.0);
     run(parallel_for);
-    return total();
+    double sum = 0.0;
+    for (double square : squares_) sum += square;
+    return static_cast<float>(sum);
   }
 
  private:
   int64_t pieces() const { return static_cast<int64_t>(bounds_.size()) - 1; }
 
   // Features [bounds_[i], bounds_[i + 1]) make piece i.
-  void cut(bool sleepers) {
+  void cut(bool gradient_only) {
     const auto cost = [&](int64_t f) {
       int64_t entries = 0;
       for (int32_t i = 0; i < p_.group_count; ++i) {
         entries += lists_.start[i][f + 1] - lists_.start[i][f];
       }
-      return entries + (sleepers && entries == 0 ? 1 : kAdamCost);
+      return entries + (gradient_only && entries == 0 ? 1 : kAdamCost);
     };
     int64_t whole = 0;
     for (int64_t f = 0; f < p_.features; ++f) whole += cost(f);
@@ -123,15 +125,9 @@ class Job {
         half_(*update_, lists_, *adam_, bounds_[i], bounds_[i + 1], scratch);
       } else {
         kernel_.square(p_, w_dec_, lists_, bounds_[i], bounds_[i + 1], scratch);
+        squares_[i] = scratch.square;
       }
-      squares_[i] += scratch.square;
     }
-  }
-
-  float total() const {
-    double sum = 0.0;
-    for (double square : squares_) sum += square;
-    return static_cast<float>(sum);
   }
 
   const SaeGradientParams& p_;
@@ -150,10 +146,11 @@ class Job {
 AdamStep adam_step(const SaeUpdateParams& p) {
   AdamStep a = {};
   const auto t = static_cast<double>(*p.step);
-  a.lr = *p.lr;
-  a.beta1 = p.beta1, a.beta2 = p.beta2, a.weight_decay = p.weight_decay;
+  const double lr = *p.lr;
+  a.beta2 = static_cast<float>(p.beta2);
+  a.decay = static_cast<float>(1.0 - lr * p.weight_decay);
   a.rest1 = static_cast<float>(1.0 - p.beta1), a.rest2 = static_cast<float>(1.0 - p.beta2);
-  a.size = static_cast<float>(a.lr / (1.0 - std::pow(p.beta1, t)));
+  a.size = static_cast<float>(lr / (1.0 - std::pow(p.beta1, t)));
   a.correction = static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(p.beta2, t)));
   a.eps = static_cast<float>(p.eps);
   a.clip = p.clip_scale != nullptr ? *p.clip_scale : 1.0f;
@@ -165,7 +162,7 @@ AdamStep adam_step(const SaeUpdateParams& p) {
 }  // namespace
 
 void sae_update(const SaeUpdateParams& p, Isa isa, ParallelFor parallel_for) {
-  Job job(p.gradient, isa, p.row_step != nullptr);
+  Job job(p.gradient, isa, false);
   job.update(p, adam_step(p), or_serial(parallel_for));
 }
 

@@ -13,20 +13,13 @@
 namespace sidechain::cuda {
 
 struct AdamStep {
-  double lr, beta1, beta2, weight_decay;
-  float rest1, rest2;  // 1 - beta
-  float size;          // lr / (1 - beta1^step)
-  float correction;    // 1 / sqrt(1 - beta2^step)
+  float beta2, rest1, rest2;  // rest = 1 - beta
+  float decay;                // 1 - lr weight_decay
+  float size;                 // lr / (1 - beta1^step)
+  float correction;           // 1 / sqrt(1 - beta2^step)
   float eps, clip;
   int64_t step;
   uint32_t noise;  // of the step
-};
-
-// What a row that slept has missed; all 1, beta2 and one decay where every row is awake.
-struct AdamWake {
-  float mean;    // beta1^(waited - 1)
-  float square;  // beta2^waited
-  float decay;   // (1 - lr weight_decay)^waited
 };
 
 __device__ inline double power(double base, int64_t exponent) {
@@ -47,10 +40,11 @@ __device__ inline uint32_t mix_bits(uint32_t x) {
 __device__ inline AdamStep adam_step(const SaeUpdateParams& p) {
   AdamStep a = {};
   a.step = *p.step;
-  a.lr = *p.lr;
-  a.beta1 = p.beta1, a.beta2 = p.beta2, a.weight_decay = p.weight_decay;
+  const double lr = *p.lr;
+  a.beta2 = static_cast<float>(p.beta2);
+  a.decay = static_cast<float>(1.0 - lr * p.weight_decay);
   a.rest1 = static_cast<float>(1.0 - p.beta1), a.rest2 = static_cast<float>(1.0 - p.beta2);
-  a.size = static_cast<float>(a.lr / (1.0 - power(p.beta1, a.step)));
+  a.size = static_cast<float>(lr / (1.0 - power(p.beta1, a.step)));
   a.correction = static_cast<float>(1.0 / sqrt(1.0 - power(p.beta2, a.step)));
   a.eps = static_cast<float>(p.eps);
   a.clip = p.clip_scale != nullptr ? *p.clip_scale : 1.0f;
@@ -65,20 +59,13 @@ __global__ void __launch_bounds__(32, 1)
   *step = adam_step(p);
 }
 
-__device__ inline AdamWake adam_wake(const AdamStep& a, int64_t waited) {
-  return {static_cast<float>(power(a.beta1, waited - 1)),
-          static_cast<float>(power(a.beta2, waited)),
-          static_cast<float>(power(1.0 - a.lr * a.weight_decay, waited))};
-}
-
-// One element: returns the new weight and leaves the new moments.
-__device__ inline float adam_element(const AdamStep& a, const AdamWake& wake, float weight,
-                                     float grad, float* mean, float* square) {
-  const float old = wake.mean * *mean;
-  *mean = old + (grad - old) * a.rest1;
-  *square = wake.square * *square + grad * grad * a.rest2;
+// One element: returns the new weight and leaves the new statistics. A bias does not decay.
+__device__ inline float adam_element(const AdamStep& a, float decay, float weight, float grad,
+                                     float* mean, float* square) {
+  *mean += (grad - *mean) * a.rest1;
+  *square = a.beta2 * *square + grad * grad * a.rest2;
   const float denominator = sqrtf(*square) * a.correction + a.eps;
-  return wake.decay * weight - a.size * (*mean / denominator);
+  return decay * weight - a.size * (*mean / denominator);
 }
 
 // Rounds to bfloat16 by adding 16 random bits below the last bit kept; infinities and NaN stay.
@@ -88,15 +75,16 @@ __device__ inline float round_by_noise(float value, uint32_t noise) {
   return __uint_as_float((bits + noise) & 0xffff0000u);
 }
 
-// Moments of kWidth elements; `at` counts elements, `noise` is that of the row plus the column.
+// Statistics of kWidth elements; `at` counts elements, `noise` is that of the row plus the column.
 template <int kWidth>
-__device__ inline void load_moments(const void* p, Dtype dtype, int64_t at, float (&out)[kWidth]) {
+__device__ inline void load_statistics(const void* p, Dtype dtype, int64_t at,
+                                       float (&out)[kWidth]) {
   if (dtype == Dtype::kFloat32) return load(static_cast<const float*>(p) + at, out);
   load(static_cast<const __nv_bfloat16*>(p) + at, out);
 }
 template <int kWidth>
-__device__ inline void store_moments(void* p, Dtype dtype, int64_t at, const float (&in)[kWidth],
-                                     uint32_t noise, int half) {
+__device__ inline void store_statistics(void* p, Dtype dtype, int64_t at, const float (&in)[kWidth],
+                                        uint32_t noise, int half) {
   if (dtype == Dtype::kFloat32) return store(static_cast<float*>(p) + at, in);
   float rounded[kWidth];
 #pragma unroll

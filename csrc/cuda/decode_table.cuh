@@ -13,6 +13,11 @@ namespace sidechain::cuda {
 
 constexpr int kTableThreads = 32 * kMaxStripWarps;
 
+struct GradMatrix {
+  const float* data;
+  int64_t row;
+};
+
 // value grad[row]
 template <int kPack>
 struct GradRows : RowsOf<float, kPack> {
@@ -23,12 +28,12 @@ struct GradRows : RowsOf<float, kPack> {
 
 // Leaves in slot the sum over the list for the strip at c.
 template <int kPack>
-__device__ inline void grad_sums(const Matrix& grad, const CscEntry* entries, int32_t begin,
+__device__ inline void grad_sums(const GradMatrix& grad, const CscEntry* entries, int32_t begin,
                                  int32_t end, int64_t c, int left, RowBases& bases,
                                  const float* partial, int64_t stride, float* slot) {
   __syncwarp();
   if (threadIdx.x % 32 == 0) {
-    const RowBase base = row_base(static_cast<const float*>(grad.data) + c, grad.row);
+    const RowBase base = row_base(grad.data + c, grad.row);
     bases.group[0] = base;
   }
   __syncwarp();
@@ -37,7 +42,7 @@ __device__ inline void grad_sums(const Matrix& grad, const CscEntry* entries, in
 
 template <int kPack>
 __global__ void __launch_bounds__(kTableThreads, 3)
-    decode_tiles_kernel(Matrix grad, Csc csc, int64_t features, int64_t width, float* partial) {
+    decode_tiles_kernel(GradMatrix grad, Csc csc, int64_t features, int64_t width, float* partial) {
   __shared__ __align__(16) float slots[kMaxStripWarps][kStrip];
   __shared__ RowBases bases[kMaxStripWarps];
   if (tile_owner(csc, features, blockIdx.x) < 0) return;
@@ -55,7 +60,7 @@ __global__ void __launch_bounds__(kTableThreads, 3)
 
 template <int kPack>
 __global__ void __launch_bounds__(kTableThreads, 3)
-    decode_table_kernel(Matrix grad, Csc csc, int64_t width, const float* partial, void* table,
+    decode_table_kernel(GradMatrix grad, Csc csc, int64_t width, const float* partial, void* table,
                         Dtype dtype) {
   __shared__ __align__(16) float slots[kMaxStripWarps][kStrip];
   __shared__ RowBases bases[kMaxStripWarps];
@@ -88,12 +93,13 @@ template <int kPack>
 cudaError_t launch_decode_table_typed(const DecodeBackwardParams& p, const Csc& csc, int64_t tiles,
                                       float* partial, cudaStream_t stream) {
   const int64_t threads = strip_threads(p.width);
+  const GradMatrix grad = {p.grad, p.grad_row};
   if (tiles > 0) {
-    const cudaError_t status = launch(decode_tiles_kernel<kPack>, tiles, threads, 0, stream, p.grad,
+    const cudaError_t status = launch(decode_tiles_kernel<kPack>, tiles, threads, 0, stream, grad,
                                       csc, p.features, p.width, partial);
     if (status != cudaSuccess) return status;
   }
-  return launch(decode_table_kernel<kPack>, p.features, threads, 0, stream, p.grad, csc, p.width,
+  return launch(decode_table_kernel<kPack>, p.features, threads, 0, stream, grad, csc, p.width,
                 static_cast<const float*>(partial), p.dw_dec, p.w_dec.dtype);
 }
 
@@ -107,7 +113,7 @@ inline cudaError_t launch_decode_table(const DecodeBackwardParams& p, void* work
   if (status != cudaSuccess) return status;
   auto* const partial =
       reinterpret_cast<float*>(static_cast<char*>(workspace) + csc_workspace(s, nullptr).bytes);
-  const bool wide = p.width % 4 == 0 && packs(p.grad.data, p.grad.row, 4, 4);
+  const bool wide = p.width % 4 == 0 && packs(p.grad, p.grad_row, 4, 4);
   return wide ? launch_decode_table_typed<4>(p, csc, list_tile_count(s), partial, stream)
               : launch_decode_table_typed<1>(p, csc, list_tile_count(s), partial, stream);
 }

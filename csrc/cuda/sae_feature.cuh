@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What blocks that own features share: where their rows live, both gradients of a feature, sums
-// over features. The square of the gradient alone, for sae_gradient_square, and the fold of the
-// sums.
+// What blocks that own features share: where their rows live, both gradients of a feature. The sum
+// of squares of the gradient, for sae_gradient_square, and the folds of sums over features.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -30,7 +29,7 @@ struct FeatureLayout {
   float* rows;           // [blocks, row_stride] in the workspace, nullptr = shared memory
   int64_t row_stride;
   float* b_pre_parts;    // [blocks, padded(d_in)], nullptr = not wanted
-  double* square_parts;  // [blocks], nullptr = not wanted
+  double* square_parts;  // [blocks], of sae_gradient_square
   const AdamStep* step;
 };
 
@@ -60,18 +59,9 @@ __device__ inline FeatureList feature_list(const FeatureLayout& layout, int64_t 
   return {f, csc.entries, csc.start[f], csc.start[f + 1], layout.partial};
 }
 
-// Entries of the first group stand first in a list.
-__device__ inline int32_t fired_entries(const FeatureList& list) {
-  int32_t low = list.begin, high = list.end;
-  while (low < high) {
-    const int32_t middle = low + (high - low) / 2;
-    if (list.entries[middle].group == 0) {
-      low = middle + 1;
-    } else {
-      high = middle;
-    }
-  }
-  return low - list.begin;
+// Whether the first group has an entry: its entries stand first in a list.
+__device__ inline bool fired(const FeatureList& list) {
+  return list.begin < list.end && list.entries[list.begin].group == 0;
 }
 
 template <int kPack>
@@ -118,30 +108,12 @@ __device__ inline float decoder_gradient(const SaeGradientParams& p, const float
   return sums[1] > 0.0f ? sums[0] / sums[1] : 0.0f;
 }
 
-// Adds the squares of a feature to the sum of this warp, which lies in shared memory to leave the
-// registers to the gathers.
-__device__ inline void add_square(const FeatureLayout& layout, float share, double* sums) {
-  if (layout.square_parts == nullptr) return;
-  share = warp_sum(share);
-  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] += share;
-}
-
-// This block's share of the sum over features.
-__device__ inline void finish_square(const FeatureLayout& layout, const double* sums) {
-  if (layout.square_parts == nullptr) return;
-  __syncthreads();
-  if (threadIdx.x > 0) return;
-  double sum = 0.0;
-  for (int w = 0; w < static_cast<int>(blockDim.x / 32); ++w) sum += sums[w];
-  layout.square_parts[blockIdx.x] = sum;
-}
-
 template <class X, bool kWide>
 __global__ void __launch_bounds__(kFeatureThreads, kGatherBlocks<kWide>)
     sae_square_kernel(const __grid_constant__ SaeGradientParams p, const float* w_dec,
                       const __grid_constant__ FeatureLayout layout) {
   __shared__ float scratch[2 * kMaxStripWarps];
-  __shared__ double squares[kMaxStripWarps];
+  __shared__ double squares[kMaxStripWarps];  // of each warp: registers are left to the gathers
   __shared__ FeatureRows rows;
   constexpr int kPack = kPackOf<float, kWide>;
   if (threadIdx.x == 0) set_rows(p, layout, rows);
@@ -150,7 +122,6 @@ __global__ void __launch_bounds__(kFeatureThreads, kGatherBlocks<kWide>)
   for (int64_t f = blockIdx.x; f < p.features; f += gridDim.x) {
     const FeatureList list = feature_list(layout, f);
     if (list.begin == list.end) continue;
-    // Added up in the order of sae_update_kernel: both give the same bits.
     const float bias = p.bias ? dvalue_sum(p, list) : 0.0f;
     float part = 0.0f, dec_part = 0.0f;
     for_each_strip(p.d_in, [&](int64_t c, int left) {
@@ -173,36 +144,41 @@ __global__ void __launch_bounds__(kFeatureThreads, kGatherBlocks<kWide>)
     });
     part += dec_part;
     if (threadIdx.x == 0 && p.bias) part += bias * bias;
-    add_square(layout, part, squares);
+    part = warp_sum(part);
+    if (threadIdx.x % 32 == 0) squares[threadIdx.x / 32] += part;
     __syncthreads();  // the sums in scratch have been read
   }
-  finish_square(layout, squares);
+  __syncthreads();
+  if (threadIdx.x > 0) return;
+  double sum = 0.0;
+  for (int w = 0; w < static_cast<int>(blockDim.x / 32); ++w) sum += squares[w];
+  layout.square_parts[blockIdx.x] = sum;
 }
 
 constexpr int kFoldThreads = 1024, kFoldWarps = kFoldThreads / 32;
 
-// Adds the shares of the blocks: of b_pre_grad a block for every 32 channels, whose warps take the
-// shares in turn and are added in order; the last block adds the squares.
+// Adds the blocks' sums of squares.
 __global__ void __launch_bounds__(kFoldThreads, 1)
-    sae_fold_kernel(const __grid_constant__ FeatureLayout layout, int64_t blocks, int64_t d_in,
-                    float* b_pre_grad, float* grad_square) {
+    sae_fold_square_kernel(const double* parts, int64_t blocks, float* out) {
+  __shared__ double scratch[kFoldWarps];
+  double sum[1] = {};
+  for (int64_t b = threadIdx.x; b < blocks; b += kFoldThreads) sum[0] += parts[b];
+  block_sum(sum, scratch);
+  if (threadIdx.x == 0) *out = static_cast<float>(sum[0]);
+}
+
+// Adds the blocks' shares of b_pre_grad: a block for every 32 channels, whose warps take the shares
+// in turn and are added in order.
+__global__ void __launch_bounds__(kFoldThreads, 1)
+    sae_fold_kernel(const float* parts, int64_t blocks, int64_t d_in, float* b_pre_grad) {
   __shared__ float sums[kFoldWarps][32];
-  __shared__ double square_scratch[kFoldWarps];
-  if (blockIdx.x + 1 == gridDim.x) {
-    if (grad_square == nullptr) return;
-    double sum[1] = {};
-    for (int64_t b = threadIdx.x; b < blocks; b += kFoldThreads) sum[0] += layout.square_parts[b];
-    block_sum(sum, square_scratch);
-    if (threadIdx.x == 0) *grad_square = static_cast<float>(sum[0]);
-    return;
-  }
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t c = static_cast<int64_t>(blockIdx.x) * 32 + lane;
   float sum = 0.0f;
   if (c < d_in) {
 #pragma unroll 8
     for (int64_t b = warp; b < blocks; b += kFoldWarps) {
-      sum += layout.b_pre_parts[b * padded(d_in) + c];
+      sum += parts[b * padded(d_in) + c];
     }
   }
   sums[warp][lane] = sum;

@@ -1,5 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0
 // Launches of sae_update_ and sae_gradient_square: workspace, widths of accesses, order of kernels.
+//
+// Kernels in the order of their launches; u = the first op, s = the second. E = entries of all
+// groups (capacity of CSR codes), B = 2048 blocks, or F if that is less (256 where a row of a block
+// is too long for shared memory), D = d_in + d_out. Gathers come from the second-level cache for
+// the most part, the rest from memory.
+//
+// kernel                 op  grid       reads                        writes             bytes
+// csc_count, csc_scatter us  at most    values, indices, dvalues     lists: entries by  about 40 E
+//                            128        (later passes: entries)      feature            a pass
+// csc_start              us  F / 256    keys (2 passes and more)     list starts        4 (E + F)
+// adam_step_kernel       u   1          lr, step, clip_scale         AdamStep           < 100
+// sae_tiles_kernel       us  E / 512    x, error of whole tiles      sums of the tiles  gathers +
+//                                                                                       D E / 128
+// sae_update_kernel      u   B          lists, x, error, sums of     weights, state,    gathers +
+//                                       tiles, weights, state        last_fired         24 F D
+// sae_fold_kernel        u   d_in / 32  b_pre_grad of the blocks     b_pre_grad         4 B d_in
+// sae_square_kernel      s   B          lists, x, error, sums of     sums of blocks     gathers +
+//                                       tiles, w_dec                                    4 F d_out
+// sae_fold_square_kernel s   1          sums of blocks               the sum            8 B
+//
+// The gathers of both kernels together are E (d_in sizeof(x) + 4 d_out) bytes; 24 is 16 with a
+// bfloat16 state. sae_fold_kernel runs where b_pre_grad is wanted.
 #pragma once
 
 #include "cuda/sae_update.cuh"
@@ -36,9 +58,8 @@ inline SaeWorkspace sae_workspace(const SaeGradientParams& p, bool b_pre_grad, b
   const CscSource s = sae_source(p);
   w.row_stride = padded(p.d_in > p.d_out ? p.d_in : p.d_out);
   w.threads = strip_threads(p.d_in > p.d_out ? p.d_in : p.d_out);
-  // Whether shares of b_pre_grad are wanted does not change the blocks: both ops sum squares alike.
-  const bool shared = (w.row_stride + padded(p.d_in)) * 4 <= kFeatureShared;
   const int64_t own = (w.row_stride + (b_pre_grad ? padded(p.d_in) : 0)) * 4;
+  const bool shared = own <= kFeatureShared;
   w.shared_bytes = shared ? own : 0;
   w.blocks = shared ? kFeatureBlocks : kFeatureBlocks / 8;
   if (w.blocks > p.features) w.blocks = p.features;
@@ -64,11 +85,10 @@ inline bool wide_gradient(const SaeGradientParams& p, const float* w_dec) {
 }
 inline bool wide_update(const SaeUpdateParams& p) {
   const SaeState& s = p.state;
-  const int64_t d_in = p.gradient.d_in, d_out = p.gradient.d_out, m = size_of(s.moments);
+  const int64_t d_in = p.gradient.d_in, d_out = p.gradient.d_out, m = size_of(s.dtype);
   return wide_gradient(p.gradient, s.w_dec) && packs(s.w_enc, d_in, 4, 4) &&
          packs(s.enc_mean, d_in, m, 4) && packs(s.enc_square, d_in, m, 4) &&
-         packs(s.dec_mean, d_out, m, 4) && packs(s.dec_square, d_out, m, 4) &&
-         packs(p.enc_copy, d_in, 2, 4) && packs(p.dec_copy, d_out, 2, 4);
+         packs(s.dec_mean, d_out, m, 4) && packs(s.dec_square, d_out, m, 4);
 }
 
 // What the launches of both ops share.
@@ -88,14 +108,6 @@ inline cudaError_t sae_plan(const SaeGradientParams& p, bool b_pre_grad, bool sq
            {csc, w.partial, w.rows, w.row_stride, w.b_pre_parts, w.square_parts, w.step},
            list_tile_count(s)};
   return status;
-}
-
-inline cudaError_t launch_fold(const SaePlan& plan, int64_t d_in, float* b_pre_grad,
-                               float* grad_square, cudaStream_t stream) {
-  if (b_pre_grad == nullptr && grad_square == nullptr) return cudaSuccess;
-  const int64_t columns = b_pre_grad != nullptr ? (d_in + 31) / 32 : 0;
-  return launch(sae_fold_kernel, columns + 1, kFoldThreads, 0, stream, plan.layout,
-                plan.workspace.blocks, d_in, b_pre_grad, grad_square);
 }
 
 template <class X, bool kWide>
@@ -156,19 +168,21 @@ cudaError_t launch_for(Dtype x, bool wide, const Launch& with) {
 
 // Bytes of workspace for launch_sae_update; their contents do not matter.
 inline int64_t sae_update_workspace(const SaeUpdateParams& p) {
-  return sae_workspace(p.gradient, p.b_pre_grad != nullptr, p.grad_square != nullptr, nullptr)
-      .bytes;
+  return sae_workspace(p.gradient, p.b_pre_grad != nullptr, false, nullptr).bytes;
 }
 
 inline cudaError_t launch_sae_update(const SaeUpdateParams& p, void* workspace,
                                      cudaStream_t stream) {
   SaePlan plan = {};
-  cudaError_t status = sae_plan(p.gradient, p.b_pre_grad != nullptr, p.grad_square != nullptr,
-                                workspace, stream, &plan);
+  cudaError_t status =
+      sae_plan(p.gradient, p.b_pre_grad != nullptr, false, workspace, stream, &plan);
   if (status != cudaSuccess) return status;
   status = launch_for(p.gradient.x_dtype, wide_update(p), LaunchUpdate{p, plan, stream});
-  if (status != cudaSuccess) return status;
-  return launch_fold(plan, p.gradient.d_in, p.b_pre_grad, p.grad_square, stream);
+  const int64_t d_in = p.gradient.d_in;
+  if (status != cudaSuccess || p.b_pre_grad == nullptr || d_in == 0) return status;
+  const float* const parts = plan.workspace.b_pre_parts;
+  return launch(sae_fold_kernel, (d_in + 31) / 32, kFoldThreads, 0, stream, parts,
+                plan.workspace.blocks, d_in, p.b_pre_grad);
 }
 
 inline int64_t sae_square_workspace(const SaeGradientParams& p) {
@@ -183,7 +197,9 @@ inline cudaError_t launch_sae_square(const SaeGradientParams& p, const float* w_
   const bool wide = wide_gradient(p, w_dec);
   status = launch_for(p.x_dtype, wide, LaunchSquare{p, w_dec, plan, stream});
   if (status != cudaSuccess) return status;
-  return launch_fold(plan, p.d_in, nullptr, out, stream);
+  const double* const parts = plan.workspace.square_parts;
+  return launch(sae_fold_square_kernel, 1, kFoldThreads, 0, stream, parts, plan.workspace.blocks,
+                out);
 }
 
 }  // namespace sidechain::cuda

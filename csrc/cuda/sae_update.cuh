@@ -3,12 +3,12 @@
 // device.
 //
 // A block owns a feature at a time: it sums the gradients of its rows over the feature's list,
-// projects, takes Adam's step and writes weights, moments and copies once; no gradient tensor
-// exists. A warp owns strips of 256 channels of both rows, so that only the numbers of a row
-// (projection, norm) need the block. Per parameter 24 bytes move with float32 moments, beside the
-// gathers of x and the error (nnz (d_in + d_out) elements, most from the second-level cache).
-// Blocks take the features in turn by a number of blocks that follows from the shapes alone, so
-// that sums over features (b_pre_grad, grad_square) depend neither on scheduling nor on the GPU.
+// projects, takes Adam's step and writes weights and statistics once; no gradient tensor exists. A
+// warp owns strips of 256 channels of both rows, so that only the numbers of a row (projection,
+// norm) need the block. Per parameter 24 bytes move with a float32 state, beside the gathers of x
+// and the error (nnz (d_in + d_out) elements, most from the second-level cache). Blocks take the
+// features in turn by a number of blocks that follows from the shapes alone, so that sums over
+// features (b_pre_grad, the sum of squares) depend neither on scheduling nor on the GPU.
 //
 // sae_gradient_square, for clipping by the norm of the same step, gathers once more: with bfloat16
 // x nnz (2 d_in + 4 d_out) bytes, 2.0 GB from the second-level cache at N = 8,192, d = 1,280,
@@ -32,11 +32,11 @@ namespace sidechain::cuda {
 // four blocks of the five warps at d = 1,280. At 80 it would spill.
 constexpr int kUpdateBound = kFeatureThreads * 5 / 4;
 
-// A matrix of the state with what moves it.
+// A weight with its running statistics.
 struct AdamMatrix {
   float* weight;
-  void *mean, *square, *copy;
-  Dtype moments, copy_dtype;
+  void *mean, *square;
+  Dtype dtype;  // of the statistics
   int64_t width;
 };
 
@@ -46,55 +46,42 @@ __device__ inline uint32_t row_noise(const AdamStep& a, int64_t key) {
 
 // Adam's step of the elements at c of row f; returns the new weights in `weight`.
 template <int kPack>
-__device__ inline void adam_pack(const AdamMatrix& m, const AdamStep& a, const AdamWake& wake,
-                                 int64_t f, int64_t c, uint32_t noise, const float (&grad)[kPack],
+__device__ inline void adam_pack(const AdamMatrix& m, const AdamStep& a, int64_t f, int64_t c,
+                                 uint32_t noise, const float (&grad)[kPack],
                                  float (&weight)[kPack]) {
   const int64_t at = f * m.width + c;
   float mean[kPack], square[kPack];
-  load_moments(m.mean, m.moments, at, mean);
-  load_moments(m.square, m.moments, at, square);
+  load_statistics(m.mean, m.dtype, at, mean);
+  load_statistics(m.square, m.dtype, at, square);
 #pragma unroll
   for (int i = 0; i < kPack; ++i) {
-    weight[i] = adam_element(a, wake, weight[i], a.clip * grad[i], &mean[i], &square[i]);
+    weight[i] = adam_element(a, a.decay, weight[i], a.clip * grad[i], &mean[i], &square[i]);
   }
-  store_moments(m.mean, m.moments, at, mean, noise + static_cast<uint32_t>(c), 0);
-  store_moments(m.square, m.moments, at, square, noise + static_cast<uint32_t>(c), 1);
-}
-
-template <int kPack>
-__device__ inline void write_weight(const AdamMatrix& m, int64_t f, int64_t c,
-                                    const float (&weight)[kPack]) {
-  const int64_t at = f * m.width + c;
-  store(m.weight + at, weight);
-  if (m.copy != nullptr) store_as(m.copy, m.copy_dtype, at, true, weight);
+  store_statistics(m.mean, m.dtype, at, mean, noise + static_cast<uint32_t>(c), 0);
+  store_statistics(m.square, m.dtype, at, square, noise + static_cast<uint32_t>(c), 1);
 }
 
 // Numbers of the feature a warp works on, in shared memory: they would hold registers through the
 // gathers.
 struct FeatureNumbers {
-  AdamWake wake;
   float bias;  // its gradient
   uint32_t noise;
   int64_t f;
 };
 
-// Returns this thread's share of the sum of squares of the gradient.
 template <class X, bool kWide>
-__device__ inline float update_encoder(const SaeUpdateParams& p, const AdamStep& a,
-                                       const FeatureNumbers& numbers, const FeatureList& list,
-                                       FeatureRows& rows) {
+__device__ inline void update_encoder(const SaeUpdateParams& p, const AdamStep& a,
+                                      const FeatureNumbers& numbers, const FeatureList& list,
+                                      FeatureRows& rows) {
   constexpr int kPack = kPackOf<float, kWide>;
   const SaeState& s = p.state;
-  const AdamMatrix m = {s.w_enc,   s.enc_mean,       s.enc_square,   p.enc_copy,
-                        s.moments, p.enc_copy_dtype, p.gradient.d_in};
-  float sum = 0.0f;
+  const AdamMatrix m = {s.w_enc, s.enc_mean, s.enc_square, s.dtype, p.gradient.d_in};
   for_each_strip(m.width, [&](int64_t c, int left) {
     encoder_gradient<X, kWide>(p.gradient, list, c, left, rows);
     for_each_pack<kPack>(c, left, [&](int64_t at) {
       float grad[kPack], weight[kPack];
       load(m.weight + numbers.f * m.width + at, weight);
       load(rows.row + at, grad);
-      sum += square_of(grad);
       if (rows.b_pre != nullptr) {
         float share[kPack];
         load(rows.b_pre + at, share);
@@ -102,42 +89,37 @@ __device__ inline float update_encoder(const SaeUpdateParams& p, const AdamStep&
         for (int i = 0; i < kPack; ++i) share[i] -= numbers.bias * weight[i];
         store(rows.b_pre + at, share);
       }
-      adam_pack(m, a, numbers.wake, numbers.f, at, numbers.noise, grad, weight);
-      write_weight(m, numbers.f, at, weight);
+      adam_pack(m, a, numbers.f, at, numbers.noise, grad, weight);
+      store(m.weight + numbers.f * m.width + at, weight);
     });
     __syncwarp();  // the row has been read
   });
-  return sum;
 }
 
-// The new row waits in rows.row until its norm is known. `scratch` as in block_sum. Returns as
-// update_encoder.
+// The new row waits in rows.row until its norm is known. `scratch` as in block_sum.
 template <bool kWide>
-__device__ inline float update_decoder(const SaeUpdateParams& p, const AdamStep& a,
-                                       const AdamWake& wake, int64_t f, FeatureRows& rows,
-                                       float along, float* scratch) {
+__device__ inline void update_decoder(const SaeUpdateParams& p, const AdamStep& a, int64_t f,
+                                      FeatureRows& rows, float along, float* scratch) {
   constexpr int kPack = kPackOf<float, kWide>;
   const SaeState& s = p.state;
-  const AdamMatrix m = {s.w_dec,   s.dec_mean,       s.dec_square,    p.dec_copy,
-                        s.moments, p.dec_copy_dtype, p.gradient.d_out};
+  const AdamMatrix m = {s.w_dec, s.dec_mean, s.dec_square, s.dtype, p.gradient.d_out};
   const uint32_t noise = row_noise(a, 2 * (f + p.gradient.first_feature) + 1);
-  float norm[1] = {}, sum = 0.0f;
+  float norm[1] = {};
   for_each_own_pack<kPack>(m.width, [&](int64_t at) {
     float weight[kPack], grad[kPack];
     load(m.weight + f * m.width + at, weight);
     load(rows.row + at, grad);
 #pragma unroll
     for (int i = 0; i < kPack; ++i) grad[i] -= along * weight[i];
-    sum += square_of(grad);
-    adam_pack(m, a, wake, f, at, noise, grad, weight);
+    adam_pack(m, a, f, at, noise, grad, weight);
     norm[0] += square_of(weight);
     if (p.unit_norm) {
       store(rows.row + at, weight);
     } else {
-      write_weight(m, f, at, weight);
+      store(m.weight + f * m.width + at, weight);
     }
   });
-  if (!p.unit_norm) return sum;
+  if (!p.unit_norm) return;
   block_sum(norm, scratch);
   const float length = norm[0] != 0.0f ? sqrtf(norm[0]) : 1.0f;
   for_each_own_pack<kPack>(m.width, [&](int64_t at) {
@@ -145,23 +127,22 @@ __device__ inline float update_decoder(const SaeUpdateParams& p, const AdamStep&
     load(rows.row + at, weight);
 #pragma unroll
     for (int i = 0; i < kPack; ++i) weight[i] /= length;
-    write_weight(m, f, at, weight);
+    store(m.weight + f * m.width + at, weight);
   });
-  return sum;
 }
 
 // The numbers of a feature, by one thread.
 __device__ inline void update_numbers(const SaeUpdateParams& p, const AdamStep& a,
-                                      const AdamWake& wake, int64_t f, float bias) {
+                                      const FeatureList& list, float bias) {
   const SaeState& s = p.state;
+  const int64_t f = list.f;
   if (s.b_enc != nullptr) {
-    const AdamWake whole = {wake.mean, wake.square, 1.0f};  // a bias does not decay
     float mean = s.bias_mean[f], square = s.bias_square[f];
-    s.b_enc[f] = adam_element(a, whole, s.b_enc[f], a.clip * bias, &mean, &square);
+    s.b_enc[f] = adam_element(a, 1.0f, s.b_enc[f], a.clip * bias, &mean, &square);
     s.bias_mean[f] = mean;
     s.bias_square[f] = square;
   }
-  if (p.row_step != nullptr) p.row_step[f] = a.step;
+  if (p.last_fired != nullptr && fired(list)) p.last_fired[f] = a.step;
 }
 
 // Shares of b_pre_grad: a thread touches its own channels, as update_encoder does.
@@ -188,7 +169,6 @@ __global__ void __launch_bounds__(kWide ? kUpdateBound : kFeatureThreads, 2)
     sae_update_kernel(const __grid_constant__ SaeUpdateParams p,
                       const __grid_constant__ FeatureLayout layout) {
   __shared__ float scratch[2][2 * kMaxStripWarps];  // two, so that one barrier parts two sums
-  __shared__ double squares[kMaxStripWarps];
   __shared__ FeatureRows rows;
   __shared__ FeatureNumbers numbers[kMaxStripWarps];
   __shared__ AdamStep a;
@@ -198,43 +178,25 @@ __global__ void __launch_bounds__(kWide ? kUpdateBound : kFeatureThreads, 2)
     a = *layout.step;
     set_rows(g, layout, rows);
   }
-  if (threadIdx.x % 32 == 0) squares[threadIdx.x / 32] = 0.0;
   __syncthreads();
   FeatureNumbers& mine = numbers[threadIdx.x / 32];
-  if (threadIdx.x % 32 == 0) {
-    const AdamWake awake = adam_wake(a, 1);
-    mine.wake = awake;
-  }
   begin_b_pre<kPack>(rows, g.d_in);
   for (int64_t f = blockIdx.x; f < g.features; f += gridDim.x) {
     const FeatureList list = feature_list(layout, f);
-    if (p.row_step != nullptr && list.begin == list.end) continue;
     const float bias = dvalue_sum(g, list);
     if (threadIdx.x % 32 == 0) {
       mine.bias = bias;
       mine.noise = row_noise(a, 2 * (f + g.first_feature));
       mine.f = f;
-      if (p.row_step != nullptr) {
-        const AdamWake wake = adam_wake(a, max(a.step - p.row_step[f], int64_t{1}));
-        mine.wake = wake;
-      }
     }
     __syncwarp();
-    float part = update_encoder<X, kWide>(p, a, mine, list, rows);
+    update_encoder<X, kWide>(p, a, mine, list, rows);
     const float along = decoder_gradient<kWide>(g, p.state.w_dec, list, rows, scratch[0]);
-    part += update_decoder<kWide>(p, a, mine.wake, f, rows, along, scratch[1]);
-    if (threadIdx.x == 0 && g.bias) part += mine.bias * mine.bias;
-    add_square(layout, part, squares);
-    __syncthreads();  // all threads have read row_step, and the sums in scratch
-    if (threadIdx.x == 0) {
-      update_numbers(p, a, mine.wake, f, mine.bias);
-      const int32_t fired = fired_entries(list);
-      if (p.last_fired != nullptr && fired > 0) p.last_fired[f] = a.step;
-      if (p.fire_count != nullptr) p.fire_count[f] += fired;
-    }
+    update_decoder<kWide>(p, a, f, rows, along, scratch[1]);
+    __syncthreads();  // the sums in scratch have been read
+    if (threadIdx.x == 0) update_numbers(p, a, list, mine.bias);
   }
   finish_b_pre<kPack>(rows, layout, g.d_in);
-  finish_square(layout, squares);
 }
 
 }  // namespace sidechain::cuda

@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 3)
   float* const grad = dynamic_shared<float>();  // [width]
   for (int32_t c = threadIdx.x * kWidth; c < width; c += blockDim.x * kWidth) {
     float value[kWidth] = {};
-    load_as(p.grad.data, p.grad.dtype, n * p.grad.row + c, grad_aligned, value);
+    load(p.grad + n * p.grad_row + c, grad_aligned, value);
     store(grad + c, value);
   }
   __syncthreads();
@@ -158,7 +158,7 @@ cudaError_t launch_decode_typed(const DecodeParams& p, cudaStream_t stream) {
 
 template <class T, int kWidth>
 cudaError_t launch_dvalues_typed(const DecodeBackwardParams& p, cudaStream_t stream) {
-  const bool aligned = packs(p.grad.data, p.grad.row, size_of(p.grad.dtype), kWidth);
+  const bool aligned = packs(p.grad, p.grad_row, 4, kWidth);
   const int64_t threads = threads_for(p.width / kWidth, 64, kDecodeThreads);
   return launch(decode_dvalues_kernel<T, kWidth>, p.codes.rows, threads, (p.width + 3) / 4 * 16,
                 stream, p, DecoderRows<T, kWidth>(p.w_dec, p.features), aligned);

@@ -12,20 +12,18 @@ float* floats(py::array& a, std::vector<py::ssize_t> shape, const char* name) {
   return static_cast<float*>(writable(kOp, a, Dtype::kFloat32, std::move(shape), name));
 }
 
-// One group of fixed-width codes; float32 weights and x, moments of `moments`, in place on
-// contiguous arrays. Returns the sum of squares of the gradients, of the step and of the op that
-// computes nothing else.
-py::tuple sae_update(py::array w_enc, py::array w_dec, py::array b_enc, py::list state,
-                     const std::string& moments, const Floats& x, const Floats& b_pre,
-                     const Floats& values, const Array<int32_t>& indices, const Floats& dvalues,
-                     const Floats& error, float lr, int64_t step, float clip_scale,
-                     double weight_decay, bool unit_norm, bool project,
-                     std::optional<Array<int64_t>> row_step, py::array b_pre_grad,
-                     const std::string& isa) {
+// sae_gradient_square, then sae_update_, on one group of fixed-width codes; float32 weights and x,
+// running statistics of the matrices of `dtype`, in place on contiguous arrays. Returns the sum of
+// squares.
+float sae_update(py::array w_enc, py::array w_dec, py::array b_enc, py::list state,
+                 const std::string& dtype, const Floats& x, const Floats& b_pre,
+                 const Floats& values, const Array<int32_t>& indices, const Floats& dvalues,
+                 const Floats& error, float lr, int64_t step, float clip_scale, double weight_decay,
+                 bool unit_norm, bool project, py::array b_pre_grad, const std::string& isa) {
   SaeUpdateParams p = {};
   SaeGradientParams& g = p.gradient;
   if (values.ndim() != 2 || w_enc.ndim() != 2 || w_dec.ndim() != 2 || state.size() != 6) {
-    throw py::value_error(kOp + ": expected values [N, K], matrices and six moments");
+    throw py::value_error(kOp + ": expected values [N, K], matrices and a state of six");
   }
   g.rows = values.shape(0), g.d_in = w_enc.shape(1), g.d_out = w_dec.shape(1);
   g.features = w_enc.shape(0);
@@ -42,7 +40,7 @@ py::tuple sae_update(py::array w_enc, py::array w_dec, py::array b_enc, py::list
   g.group_count = 1;
   g.project = project, g.bias = true;
 
-  const Dtype type = dtype_from(kOp, moments);
+  const Dtype type = dtype_from(kOp, dtype);
   if (type == Dtype::kFloat16) throw py::value_error(kOp + ": expected float32 or bfloat16");
   py::array arrays[6];
   for (int i = 0; i < 6; ++i) arrays[i] = state[i].cast<py::array>();
@@ -60,16 +58,11 @@ py::tuple sae_update(py::array w_enc, py::array w_dec, py::array b_enc, py::list
   p.lr = &lr, p.step = &step, p.clip_scale = &clip_scale;
   p.beta1 = 0.9, p.beta2 = 0.999, p.eps = 1e-8, p.weight_decay = weight_decay;
   p.unit_norm = unit_norm;
-  if (row_step) {
-    if (row_step->size() != g.features) throw py::value_error(kOp + ": unexpected row_step");
-    p.row_step = row_step->mutable_data();
-  }
   p.b_pre_grad = floats(b_pre_grad, {g.d_in}, "b_pre_grad");
-  float alone = 0.0f, with_step = 0.0f;
-  cpu::sae_gradient_square(g, p.state.w_dec, &alone, isa_from(kOp, isa), nullptr);
-  p.grad_square = &with_step;
+  float square = 0.0f;
+  cpu::sae_gradient_square(g, p.state.w_dec, &square, isa_from(kOp, isa), nullptr);
   cpu::sae_update(p, isa_from(kOp, isa), nullptr);
-  return py::make_tuple(with_step, alone);
+  return square;
 }
 
 }  // namespace
@@ -77,11 +70,10 @@ py::tuple sae_update(py::array w_enc, py::array w_dec, py::array b_enc, py::list
 void bind_sae_update(py::module_& m) {
   m.def("sae_update", &sae_update, "sae_update_ on one ISA, in place on contiguous arrays.",
         py::arg("w_enc"), py::arg("w_dec"), py::arg("b_enc"), py::arg("state"), py::kw_only(),
-        py::arg("moments"), py::arg("x"), py::arg("b_pre"), py::arg("values"), py::arg("indices"),
+        py::arg("dtype"), py::arg("x"), py::arg("b_pre"), py::arg("values"), py::arg("indices"),
         py::arg("dvalues"), py::arg("error"), py::arg("lr"), py::arg("step"),
         py::arg("clip_scale") = 1.0f, py::arg("weight_decay") = 0.0, py::arg("unit_norm") = true,
-        py::arg("project") = true, py::arg("row_step").noconvert() = py::none(),
-        py::arg("b_pre_grad"), py::arg("isa"));
+        py::arg("project") = true, py::arg("b_pre_grad"), py::arg("isa"));
 }
 
 }  // namespace sidechain::host

@@ -21,7 +21,7 @@ using torch::stable::Tensor;
 
 constexpr int64_t kAny = -1;
 
-// Shape (kAny matches every size), dtype and device of `t`, and a contiguous last dim.
+// Shape (kAny matches every size), dtype and device of `t`; strides are for the caller to check.
 inline void check(const char* op, const char* name, const Tensor& t, ScalarType dtype,
                   std::initializer_list<int64_t> shape, const Tensor& like) {
   STD_TORCH_CHECK(t.scalar_type() == dtype, op, ": unexpected dtype of ", name);

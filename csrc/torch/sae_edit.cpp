@@ -7,9 +7,9 @@ namespace sidechain::torch_ops {
 namespace {
 
 void edit_cpu(Tensor x, MaybeTensor values_old, MaybeTensor values_new, Tensor indices,
-              Tensor w_dec, MaybeTensor offsets, MaybeTensor strength, MaybeTensor mask) {
+              MaybeTensor offsets, Tensor w_dec, MaybeTensor strength, MaybeTensor mask) {
   const SaeEditParams p =
-      sae_edit_params(x, values_old, values_new, indices, w_dec, offsets, strength, mask);
+      sae_edit_params(x, values_old, values_new, indices, offsets, w_dec, strength, mask);
   cpu::sae_edit(p, best_isa(), parallel_for);
 }
 

@@ -9,7 +9,7 @@ namespace sidechain::torch_ops {
 
 inline SaeEditParams sae_edit_params(const Tensor& x, const MaybeTensor& values_old,
                                      const MaybeTensor& values_new, const Tensor& indices,
-                                     const Tensor& w_dec, const MaybeTensor& offsets,
+                                     const MaybeTensor& offsets, const Tensor& w_dec,
                                      const MaybeTensor& strength, const MaybeTensor& mask) {
   const char* op = "sae_edit_";
   SaeEditParams p = {};

@@ -7,10 +7,10 @@ namespace sidechain::torch_ops {
 namespace {
 
 void edit_cuda(Tensor x, MaybeTensor values_old, MaybeTensor values_new, Tensor indices,
-               Tensor w_dec, MaybeTensor offsets, MaybeTensor strength, MaybeTensor mask) {
+               MaybeTensor offsets, Tensor w_dec, MaybeTensor strength, MaybeTensor mask) {
   const OnDevice device("sae_edit_", x);
   const SaeEditParams p =
-      sae_edit_params(x, values_old, values_new, indices, w_dec, offsets, strength, mask);
+      sae_edit_params(x, values_old, values_new, indices, offsets, w_dec, strength, mask);
   device.check(cuda::launch_sae_edit(p, device.stream()));
 }
 

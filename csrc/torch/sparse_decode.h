@@ -63,7 +63,8 @@ inline DecodeBackwardParams decode_backward_params(const Tensor& grad, const Ten
   p.features = w_dec.size(0);
   p.width = w_dec.size(1);
   check_matrix(op, "grad", grad, ScalarType::Float, p.codes.rows, p.width, w_dec);
-  p.grad = {grad.const_data_ptr(), Dtype::kFloat32, row_stride(grad)};
+  p.grad = static_cast<const float*>(grad.const_data_ptr());
+  p.grad_row = row_stride(grad);
   dvalues = new_like(w_dec, need_values ? shape_of(indices) : std::vector<int64_t>{0});
   dw_dec =
       new_like(w_dec, need_table ? shape_of(w_dec) : std::vector<int64_t>{0}, w_dec.scalar_type());

@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_map_only
 from build.resources import short
 from sidechain.bench import ops
 from sidechain.ops import _library
+from sidechain.testing.cases import square_args
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = ROOT / "build" / "cmake" / "emulation_order.abi3.so"
@@ -198,9 +199,7 @@ def _related(stem: str, args: dict[str, Any]) -> Iterator[tuple[str, Callable[[]
             lambda: ours.sparse_decode_backward(grad, *codes, None, True, True),
         )
     if stem == "sae_update":
-        names = [a.name for a in ours.sae_gradient_square.default._schema.arguments]
-        given = {n: args[n] for n in names if n in args} | {"bias": args["b_enc"] is not None}
-        yield "sae_gradient_square", lambda: ours.sae_gradient_square(**given)
+        yield "sae_gradient_square", lambda: ours.sae_gradient_square(*square_args(args))
 
 
 if __name__ == "__main__":

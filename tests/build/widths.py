@@ -32,21 +32,20 @@ class Narrow(NamedTuple):
 CODES = "indices and values of codes: 4 bytes an entry, the same for the whole block"
 LISTS = "two or three of the four numbers of a list's entry, where a list begins"
 HALF_PACKS = "packs of four elements of two bytes"
-COPIES = "copies of weights in half precision, which few callers ask for: a scalar path by dtype"
 SORT = "keys, codes and counts of the sort: neighbours in neighbouring threads"
 RING = "a ring of half precision: its alignment is known at run time"
 ALIGNMENT = "vectors, a float32 ring, sums: alignment known at run time"
 ALLOWED = (
     Narrow(("decode_kernel", "decode_dvalues_kernel", "edit_kernel"), 4, CODES),
     Narrow(
-        ("decode_kernel", "decode_dvalues_kernel"),
+        ("decode_kernel",),
         2,
-        "a target or gradient of half precision whose rows are not aligned: known at run time",
+        "a target of half precision whose rows are not aligned: known at run time",
     ),
     Narrow(
-        ("decode_kernel", "decode_dvalues_kernel"),
+        ("decode_kernel",),
         8,
-        "a target or gradient of half precision beside a float32 decoder: packs of four",
+        "a target of half precision beside a float32 decoder: packs of four",
     ),
     Narrow(
         (
@@ -58,11 +57,10 @@ ALLOWED = (
     ),
     Narrow(("decode_table_kernel", "edit_kernel"), 8, HALF_PACKS),
     Narrow(("decode_table_kernel",), 2, "a table of half precision that is not aligned"),
-    Narrow(("sae_update_kernel",), 2, COPIES),
     Narrow(
         ("sae_update_kernel",),
         8,
-        f"{HALF_PACKS} (x, moments, copies), int64 numbers of a feature",
+        f"{HALF_PACKS} (x, state), int64 numbers of a feature",
     ),
     Narrow(("csc_count_kernel", "csc_scatter_kernel", "csc_start_kernel"), 4, SORT),
     Narrow(("csc_count_kernel", "csc_scatter_kernel"), 8, f"{SORT}; int64 labels and offsets"),
@@ -71,7 +69,7 @@ ALLOWED = (
     Narrow(("tap_kernel",), 8, f"{RING}: packs of four beside float32"),
     Narrow(("tap_fold_kernel",), 1, "masks: one byte a token"),
     Narrow(("sae_fold_kernel",), 4, "a thread owns a channel"),
-    Narrow(("sae_fold_kernel",), 8, "sums in float64, one for each block"),
+    Narrow(("sae_fold_square_kernel",), 8, "sums in float64, one for each block"),
     Narrow(("adam_step_kernel",), 4, "one thread, the numbers of a step"),
     Narrow(("adam_step_kernel",), 8, "one thread, the numbers of a step"),
 )  # fmt: skip

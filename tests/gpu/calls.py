@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ops.sae_update_calls import WRITTEN, public
+from ops.sae_update_calls import WRITTEN
 from ops.sae_update_calls import square as gradient_square
 from ops.test_attention_tap import ORDER as ATTENTION_ORDER
 from sidechain import ops
@@ -23,6 +23,9 @@ from sidechain.testing.cases import (
     TapCase,
     TopkEncodeCase,
     UpdateCase,
+    edit_call,
+    square_args,
+    update_call,
 )
 
 TAP_ORDER = (
@@ -124,23 +127,21 @@ def decode_gradient(
 
 def _update(args: dict[str, Any], backend: str = "auto") -> dict[str, Tensor]:
     total = gradient_square(args, backend)
-    positional, keyword = public(args)
-    ops.sae_update_(*positional, **keyword, backend=backend)
+    structs, keywords = update_call(args)
+    ops.sae_update_(*structs, **keywords, backend=backend)
     return {"square": total} | {n: args[n] for n in WRITTEN if args[n] is not None}
 
 
 def _update_schema(args: dict[str, Any]) -> list[tuple[str, tuple[Any, ...]]]:
-    columns = ("values", "indices", "offsets", "dvalues", "error", "row_weight")
-    names = ("w_enc", "w_dec", "x", "b_pre", *columns)
-    more = (True, args["project"], args["prefixes"], args["first_feature"])
     return [
         ("sae_update_", tuple(args.values())),
-        ("sae_gradient_square", (*(args[n] for n in names), *more)),
+        ("sae_gradient_square", tuple(square_args(args))),
     ]
 
 
 def _edit(args: dict[str, Any], backend: str = "auto") -> dict[str, Tensor]:
-    return {"x": ops.sae_edit_(**args, backend=backend)}
+    structs, keywords = edit_call(args)
+    return {"x": ops.sae_edit_(*structs, **keywords, backend=backend)}
 
 
 def _sums(args: dict[str, Any], backend: str = "auto") -> dict[str, Tensor]:
@@ -171,7 +172,7 @@ _TOPK = TopkEncodeCase(40, 64, 600, 8)
 _BATCH = TopkEncodeCase(40, 64, 600, 8, mode="batch_topk")
 _LIMIT = TopkEncodeCase(40, 64, 600, 8, mode="threshold")
 _DECODE = DecodeCase(33, 96, 200, 8, row_weight=True)
-_UPDATE = UpdateCase(24, 48, 48, 70, 6, groups=2, extras=True, clip=True, half_moments=True)
+_UPDATE = UpdateCase(24, 48, 48, 70, 6, groups=2, extras=True, clip=True, half_state=True)
 _SUMS = SumsCase(500, 60, 8, labels=4, label=True)
 _EDIT = EditCase(33, 96, 150, 6, strength=33, mask=True)
 

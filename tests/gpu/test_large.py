@@ -17,7 +17,15 @@ from torch import Tensor
 
 from gpu.support import memory
 from sidechain import ops
-from sidechain.ops import CodeSums, SaeCodes, SaeMoments
+from sidechain.ops import (
+    AdamOptions,
+    AdamState,
+    CodeEdit,
+    CodeGroup,
+    CodeSums,
+    GradientInputs,
+    SaeWeights,
+)
 from sidechain.reference import attention_tap as attention_reference
 from sidechain.reference import sparse_decode as decode_reference
 from sidechain.reference import topk_encode as topk_reference
@@ -185,28 +193,27 @@ def test_sae_update_(device: str) -> None:
     values, indices = last_codes(device, 64, features, 8)
     x = drawn(device, 64, width)
     error = drawn(device, 64, width, dtype=torch.float32)
-    codes = SaeCodes(values, indices, drawn(device, 64, 8, dtype=torch.float32), error)
+    codes = CodeGroup(values, indices, drawn(device, 64, 8, dtype=torch.float32), error)
     lr, step = torch.full((1,), 1e-3, device=device), torch.full((1,), 7, device=device)
     held = [m[-LAST:].clone() for m in matrices], [b[-LAST:].clone() for b in bias]
     untouched = [m[:-LAST:997].clone() for m in matrices]
 
-    def update(matrices: Any, bias: Any, wide: bool, **more: Any) -> list[Tensor]:
+    def update(matrices: Any, bias: Any, wide: bool, first: int = 0, **more: Any) -> list[Tensor]:
         cast = _wide if wide else lambda t: t
-        w_enc, w_dec, *moments = (cast(m) for m in matrices)
+        w_enc, w_dec, *statistics = (cast(m) for m in matrices)
         b_enc, *of_bias = (cast(b) for b in bias)
-        mine = SaeCodes(*(cast(c) for c in codes))
-        square = ops.sae_gradient_square(w_enc, w_dec, cast(x), mine, **more)
-        ops.sae_update_(
-            w_enc, w_dec, b_enc, SaeMoments(*moments, *of_bias), cast(x), mine,
-            lr=cast(lr), step=step, **more,
-        )  # fmt: skip
-        return [square, w_enc, w_dec, b_enc, *moments, *of_bias]
+        mine = CodeGroup(*(cast(c) for c in codes))
+        inputs = GradientInputs(cast(x), [mine], first_feature=first)
+        weights, state = SaeWeights(w_enc, w_dec, b_enc), AdamState(*statistics, *of_bias)
+        square = ops.sae_gradient_square(weights, inputs, **more)
+        ops.sae_update_(weights, state, inputs, AdamOptions(cast(lr), step), **more)
+        return [square, w_enc, w_dec, b_enc, *state]
 
-    shard = {"first_feature": features - LAST, "backend": "reference"}
+    shard = {"first": features - LAST, "backend": "reference"}
     exact = update([h.clone() for h in held[0]], [h.clone() for h in held[1]], True, **shard)
     eager = update([h.clone() for h in held[0]], [h.clone() for h in held[1]], False, **shard)
     got = update(matrices, bias, False)
-    names = ("square", "w_enc", "w_dec", "b_enc", *SaeMoments._fields)
+    names = ("square", "w_enc", "w_dec", "b_enc", *AdamState._fields)
     for name, mine, e, p in zip(names, got, exact, eager, strict=True):
         assert_close(name, mine[-LAST:], e, p)
     for matrix, before in zip(matrices, untouched, strict=True):  # these move by momentum alone
@@ -223,7 +230,7 @@ def test_sae_edit_(device: str) -> None:
     mask = torch.arange(rows, device=device) % 2 == 1
     end = slice(-LAST, None)
     before, shifted = x[end].clone(), indices[end] - (features - LAST)
-    ops.sae_edit_(x, None, values, indices, table, mask=mask)
+    ops.sae_edit_(x, CodeEdit(None, values, indices), table, mask=mask)
     assert torch.equal(x[end][::2], before[::2])
     change = decode_reference.sparse_decode
     exact = before.double() + change(

@@ -56,7 +56,7 @@ Result run(const Problem& q, Isa isa, sidechain::cpu::ParallelFor parallel_for) 
 
   sidechain::DecodeBackwardParams b = {};
   b.codes = p.codes, b.features = s.features, b.width = s.width, b.w_dec = p.w_dec;
-  b.grad = p.target;
+  b.grad = static_cast<const float*>(p.target.data), b.grad_row = p.target.row;
   b.dvalues = r.dvalues_alone.data(), b.dw_dec = r.dw_dec.data();
   sidechain::cpu::sparse_decode_backward(b, isa, parallel_for);
   return r;

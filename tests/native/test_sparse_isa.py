@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from ops.sae_update_calls import STATE, square
+from ops.sae_update_calls import run as run_update
+from ops.sae_update_calls import upcast as upcast_update
 from ops.support import upcast
-from ops.test_sae_update import run as run_update
-from ops.test_sae_update import square
-from ops.test_sae_update import upcast as upcast_update
+from ops.test_sae_edit import run as run_edit
 from sidechain import _native
-from sidechain.ops import CodeSums, code_sums_, sae_edit_, sparse_decode_loss
+from sidechain.ops import CodeSums, code_sums_, sparse_decode_loss
 from sidechain.testing.cases import DTYPES, DecodeCase, EditCase, SumsCase, UpdateCase
 from sidechain.testing.tolerance import assert_close
 
@@ -59,35 +60,26 @@ def test_sparse_decode_loss(width: int, dtype: torch.dtype, isa: str) -> None:
 
 @every_isa
 @pytest.mark.parametrize("half", [False, True], ids=["f32", "bf16"])
-@pytest.mark.parametrize("lazy", [False, True], ids=["dense", "lazy"])
 @pytest.mark.parametrize("widths", [(8, 33), (100, 64), (513, 1000)], ids=str)
-def test_sae_update(widths: tuple[int, int], lazy: bool, half: bool, isa: str) -> None:
+def test_sae_update(widths: tuple[int, int], half: bool, isa: str) -> None:
     case = UpdateCase(
-        40, *widths, 60, 5, half_moments=half, lazy=lazy, clip=True, weight_decay=0.01, extras=True
-    )
-    args = case.make(torch.float32) | {"last_fired": None, "fire_count": None}
-    args |= {"enc_copy": None, "dec_copy": None}
+        40, *widths, 60, 5, half_state=half, clip=True, weight_decay=0.01, extras=True
+    )  # fmt: skip
+    args = case.make(torch.float32) | {"last_fired": None}
     exact = run_update(upcast_update(args))
     eager = run_update(args, backend="reference")
-    state = ("enc_mean", "enc_square", "dec_mean", "dec_square", "bias_mean", "bias_square")
-    out = {k: array(args[k]) for k in ("w_enc", "w_dec", "b_enc", *state, "b_pre_grad")}
-    row_step = array(args["row_step"]) if lazy else None
-    squares = host.sae_update(
-        out["w_enc"], out["w_dec"], out["b_enc"], [out[k] for k in state],
-        moments=name(args["enc_mean"].dtype), x=array(args["x"]), b_pre=array(args["b_pre"]),
+    out = {k: array(args[k]) for k in ("w_enc", "w_dec", "b_enc", *STATE, "b_pre_grad")}
+    total = host.sae_update(
+        out["w_enc"], out["w_dec"], out["b_enc"], [out[k] for k in STATE],
+        dtype=name(args["enc_mean"].dtype), x=array(args["x"]), b_pre=array(args["b_pre"]),
         **{k: array(args[k][0]) for k in ("values", "indices", "dvalues", "error")},
         lr=float(args["lr"]), step=int(args["step"]), clip_scale=float(args["clip_scale"]),
-        weight_decay=args["weight_decay"], row_step=row_step, b_pre_grad=out["b_pre_grad"],
-        isa=isa,
+        weight_decay=args["weight_decay"], b_pre_grad=out["b_pre_grad"], isa=isa,
     )  # fmt: skip
     for key, value in out.items():
         assert_close(f"{isa} {key}", tensor(value, args[key].dtype), exact[key], eager[key])
-    assert squares[0] == squares[1]
-    got, eager_square = torch.tensor(squares[:1]), square(args, "reference")
+    got, eager_square = torch.tensor([total]), square(args, "reference")
     assert_close(f"{isa} square", got, square(upcast_update(args)), eager_square)
-    if lazy:
-        assert row_step is not None
-        assert torch.equal(torch.from_numpy(row_step), exact["row_step"])
 
 
 @every_isa
@@ -98,10 +90,8 @@ def test_sae_edit(width: int, dtype: torch.dtype, isa: str) -> None:
     x = array(args["x"])
     order = ("values_old", "values_new", "indices", "w_dec", "strength")
     host.sae_edit(x, *(array(args[k]) for k in order), dtype=name(dtype), isa=isa)
-    exact, eager = upcast(args), dict(args, x=args["x"].clone())
-    assert_close(
-        f"{isa} x", tensor(x, dtype), sae_edit_(**exact), sae_edit_(**eager, backend="reference")
-    )
+    exact, eager = run_edit(upcast(args)), run_edit(args, backend="reference")
+    assert_close(f"{isa} x", tensor(x, dtype), exact, eager)
 
 
 @every_isa

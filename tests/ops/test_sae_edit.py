@@ -12,8 +12,9 @@ from torch import Tensor
 
 from ops.support import DEVICE, backend_params, clone, guarded, guards_intact, upcast
 from sidechain.ops import sae_edit_, sparse_decode
+from sidechain.ops.sae_structs import edit_structs
 from sidechain.reference.sae_edit import sae_edit
-from sidechain.testing.cases import DTYPES, EDIT_CASES, EditCase
+from sidechain.testing.cases import DTYPES, EDIT_CASES, EditCase, edit_call
 from sidechain.testing.tolerance import assert_close
 
 BACKENDS = backend_params("sae_edit_")
@@ -22,10 +23,16 @@ every_backend = pytest.mark.parametrize("backend", BACKENDS)
 every_case = pytest.mark.parametrize("case", EDIT_CASES, ids=lambda c: c.name)
 
 
+def call(args: dict[str, Any], **more: Any) -> Tensor:
+    """Call sae_edit_ with arguments in the names of its schema."""
+    structs, keywords = edit_call(args)
+    return sae_edit_(*structs, **keywords, **more)
+
+
 def run(args: dict[str, Any], **more: Any) -> Tensor:
     """Call sae_edit_ on a copy of x and return it."""
     args = dict(args, x=args["x"].clone())
-    assert sae_edit_(**args, **more) is args["x"]
+    assert call(args, **more) is args["x"]
     return args["x"]
 
 
@@ -145,7 +152,7 @@ class TestLayout:
         for name in ("x", "values_old", "values_new", "w_dec", "strength"):
             moved[name], wholes[name] = guarded(args[name], offset)
         want = run(args, backend=backend)
-        sae_edit_(**moved, backend=backend)
+        call(moved, backend=backend)
         assert torch.equal(moved["x"], want)
         for name, whole in wholes.items():
             assert guards_intact(whole, moved[name], offset), name
@@ -159,7 +166,7 @@ class TestLayout:
             t = args[name]
             whole = t.new_zeros(2 * t.shape[0], t.shape[1] + 3)
             args[name] = whole[::2, 1 : 1 + t.shape[1]].copy_(t)
-        sae_edit_(**args, backend=backend)
+        call(args, backend=backend)
         assert torch.equal(args["x"], want)
 
     def test_determinism_over_threads(self) -> None:
@@ -180,26 +187,27 @@ class TestGradients:
     def test_functional_form(self, csr: bool) -> None:
         args = upcast(EditCase(3, 4, 6, 2, csr=csr, strength=3).make(torch.float64))
         wanted = ("x", "values_old", "values_new", "w_dec", "strength")
-        leaves = [args.pop(k).requires_grad_() for k in wanted]
+        leaves = [args[k].requires_grad_() for k in wanted]
 
-        def call(*t: Tensor) -> Tensor:
-            return sae_edit(**args, **dict(zip(wanted, t, strict=True)))
+        def edited(*t: Tensor) -> Tensor:
+            given = args | dict(zip(wanted, t, strict=True))
+            return sae_edit(*edit_structs([*given.values()]))
 
-        assert torch.autograd.gradcheck(call, leaves)
+        assert torch.autograd.gradcheck(edited, leaves)
 
     @pytest.mark.parametrize("name", ["x", "values_old", "values_new", "w_dec", "strength"])
     def test_refused_in_place(self, name: str) -> None:
         args = EditCase(3, 4, 6, 2, strength=3).make(torch.float32)
         args[name].requires_grad_()
         with pytest.raises(NotImplementedError, match=r"sae_edit\.sae_edit is differentiable"):
-            sae_edit_(**args)
+            call(args)
         with torch.no_grad():
-            sae_edit_(**args)
+            call(args)
 
     def test_autograd_notices_the_write(self) -> None:
         args = EDIT_CASES[0].make(torch.float32)
         loss = (args["x"] * torch.ones(1, requires_grad=True)).sum()
-        sae_edit_(**args)
+        call(args)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
 
@@ -241,5 +249,10 @@ class TestContract:
         args = EditCase(3, 4, 6, 2, strength=3).make(torch.float32)
         before = args["x"].clone()
         with pytest.raises(error, match="^sae_edit_: .*" + match):
-            sae_edit_(**(args | change), backend=backend)
+            call(args | change, backend=backend)
         assert torch.equal(args["x"], before)
+
+    def test_structs(self) -> None:
+        (x, edit, w_dec), _ = edit_call(EDIT_CASES[0].make(torch.float32))
+        with pytest.raises(TypeError, match=r"^sae_edit_: expected edit to be CodeEdit, got tuple"):
+            sae_edit_(x, tuple(edit), w_dec)

@@ -10,22 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ops.sae_update_calls import (
-    COLUMNS,
-    MOMENTS,
     WRITTEN,
+    call,
     check,
     copy,
     every_backend,
     plain,
-    public,
     run,
     square,
     upcast,
 )
 from ops.support import DEVICE
-from sidechain.ops import sae_update_
+from sidechain.ops import sae_gradient_square, sae_update_
 from sidechain.reference.sae_update import round_stochastically, rounding_noise
-from sidechain.testing.cases import DTYPES, UPDATE_CASES, UpdateCase
+from sidechain.testing.cases import DTYPES, UPDATE_CASES, UpdateCase, square_args, update_call
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 every_case = pytest.mark.parametrize("case", UPDATE_CASES, ids=lambda c: c.name)
@@ -43,7 +41,8 @@ class TestNumerics:
         if case.d_in > 1000:
             case = replace(case, d_in=50, d_out=21)
         args = case.make(torch.float64)
-        got = run(upcast(args), backend="reference")
+        wide = upcast(args)
+        got = run(wide, backend="reference") | {"square": square(wide, "reference")}
         for name, value in plain(args).items():
             torch.testing.assert_close(
                 got[name], value, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}"
@@ -57,7 +56,7 @@ class TestNumerics:
         features=st.integers(8, 60),
         k=st.integers(0, 12),
         groups=st.integers(1, 3),
-        flags=st.tuples(*[st.booleans()] * 9),
+        flags=st.tuples(*[st.booleans()] * 8),
         dtype=st.sampled_from(list(DTYPES.values())),
         seed=st.integers(0, 99),
     )
@@ -67,9 +66,8 @@ class TestNumerics:
     ) -> None:  # fmt: skip
         case = UpdateCase(
             rows, d_in, d_out, features, min(k, features), csr=flags[0], groups=groups,
-            bias=flags[1], b_pre=flags[2], lazy=flags[3], clip=flags[4], unit_norm=flags[5],
-            project=flags[6], extras=flags[7],
-            prefixes=((features + 1) // 2, features + 1) if flags[8] else (),
+            bias=flags[1], b_pre=flags[2], clip=flags[3], unit_norm=flags[4], project=flags[5],
+            extras=flags[6], prefixes=((features + 1) // 2, features + 1) if flags[7] else (),
         )  # fmt: skip
         check(case.make(dtype, seed), "auto")
 
@@ -108,7 +106,7 @@ class TestRounding:
     @every_backend
     def test_kernels_draw_the_bits_of_the_reference(self, backend: str) -> None:
         """Exact where the arithmetic is: m = beta1 m needs no gradient, only rounding."""
-        args = replace(UPDATE_CASES[0], half_moments=True, k=0, d_in=77).make(
+        args = replace(UPDATE_CASES[0], half_state=True, k=0, d_in=77).make(
             torch.float32, device=DEVICE[backend]
         )
         args["beta1"] = args["beta2"] = 0.5
@@ -123,9 +121,7 @@ class TestRounding:
 
 class TestLayout:
     def test_determinism_over_threads(self) -> None:
-        case = UpdateCase(
-            300, 96, 64, 700, 16, groups=2, extras=True, half_moments=True, lazy=True
-        )  # fmt: skip
+        case = UpdateCase(300, 96, 64, 700, 16, groups=2, extras=True, half_state=True)
         args = case.make(torch.bfloat16)
         before, seen = torch.get_num_threads(), []
         try:
@@ -155,20 +151,6 @@ class TestLayout:
 
 
 class TestEdges:
-    @every_backend
-    def test_sleeping_rows_are_not_touched(self, backend: str) -> None:
-        case = UpdateCase(4, 16, 12, 200, 3, lazy=True, extras=True, weight_decay=0.1)
-        args = case.make(torch.float32, device=DEVICE[backend])
-        got = run(args, backend=backend)
-        codes = args["indices"][0][args["values"][0] != 0].long()
-        asleep = torch.ones(200, dtype=torch.bool)
-        asleep[codes.cpu()] = False
-        assert asleep.sum() > 150
-        for name in ("w_enc", "w_dec", "b_enc", *MOMENTS, "row_step", "enc_copy", "dec_copy"):
-            changed = (got[name] != args[name]).reshape(200, -1).any(1).cpu()
-            assert not changed[asleep].any(), name
-            assert changed[~asleep].all(), name
-
     @every_backend
     def test_zero_rows_stay_zero(self, backend: str) -> None:
         """A decoder row of zeros without momentum has no direction to be scaled to."""
@@ -204,19 +186,15 @@ class TestTorch:
     @pytest.mark.parametrize("case", [UPDATE_CASES[i] for i in (1, 4, 5)], ids=lambda c: c.name)
     def test_opcheck(self, case: UpdateCase) -> None:
         args = case.make(torch.bfloat16)
-        torch.library.opcheck(torch.ops.sidechain.sae_update_.default, tuple(args.values()))
-        names = ("w_enc", "w_dec", "x", "b_pre", *COLUMNS)
-        more = (True, args["project"], args["prefixes"], args["first_feature"])
-        torch.library.opcheck(
-            torch.ops.sidechain.sae_gradient_square.default, (*(args[k] for k in names), *more)
-        )
+        ours = torch.ops.sidechain
+        torch.library.opcheck(ours.sae_update_.default, tuple(args.values()))
+        torch.library.opcheck(ours.sae_gradient_square.default, tuple(square_args(args)))
 
     def test_autograd_notices_the_write(self) -> None:
         args = UPDATE_CASES[0].make(torch.float32)
         factor = torch.ones(1, requires_grad=True)
         loss = (args["w_dec"] * factor).sum()
-        positional, keyword = public(args)
-        sae_update_(*positional, **keyword)
+        call(args)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
 
@@ -224,11 +202,11 @@ class TestTorch:
     def test_gradient_is_refused(self, name: str) -> None:
         args = UPDATE_CASES[0].make(torch.float32)
         args[name].requires_grad_()
-        positional, keyword = public(args)
-        with pytest.raises(NotImplementedError, match="sparse_decode is differentiable"):
-            sae_update_(*positional, **keyword)
+        for function in (call, square):
+            with pytest.raises(NotImplementedError, match="sparse_decode is differentiable"):
+                function(args)
         with torch.no_grad():
-            sae_update_(*positional, **keyword)
+            call(args)
 
 
 F64 = torch.zeros(1).double()
@@ -258,15 +236,14 @@ BAD = [
     ({"lr": torch.tensor(0.1)}, ValueError, r"lr of shape \[1\] .*got \[\]"),
     ({"lr": F64}, TypeError, "lr of float32, got float64"),
     ({"step": torch.ones(1)}, TypeError, "step of int64, got float32"),
-    ({"beta2": 1.0}, ValueError, r"expected 0 <= betas\[1\] < 1, got 1.0"),
+    ({"beta2": 1.0}, ValueError, "expected 0 <= beta2 < 1, got 1.0"),
     ({"eps": -1.0}, ValueError, "expected 0 <= eps < inf, got -1.0"),
     ({"weight_decay": float("nan")}, ValueError, "expected 0 <= weight_decay < inf, got nan"),
     ({"clip_scale": torch.ones(2)}, ValueError, r"clip_scale of shape \[1\]"),
     ({"last_fired": torch.zeros(70)}, TypeError, "last_fired of int64, got float32"),
-    ({"row_step": torch.zeros(71).long()}, ValueError, r"row_step of shape \[70\]"),
-    ({"enc_copy": torch.zeros(70, 48)}, TypeError, "enc_copy of bfloat16 | float16"),
+    ({"last_fired": torch.zeros(71).long()}, ValueError, r"last_fired of shape \[70\]"),
     ({"b_pre_grad": torch.zeros(47)}, ValueError, r"b_pre_grad of shape \[48\]"),
-    ({"grad_square": torch.zeros(1, device="meta")}, RuntimeError, "expected grad_square on cpu"),
+    ({"b_pre_grad": torch.zeros(48, device="meta")}, RuntimeError, "b_pre_grad on cpu"),
 ]
 
 
@@ -277,26 +254,38 @@ class TestContract:
         self, change: dict[str, Any], error: type[Exception], match: str, backend: str
     ) -> None:
         args = UPDATE_CASES[0].make(torch.float32)
-        before = {k: copy(v) for k, v in args.items()}
-        positional, keyword = public(args | change)
+        before = copy(args)
         with pytest.raises(error, match="^sae_update_: .*" + match):
-            sae_update_(*positional, **keyword, backend=backend)
+            call(args | change, backend=backend)
         for name in WRITTEN:
             if args[name] is not None:
                 assert torch.equal(args[name], before[name]), f"{name} was written"
 
-    def test_no_codes(self) -> None:
-        (*weights, moments, x, codes), keyword = public(UPDATE_CASES[0].make(torch.float32))
-        with pytest.raises(ValueError, match="sae_update_: expected at least one SaeCodes"):
-            sae_update_(*weights, moments, x, [], **keyword)
+    @pytest.mark.parametrize("square", [False, True], ids=["update", "square"])
+    def test_structs(self, square: bool) -> None:
+        (weights, state, inputs, adam), _ = update_call(UPDATE_CASES[0].make(torch.float32))
+        op = "sae_gradient_square" if square else "sae_update_"
+
+        def run(inputs: Any, weights: Any = weights, state: Any = state, adam: Any = adam) -> None:
+            if square:
+                sae_gradient_square(weights, inputs)
+            else:
+                sae_update_(weights, state, inputs, adam)
+
+        with pytest.raises(ValueError, match=f"^{op}: expected at least one CodeGroup, got none"):
+            run(inputs._replace(codes=[]))
         with pytest.raises(ValueError, match="expected at most 4 groups of codes, got 5"):
-            sae_update_(*weights, moments, x, codes * 5, **keyword)
-        with pytest.raises(TypeError, match="expected codes of SaeCodes, got Tensor"):
-            sae_update_(*weights, moments, x, [x], **keyword)
-        with pytest.raises(TypeError, match="expected moments to be SaeMoments, got tuple"):
-            sae_update_(*weights, (), x, codes, **keyword)
+            run(inputs._replace(codes=inputs.codes * 5))
+        with pytest.raises(TypeError, match=f"^{op}: expected codes to be CodeGroup, got Tensor"):
+            run(inputs._replace(codes=inputs.codes[0]))  # without a list
+        for name, kind in (("weights", "SaeWeights"), ("state", "AdamState"),
+                           ("adam", "AdamOptions")):  # fmt: skip
+            if name == "weights" or not square:
+                with pytest.raises(TypeError, match=f"expected {name} to be {kind}, got tuple"):
+                    run(inputs, **{name: ()})
+        with pytest.raises(TypeError, match="expected inputs to be GradientInputs, got tuple"):
+            run(())
 
     def test_absent_backend(self) -> None:
-        positional, keyword = public(UPDATE_CASES[0].make(torch.float32))
         with pytest.raises(RuntimeError, match="expected backend 'triton' to be available, got:"):
-            sae_update_(*positional, **keyword, backend="triton")
+            call(UPDATE_CASES[0].make(torch.float32), backend="triton")

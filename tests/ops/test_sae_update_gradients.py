@@ -7,16 +7,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from ops.sae_update_calls import BACKENDS, COLUMNS, MOMENTS, every_backend, run, upcast
+from ops.sae_update_calls import BACKENDS, STATE, every_backend, run, square, upcast
 from ops.support import DEVICE
 from sidechain.ops import (
-    SaeCodes,
-    SaeMoments,
+    AdamOptions,
+    AdamState,
+    CodeGroup,
+    GradientInputs,
+    SaeWeights,
     sae_gradient_square,
     sae_update_,
     sparse_decode,
     sparse_decode_loss,
 )
+from sidechain.ops.sae_structs import COLUMNS
 from sidechain.testing.cases import UpdateCase
 from sidechain.testing.tolerance import assert_close
 
@@ -39,6 +43,11 @@ class Dense:
         top = z.topk(k, dim=1)
         codes = torch.zeros_like(z).scatter(1, top.indices, top.values)
         return codes, codes @ w_dec + self.b_dec
+
+
+def zero_state(weights: SaeWeights) -> AdamState:
+    """The state before the first step."""
+    return AdamState(*(torch.zeros_like(t) for t in weights[:3] if t is not None for _ in range(2)))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -88,13 +97,12 @@ class TestAgainstDenseTorch:
         model = Dense(dtype, self.D_IN, self.D_OUT, self.F)
         w_enc, w_dec, b_enc = (p.detach().clone().to(device) for p in model.parameters)
         b_pre, b_dec = model.b_pre.detach().to(device), model.b_dec.to(device)
-        moments = SaeMoments(
-            *(torch.zeros_like(t) for t in (w_enc, w_enc, w_dec, w_dec, b_enc, b_enc))
-        )
+        weights = SaeWeights(w_enc, w_dec, b_enc, b_pre)
+        state = zero_state(weights)
         lr = torch.tensor([1e-2], dtype=dtype, device=device)
         step = torch.zeros(1, dtype=torch.int64, device=device)
         weight = torch.full((self.ROWS,), 1 / self.ROWS).to(w_enc)
-        b_pre_grad, grad_square = torch.zeros_like(b_pre), torch.zeros_like(lr)
+        b_pre_grad = torch.zeros_like(b_pre)
         seen = []
         for x, target in self.batches(dtype):
             x, target = x.to(device), target.to(device)
@@ -104,17 +112,14 @@ class TestAgainstDenseTorch:
             loss = sparse_decode_loss(
                 *codes, w_dec, b_dec, target, row_weight=weight, backend=backend
             )
-            group = SaeCodes(*codes, loss.dvalues, loss.error, row_weight=weight)
-            total = sae_gradient_square(w_enc, w_dec, x, group, b_pre=b_pre, backend=backend)
-            sae_update_(
-                w_enc, w_dec, b_enc, moments, x, group, lr=lr, step=step, b_pre=b_pre,
-                weight_decay=decay, b_pre_grad=b_pre_grad, grad_square=grad_square,
-                clip_scale=(0.05 / (total.sqrt() + 1e-6)).clamp(max=1) if clip else None,
-                backend=backend,
-            )  # fmt: skip
-            assert torch.equal(total, grad_square)
-            state = {"w_enc": w_enc, "w_dec": w_dec, "b_enc": b_enc, "b_pre_grad": b_pre_grad}
-            seen.append({k: v.clone() for k, v in (state | {"norm": total.sqrt()}).items()})
+            group = CodeGroup(*codes, loss.dvalues, loss.error, row_weight=weight)
+            inputs = GradientInputs(x, [group])
+            total = sae_gradient_square(weights, inputs, backend=backend)
+            scale = (0.05 / (total.sqrt() + 1e-6)).clamp(max=1) if clip else None
+            adam = AdamOptions(lr, step, weight_decay=decay, clip_scale=scale)
+            sae_update_(weights, state, inputs, adam, b_pre_grad=b_pre_grad, backend=backend)
+            found = {"w_enc": w_enc, "w_dec": w_dec, "b_enc": b_enc, "b_pre_grad": b_pre_grad}
+            seen.append({k: v.clone() for k, v in (found | {"norm": total.sqrt()}).items()})
         return seen
 
     @pytest.mark.parametrize(("clip", "decay"), [(False, 0.0), (True, 0.1)], ids=["adam", "clip"])
@@ -192,12 +197,11 @@ class TestGroups:
             weight = torch.full((30,), scale, dtype=torch.float64)
             indices = torch.where(values > 0, indices, -1).int()
             loss = sparse_decode_loss(values, indices, w_dec, None, goal, row_weight=weight)
-            groups.append(SaeCodes(values, indices, loss.dvalues, loss.error, row_weight=weight))
-        moments = SaeMoments(*(torch.zeros_like(t) for t in (w_enc, w_enc, w_dec, w_dec,
-                                                             b_enc, b_enc)))  # fmt: skip
-        one = torch.ones(1, dtype=torch.float64)
-        sae_update_(w_enc, w_dec, b_enc, moments, x, groups, lr=one, step=one.long(), project=False)
-        means = (moments.enc_mean, moments.dec_mean, moments.bias_mean)
+            groups.append(CodeGroup(values, indices, loss.dvalues, loss.error, row_weight=weight))
+        weights, one = SaeWeights(w_enc, w_dec, b_enc), torch.ones(1, dtype=torch.float64)
+        state, inputs = zero_state(weights), GradientInputs(x, groups, project=False)
+        sae_update_(weights, state, inputs, AdamOptions(one, one.long()))
+        means = (state.enc_mean, state.dec_mean, state.bias_mean)
         for got, want in zip(means, want_grads, strict=True):
             torch.testing.assert_close(got, 0.1 * want, rtol=1e-9, atol=1e-12)
 
@@ -212,18 +216,18 @@ class TestGroups:
 
     @every_backend
     def test_shards_make_the_whole(self, backend: str) -> None:
-        whole = UpdateCase(30, 16, 12, 40, 6, groups=2, half_moments=True, extras=True).make(
+        whole = UpdateCase(30, 16, 12, 40, 6, groups=2, half_state=True, extras=True).make(
             torch.float32, device=DEVICE[backend]
         )
-        rows = ("w_enc", "w_dec", "b_enc", *MOMENTS, "last_fired", "fire_count")
-        want, parts = run(whole, backend=backend), []
+        rows = ("w_enc", "w_dec", "b_enc", *STATE, "last_fired")
+        want, parts, total = run(whole, backend=backend), [], 0.0
         for first, last in ((0, 13), (13, 40)):
             shard = {k: v[first:last].clone() if k in rows else v for k, v in whole.items()}
-            shard |= {"first_feature": first, "enc_copy": None, "dec_copy": None}
+            shard["first_feature"] = first
             parts.append(run(shard, backend=backend))
+            total = total + square(shard, backend)
         for name in rows:
             assert torch.equal(torch.cat([p[name] for p in parts]), want[name]), name
-        total = sum(p["grad_square"] for p in parts)
-        torch.testing.assert_close(total, want["grad_square"])
+        torch.testing.assert_close(total, square(whole, backend))
         total = sum(p["b_pre_grad"] for p in parts)
         torch.testing.assert_close(total, want["b_pre_grad"], rtol=1e-4, atol=1e-5)

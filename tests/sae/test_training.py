@@ -192,9 +192,9 @@ class TestDeadFeatures:
         x, _ = planted(N, D, 24)
         state.step, state.last_fired[:] = 10, 10
         state.last_fired[[3, 7, 40]] = 2
-        for moments in state.moments.values():
-            for moment in moments:
-                moment.fill_(1.0)
+        for statistics in state.adam.values():
+            for statistic in statistics:
+                statistic.fill_(1.0)
         before = {n: t.clone() for n, t in state.weights.items()}
         loss = torch.zeros(N)
         loss[[5, 9, 21]] = torch.tensor([1.0, 2.0, 3.0])  # the only rows that can be drawn
@@ -210,8 +210,8 @@ class TestDeadFeatures:
         torch.testing.assert_close(w_enc, 0.2 * length * w_dec)
         for name in ("w_enc", "w_dec", "b_enc"):
             assert torch.equal(state.weights[name][kept], before[name][kept])
-            assert all(m[chosen].abs().sum() == 0 for m in state.moments[name])
-            assert all((m[kept] == 1).all() for m in state.moments[name])
+            assert all(m[chosen].abs().sum() == 0 for m in state.adam[name])
+            assert all((m[kept] == 1).all() for m in state.adam[name])
         assert int(state.silent().sum()) == 0
         assert resample(state, Rows(x), loss) == 0
 

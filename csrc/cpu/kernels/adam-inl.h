@@ -43,31 +43,26 @@ inline void store_rounded(float* p, F32 v, U32, int64_t n) { store_upto(p, v, n)
 template <class T>
 constexpr bool kNarrow = sizeof(T) == 2;
 
-// A row of a weight with its moments, and the gradient that moves it.
+// A row of a weight with its running statistics, and the gradient that moves it.
 template <class M>
 struct AdamRow {
   float* weight;
   M *mean, *square;
   const float* grad;
   int64_t width;
-  float along;         // the gradient loses along * weight
-  float wake1, wake2;  // what the moments lost while the row slept, wake2 with one beta2 more
-  float decay;         // of the weight
-  uint32_t noise;      // of this row
-  float shift;         // b_pre += shift * weight as it was
-  float* b_pre;        // nullptr = not wanted
+  float along;     // the gradient loses along * weight
+  uint32_t noise;  // of this row
+  float shift;     // b_pre += shift * weight as it was
+  float* b_pre;    // nullptr = not wanted
 };
 
-struct RowNorms {
-  F32 grad, weight;  // squares, lane by lane
-};
-
+// Returns the squares of the new weight, lane by lane.
 template <class M, bool kShift>
-RowNorms adam_row(const AdamRow<M>& row, const AdamStep& step) {
+F32 adam_row(const AdamRow<M>& row, const AdamStep& step) {
   // Copies, which the stores below cannot change: their numbers stay in registers.
   const AdamRow<M> r = row;
   const AdamStep a = step;
-  RowNorms norms = {};
+  F32 squares = {};
   // Rows of neighbours lie one behind the other: while this one is worked on, the same place of the
   // next is on its way, past the gathers that come between them.
   const int64_t ahead = r.width;
@@ -77,17 +72,16 @@ RowNorms adam_row(const AdamRow<M>& row, const AdamStep& step) {
     __builtin_prefetch(r.square + c + ahead, 1, 2);
     const F32 weight = load_upto(r.weight + c, n);
     F32 g = load_upto(r.grad + c, n) - r.along * weight;
-    norms.grad += g * g;
     g *= a.clip;
     if constexpr (kShift) {
       store_upto(r.b_pre + c, load_upto(r.b_pre + c, n) + r.shift * weight, n);
     }
-    F32 mean = r.wake1 * load_upto(r.mean + c, n);
+    F32 mean = load_upto(r.mean + c, n);
     mean += a.rest1 * (g - mean);
-    const F32 square = r.wake2 * load_upto(r.square + c, n) + a.rest2 * (g * g);
+    const F32 square = a.beta2 * load_upto(r.square + c, n) + a.rest2 * (g * g);
     const F32 denominator = sqrt_lanes(square) * a.correction + a.eps;
-    const F32 moved = r.decay * weight - a.size * (mean / denominator);
-    norms.weight += moved * moved;
+    const F32 moved = a.decay * weight - a.size * (mean / denominator);
+    squares += moved * moved;
     store_upto(r.weight + c, moved, n);
     U32 noise = {};
     if constexpr (kNarrow<M>) {
@@ -96,7 +90,7 @@ RowNorms adam_row(const AdamRow<M>& row, const AdamStep& step) {
     store_rounded(r.mean + c, mean, noise & 0xffffu, n);
     store_rounded(r.square + c, square, noise >> 16, n);
   });
-  return norms;
+  return squares;
 }
 
 // weight *= scale
@@ -104,19 +98,4 @@ inline void scale_row(float* weight, int64_t width, float scale) {
   for_vectors(0, width, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
     store_upto(weight + c, scale * load_upto(weight + c, n), n);
   });
-}
-
-template <class T>
-void copy_row_to(T* to, const float* from, int64_t width) {
-  for_vectors(0, width, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
-    store_upto(to + c, load_upto(from + c, n), n);
-  });
-}
-
-inline double power(double base, int64_t exponent) {
-  double result = 1.0;
-  for (; exponent > 0; exponent >>= 1, base *= base) {
-    if (exponent & 1) result *= base;
-  }
-  return result;
 }

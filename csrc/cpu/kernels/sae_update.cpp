@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Loop bodies of sae_update_, compiled once per instruction set. A feature gathers the rows of x,
 // or of the error, from its list into a row that stays in the first-level cache, then Adam streams
-// over its weights and moments: those come from memory and set the pace.
+// over its weights and their statistics: those come from memory and set the pace.
 #include "cpu/kernels/sae_update.h"
 
 #include <cstdint>
@@ -81,40 +81,14 @@ float projection(const float* gradient, const float* w, int64_t width) {
   return norm == 0.0f ? 0.0f : sum_lanes(along) / norm;
 }
 
-void write_copy(void* copy, Dtype dtype, int64_t feature, const float* weight, int64_t width) {
-  if (copy == nullptr) return;
-  if (dtype == Dtype::kFloat16) {
-    copy_row_to(static_cast<Half*>(copy) + feature * width, weight, width);
-  } else {
-    copy_row_to(static_cast<BFloat*>(copy) + feature * width, weight, width);
-  }
-}
-
-void update_bias(const SaeState& s, const AdamStep& a, int64_t f, float gradient, float wake1,
-                 float wake2) {
+void update_bias(const SaeState& s, const AdamStep& a, int64_t f, float gradient) {
   const float g = gradient * a.clip;
-  float mean = wake1 * s.bias_mean[f];
+  float mean = s.bias_mean[f];
   mean += a.rest1 * (g - mean);
-  const float square = wake2 * s.bias_square[f] + a.rest2 * (g * g);
+  const float square = a.beta2 * s.bias_square[f] + a.rest2 * (g * g);
   s.bias_mean[f] = mean;
   s.bias_square[f] = square;
   s.b_enc[f] -= a.size * (mean / (__builtin_sqrtf(square) * a.correction + a.eps));
-}
-
-// What Adam lost of a feature while it slept, with this step.
-struct Woken {
-  float wake1, wake2, decay;
-};
-
-Woken woken(const SaeUpdateParams& p, const AdamStep& a, int64_t f) {
-  int64_t slept = p.row_step != nullptr ? a.step - p.row_step[f] - 1 : 0;
-  slept = slept < 0 ? 0 : slept;
-  return {static_cast<float>(power(a.beta1, slept)), static_cast<float>(power(a.beta2, slept + 1)),
-          static_cast<float>(power(1.0 - a.lr * a.weight_decay, slept + 1))};
-}
-
-bool asleep(const SaeUpdateParams& p, const FeatureLists& lists, int64_t f) {
-  return p.row_step != nullptr && entries_of(p.gradient, lists, f) == 0;
 }
 
 // The encoder row and the bias.
@@ -124,28 +98,21 @@ void update_enc(const SaeUpdateParams& p, const FeatureLists& lists, const AdamS
   const SaeGradientParams& q = p.gradient;
   const SaeState& s = p.state;
   const float bias = gather_enc<T>(q, lists, f, scratch.row);
-  const Woken woke = woken(p, a, f);
-  float* w_enc = s.w_enc + f * q.d_in;
-  const AdamRow<M> row = {w_enc,
+  const AdamRow<M> row = {s.w_enc + f * q.d_in,
                           static_cast<M*>(s.enc_mean) + f * q.d_in,
                           static_cast<M*>(s.enc_square) + f * q.d_in,
                           scratch.row,
                           q.d_in,
                           0.0f,
-                          woke.wake1,
-                          woke.wake2,
-                          woke.decay,
                           mix(a.noise ^ (2 * static_cast<uint32_t>(q.first_feature + f))),
                           -bias,
                           scratch.b_pre};
-  const bool shift = scratch.b_pre != nullptr && bias != 0.0f;
-  const RowNorms norms = shift ? adam_row<M, true>(row, a) : adam_row<M, false>(row, a);
-  write_copy(p.enc_copy, p.enc_copy_dtype, f, w_enc, q.d_in);
-  scratch.square += sum_lanes(norms.grad);
-  if (s.b_enc != nullptr) {
-    update_bias(s, a, f, bias, woke.wake1, woke.wake2);
-    scratch.square += static_cast<double>(bias) * bias;
+  if (scratch.b_pre != nullptr && bias != 0.0f) {
+    adam_row<M, true>(row, a);
+  } else {
+    adam_row<M, false>(row, a);
   }
+  if (s.b_enc != nullptr) update_bias(s, a, f, bias);
 }
 
 // The decoder row.
@@ -155,7 +122,6 @@ void update_dec(const SaeUpdateParams& p, const FeatureLists& lists, const AdamS
   const SaeGradientParams& q = p.gradient;
   const SaeState& s = p.state;
   gather_dec(q, lists, f, scratch.row);
-  const Woken woke = woken(p, a, f);
   float* w_dec = s.w_dec + f * q.d_out;
   const bool project = q.project && entries_of(q, lists, f) > 0;
   const AdamRow<M> row = {w_dec,
@@ -164,47 +130,35 @@ void update_dec(const SaeUpdateParams& p, const FeatureLists& lists, const AdamS
                           scratch.row,
                           q.d_out,
                           project ? projection(scratch.row, w_dec, q.d_out) : 0.0f,
-                          woke.wake1,
-                          woke.wake2,
-                          woke.decay,
                           mix(a.noise ^ (2 * static_cast<uint32_t>(q.first_feature + f) + 1)),
                           0.0f,
                           nullptr};
-  const RowNorms norms = adam_row<M, false>(row, a);
-  if (p.unit_norm) {
-    const float norm = __builtin_sqrtf(sum_lanes(norms.weight));
-    if (norm != 0.0f) scale_row(w_dec, q.d_out, 1.0f / norm);
-  }
-  write_copy(p.dec_copy, p.dec_copy_dtype, f, w_dec, q.d_out);
-  scratch.square += sum_lanes(norms.grad);
+  const F32 squares = adam_row<M, false>(row, a);
+  if (!p.unit_norm) return;
+  const float norm = __builtin_sqrtf(sum_lanes(squares));
+  if (norm != 0.0f) scale_row(w_dec, q.d_out, 1.0f / norm);
 }
 
 template <class T, class M>
 void update_enc_range(const SaeUpdateParams& p, const FeatureLists& lists, const AdamStep& a,
                       int64_t begin, int64_t end, FeatureScratch& scratch) {
-  for (int64_t f = begin; f < end; ++f) {
-    if (!asleep(p, lists, f)) update_enc<T, M>(p, lists, a, f, scratch);
-  }
+  for (int64_t f = begin; f < end; ++f) update_enc<T, M>(p, lists, a, f, scratch);
 }
 
 template <class M>
 void update_dec_range(const SaeUpdateParams& p, const FeatureLists& lists, const AdamStep& a,
                       int64_t begin, int64_t end, FeatureScratch& scratch) {
   for (int64_t f = begin; f < end; ++f) {
-    if (!asleep(p, lists, f)) {
-      update_dec<M>(p, lists, a, f, scratch);
-      if (p.row_step != nullptr) p.row_step[f] = a.step;
-    }
-    const int64_t fired = lists.start[0][f + 1] - lists.start[0][f];
-    if (p.last_fired != nullptr && fired > 0) p.last_fired[f] = a.step;
-    if (p.fire_count != nullptr) p.fire_count[f] += fired;
+    update_dec<M>(p, lists, a, f, scratch);
+    const bool fired = lists.start[0][f + 1] > lists.start[0][f];
+    if (p.last_fired != nullptr && fired) p.last_fired[f] = a.step;
   }
 }
 
 template <class T>
 void update_enc_typed(const SaeUpdateParams& p, const FeatureLists& lists, const AdamStep& a,
                       int64_t begin, int64_t end, FeatureScratch& scratch) {
-  if (p.state.moments == Dtype::kBFloat16) {
+  if (p.state.dtype == Dtype::kBFloat16) {
     return update_enc_range<T, BFloat>(p, lists, a, begin, end, scratch);
   }
   update_enc_range<T, float>(p, lists, a, begin, end, scratch);
@@ -250,7 +204,7 @@ void update_encoders(const SaeUpdateParams& p, const FeatureLists& lists, const 
 
 void update_decoders(const SaeUpdateParams& p, const FeatureLists& lists, const AdamStep& adam,
                      int64_t begin, int64_t end, FeatureScratch& scratch) {
-  if (p.state.moments == Dtype::kBFloat16) {
+  if (p.state.dtype == Dtype::kBFloat16) {
     return update_dec_range<BFloat>(p, lists, adam, begin, end, scratch);
   }
   update_dec_range<float>(p, lists, adam, begin, end, scratch);

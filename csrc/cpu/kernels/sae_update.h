@@ -15,11 +15,10 @@ struct FeatureLists {
 
 // Numbers of Adam that are the same for all features.
 struct AdamStep {
-  float lr;
-  double beta1, beta2, weight_decay;
-  float rest1, rest2;  // 1 - beta
-  float size;          // lr / (1 - beta1^step)
-  float correction;    // 1 / sqrt(1 - beta2^step)
+  float beta2, rest1, rest2;  // rest = 1 - beta
+  float decay;                // 1 - lr weight_decay
+  float size;                 // lr / (1 - beta1^step)
+  float correction;           // 1 / sqrt(1 - beta2^step)
   float eps, clip;
   int64_t step;
   uint32_t noise;  // of this step, for stochastic rounding
@@ -45,7 +44,7 @@ static inline uint32_t mix(uint32_t x) {
   /* Updates encoder rows and biases of features [begin, end). */                                 \
   void update_encoders(const SaeUpdateParams& p, const FeatureLists& lists, const AdamStep& adam, \
                        int64_t begin, int64_t end, FeatureScratch& scratch);                      \
-  /* Then their decoder rows, and counts what fired. */                                           \
+  /* Then their decoder rows, and notes which fired. */                                           \
   void update_decoders(const SaeUpdateParams& p, const FeatureLists& lists, const AdamStep& adam, \
                        int64_t begin, int64_t end, FeatureScratch& scratch);                      \
   /* Adds the squares of their gradients to scratch.square and writes nothing else. */            \

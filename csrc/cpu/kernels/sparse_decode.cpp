@@ -117,8 +117,7 @@ template <class T>
 void row_gradient_typed(const DecodeBackwardParams& p, int64_t feature, const CscEntry* entries,
                         int64_t count, float* sum) {
   T* out = static_cast<T*>(p.dw_dec) + feature * p.width;
-  add_entries<float, false>(sum, p.width, entries, count, at<float>(p.grad, 0, 0), p.grad.row,
-                            nullptr, true);
+  add_entries<float, false>(sum, p.width, entries, count, p.grad, p.grad_row, nullptr, true);
   for_vectors(0, p.width, [&](int64_t c, int64_t n) __attribute__((always_inline)) {
     store_upto(out + c, load_upto(sum + c, n), n);
   });
@@ -153,7 +152,7 @@ void prefetch_columns(const DecodeParams& p, int64_t begin, int64_t end, const R
 
 void decode_dvalues(const DecodeBackwardParams& p, int64_t n, int64_t begin, int64_t end,
                     const RowEntry* entries, int64_t count) {
-  const float* grad = at<float>(p.grad, n, 0);
+  const float* grad = p.grad + n * p.grad_row;
   switch (p.w_dec.dtype) {
     case Dtype::kFloat32:
       return dot_entries(grad, at<float>(p.w_dec, 0, 0), begin, end, entries, count, 1.0f,

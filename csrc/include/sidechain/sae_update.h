@@ -42,14 +42,14 @@ struct SaeGradientParams {
   bool project, bias;     // remove the gradient along w_dec; count b_enc in the sum of squares
 };
 
-// Adam's state; matrices contiguous.
+// Weights and running statistics of Adam; matrices contiguous.
 struct SaeState {
   float* w_enc;                    // [F, d_in]
   float* w_dec;                    // [F, d_out]
   float* b_enc;                    // [F], nullptr = none
   void *enc_mean, *enc_square;     // [F, d_in]
   void *dec_mean, *dec_square;     // [F, d_out]
-  Dtype moments;                   // kFloat32 or kBFloat16 (stochastic rounding)
+  Dtype dtype;                     // of these: kFloat32 or kBFloat16 (stochastic rounding)
   float *bias_mean, *bias_square;  // [F], nullptr without b_enc
 };
 
@@ -60,14 +60,9 @@ struct SaeUpdateParams {
   const int64_t* step;  // [1], 1 for the first
   double beta1, beta2, eps, weight_decay;
   bool unit_norm;
-  const float* clip_scale;    // [1], nullptr = 1
-  int64_t* last_fired;        // [F], nullptr = not kept; of the first group
-  int64_t* fire_count;        // [F], nullptr = not kept; of the first group
-  int64_t* row_step;          // [F], nullptr = every row is updated
-  void *enc_copy, *dec_copy;  // [F, d_in], [F, d_out], nullptr = none
-  Dtype enc_copy_dtype, dec_copy_dtype;
-  float* b_pre_grad;   // [d_in], nullptr = none
-  float* grad_square;  // [1], nullptr = none
+  const float* clip_scale;  // [1], nullptr = 1
+  int64_t* last_fired;      // [F], nullptr = not kept; of the first group
+  float* b_pre_grad;        // [d_in], nullptr = none
 };
 
 namespace cpu {

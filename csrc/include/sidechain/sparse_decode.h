@@ -37,9 +37,10 @@ struct DecodeBackwardParams {
   Codes codes;
   int64_t features, width;  // F, d
   Matrix w_dec;             // [F, d]
-  Matrix grad;              // [N, d] float32
-  float* dvalues;           // as in DecodeParams, or nullptr
-  void* dw_dec;             // [F, d] contiguous, dtype of w_dec, or nullptr; every row is written
+  const float* grad;        // [N, d], last dim contiguous
+  int64_t grad_row;
+  float* dvalues;  // as in DecodeParams, or nullptr
+  void* dw_dec;    // [F, d] contiguous, dtype of w_dec, or nullptr; every row is written
 };
 
 namespace cpu {

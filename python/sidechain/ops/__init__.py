@@ -6,7 +6,8 @@ from ._library import backends, note_kernels, register_triton
 from .attention_tap import attention_tap
 from .encode_reduce import CodeSums, code_sums_, encode_reduce
 from .sae_edit import sae_edit_
-from .sae_update import SaeCodes, SaeMoments, sae_gradient_square, sae_update_
+from .sae_structs import AdamOptions, AdamState, CodeEdit, CodeGroup, GradientInputs, SaeWeights
+from .sae_update import sae_gradient_square, sae_update_
 from .sparse_decode import DecodeLoss, sparse_decode, sparse_decode_loss
 from .tap import tap_
 from .topk_encode import Codes, topk_encode, topk_encode_fallbacks
@@ -16,11 +17,15 @@ note_kernels()
 register_triton()
 
 __all__ = [
+    "AdamOptions",
+    "AdamState",
+    "CodeEdit",
+    "CodeGroup",
     "CodeSums",
     "Codes",
     "DecodeLoss",
-    "SaeCodes",
-    "SaeMoments",
+    "GradientInputs",
+    "SaeWeights",
     "attention_tap",
     "backends",
     "code_sums_",

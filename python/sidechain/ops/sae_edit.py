@@ -11,16 +11,14 @@ from torch import Tensor
 from ..reference import sae_edit as _reference
 from . import _checks, _library
 from ._code_checks import BOOL, FLOATS, INT32, INT64, SINGLE, first_tensor
+from .sae_structs import CodeEdit, edit_structs, to_schema
 
 
 def sae_edit_(
     x: Tensor,
-    values_old: Tensor | None,
-    values_new: Tensor | None,
-    indices: Tensor,
+    edit: CodeEdit,
     w_dec: Tensor,
     *,
-    offsets: Tensor | None = None,
     strength: Tensor | None = None,
     mask: Tensor | None = None,
     backend: str = "auto",
@@ -36,12 +34,8 @@ def sae_edit_(
 
     Args:
         x: activations [N, d], float32 | float16 | bfloat16, last dim contiguous. Written.
-        values_old: [N, K] float32, or [nnz] with offsets. None = 0.
-        values_new: shape of values_old. None = 0; not both.
-        indices: int32, shape of the values. Outside [0, F) stands for nothing. The three may be
-            expanded over the rows (`t[None].expand(N, K)`).
+        edit: `CodeEdit`; its tensors may be expanded over the rows (`t[None].expand(N, K)`).
         w_dec: [F, d], float32 | float16 | bfloat16, last dim contiguous.
-        offsets: row starts [N + 1] int64 of codes in CSR form. None = fixed width.
         strength: [N] or [1] float32. None = 1.
         mask: rows to edit [N] bool. None = all.
         backend: "auto", or one of "reference", "cpu", "cuda" for tests and benches.
@@ -60,10 +54,12 @@ def sae_edit_(
     reference. Backends: cpu (avx512 / avx2 / baseline), cuda (sm80+), reference.
     Source: Templeton et al. 2024 (feature clamping), as a low-rank change.
     """
-    args = (x, values_old, values_new, indices, w_dec, offsets, strength, mask)
-    _check(*args)
+    if not isinstance(edit, CodeEdit):
+        raise TypeError(f"sae_edit_: expected edit to be CodeEdit, got {type(edit).__name__}")
+    call = (x, edit, w_dec, strength, mask)
+    _check(*call)
     if torch.is_grad_enabled():
-        for t in (x, values_old, values_new, w_dec, strength):
+        for t in (x, edit.values_old, edit.values_new, w_dec, strength):
             if t is not None and t.requires_grad:
                 raise NotImplementedError(
                     "sae_edit_: expected tensors that need no gradient [it writes in place; "
@@ -73,24 +69,18 @@ def sae_edit_(
     if backend != "auto":
         _library.require("sae_edit_", backend, x.device)
     if backend == "reference" or x.dtype == torch.float64:
-        _reference.sae_edit_(*args)
+        _reference.sae_edit_(*call)
     else:
-        torch.ops.sidechain.sae_edit_.default(*args)
+        torch.ops.sidechain.sae_edit_.default(*to_schema(*call))
         if not torch.compiler.is_compiling():
             _checks.count_writes(x)
     return x
 
 
 def _check(
-    x: Tensor,
-    values_old: Tensor | None,
-    values_new: Tensor | None,
-    indices: Tensor,
-    w_dec: Tensor,
-    offsets: Tensor | None,
-    strength: Tensor | None,
-    mask: Tensor | None,
+    x: Tensor, edit: CodeEdit, w_dec: Tensor, strength: Tensor | None, mask: Tensor | None
 ) -> None:
+    indices, offsets = edit.indices, edit.offsets
     c = first_tensor("sae_edit_", "x", x)
     c.tensor("x", x, FLOATS, ("N", "d"), "activations")
     if x.shape[0] > 1 and x.stride(0) == 0:
@@ -99,10 +89,10 @@ def _check(
     c.tensor("w_dec", w_dec, FLOATS, ("F", width), "d of x")
     shape: tuple[int | str, ...] = (rows, "K") if offsets is None else ("nnz",)
     c.tensor("indices", indices, INT32, shape, "N of x" if offsets is None else "CSR")
-    for name, t in (("values_old", values_old), ("values_new", values_new)):
+    for name, t in (("values_old", edit.values_old), ("values_new", edit.values_new)):
         if t is not None:
             c.tensor(name, t, SINGLE, tuple(indices.shape), "that of indices")
-    if values_old is None and values_new is None:
+    if edit.values_old is None and edit.values_new is None:
         raise ValueError("sae_edit_: expected values_old or values_new, got neither")
     if offsets is not None:
         c.tensor("offsets", offsets, INT64, (rows + 1,), "N of x")
@@ -114,15 +104,20 @@ def _check(
 
 
 def _checked_reference(*args: Any) -> None:
-    _check(*args)
-    _reference.sae_edit_(*args)
+    call = edit_structs(args)
+    _check(*call)
+    _reference.sae_edit_(*call)
+
+
+def _fake(*args: Any) -> None:
+    _check(*edit_structs(args))
 
 
 _library.define(
-    "sae_edit_(Tensor(a!) x, Tensor? values_old, Tensor? values_new, Tensor indices, Tensor w_dec, "
-    "Tensor? offsets, Tensor? strength, Tensor? mask) -> ()",
+    "sae_edit_(Tensor(a!) x, Tensor? values_old, Tensor? values_new, Tensor indices, "
+    "Tensor? offsets, Tensor w_dec, Tensor? strength, Tensor? mask) -> ()",
     reference=_checked_reference,
-    fake=_check,
+    fake=_fake,
     without={"triton": "gathers are memory-bound: the CUDA C++ kernel covers the GPU"},
 )
 # The public function refuses gradients; below it autograd has nothing to do.

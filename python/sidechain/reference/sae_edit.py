@@ -3,19 +3,22 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from .codes import accumulator, add_scaled_rows, entries
 
+if TYPE_CHECKING:
+    # A type of arguments: `ops` stands above.
+    from ..ops.sae_structs import CodeEdit
+
 
 def sae_edit(
     x: Tensor,
-    values_old: Tensor | None,
-    values_new: Tensor | None,
-    indices: Tensor,
+    edit: CodeEdit,
     w_dec: Tensor,
-    offsets: Tensor | None = None,
     strength: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
@@ -23,25 +26,20 @@ def sae_edit(
 
     Differentiable in: x, values_old, values_new, w_dec, strength.
     """
-    y, _ = _moved(x, values_old, values_new, indices, w_dec, offsets, strength)
+    y, _ = _moved(x, edit, w_dec, strength)
     return y if mask is None else torch.where(mask[:, None], y, x)
 
 
 def _moved(
-    x: Tensor,
-    values_old: Tensor | None,
-    values_new: Tensor | None,
-    indices: Tensor,
-    w_dec: Tensor,
-    offsets: Tensor | None,
-    strength: Tensor | None,
+    x: Tensor, edit: CodeEdit, w_dec: Tensor, strength: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Return the edited x, and for each row whether it has a change that is not 0."""
     acc, rows = accumulator(x), x.shape[0]
     moved = torch.zeros(rows, dtype=torch.int64, device=x.device)
     if rows == 0 or w_dec.shape[0] == 0:
         return x, moved > 0
-    e = entries(_change(values_old, values_new), indices, offsets, w_dec.shape[0])
+    change = _change(edit.values_old, edit.values_new)
+    e = entries(change, edit.indices, edit.offsets, w_dec.shape[0])
     delta, differs = e.value, e.value != 0
     if strength is not None:
         by = strength.expand(rows).index_select(0, e.row)
@@ -60,17 +58,10 @@ def _change(old: Tensor | None, new: Tensor | None) -> Tensor:
 
 
 def sae_edit_(
-    x: Tensor,
-    values_old: Tensor | None,
-    values_new: Tensor | None,
-    indices: Tensor,
-    w_dec: Tensor,
-    offsets: Tensor | None,
-    strength: Tensor | None,
-    mask: Tensor | None,
+    x: Tensor, edit: CodeEdit, w_dec: Tensor, strength: Tensor | None, mask: Tensor | None
 ) -> None:
     """Do the same as `sae_edit` in place; rows without a change keep every bit."""
-    y, written = _moved(x, values_old, values_new, indices, w_dec, offsets, strength)
+    y, written = _moved(x, edit, w_dec, strength)
     if mask is not None:
         written = written & mask
     x.copy_(torch.where(written[:, None], y, x))

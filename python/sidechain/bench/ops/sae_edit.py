@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from sidechain.ops import sae_edit_
-from sidechain.testing.cases import DTYPES, EDIT_BENCH, EDIT_CASES, EditCase
+from sidechain.testing.cases import DTYPES, EDIT_BENCH, EDIT_CASES, EditCase, edit_call
 
 from ..cases import Case
 from ._build import Args, Work
@@ -44,10 +44,8 @@ def dense(args: Args) -> None:
 
 
 def _run(args: Args, backend: str) -> None:
-    rest = dict(args)
-    names = ("x", "values_old", "values_new", "indices", "w_dec")
-    first = [rest.pop(name) for name in names]
-    sae_edit_(*first, **rest, backend=backend)
+    structs, keywords = edit_call(args)
+    sae_edit_(*structs, **keywords, backend=backend)
 
 
 def _outputs(args: Args, result: Any) -> dict[str, Tensor]:

@@ -12,15 +12,14 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-from sidechain.ops import SaeCodes, SaeMoments, sae_update_
-from sidechain.testing.cases import DTYPES, UPDATE_BENCH, UPDATE_CASES, UpdateCase
+from sidechain.ops import AdamState, sae_update_
+from sidechain.testing.cases import DTYPES, UPDATE_BENCH, UPDATE_CASES, UpdateCase, update_call
 
 from ..cases import Case
 from ._build import Args, Work
 
 OP = "sae_update_"
-COLUMNS = ("values", "indices", "offsets", "dvalues", "error", "row_weight")
-WRITTEN = ("w_enc", "w_dec", "b_enc", *SaeMoments._fields)
+WRITTEN = ("w_enc", "w_dec", "b_enc", *AdamState._fields)
 
 
 def eager(args: Args) -> None:
@@ -77,26 +76,22 @@ def _adam(args: Args, grads: list[Tensor], weights: list[Tensor]) -> None:
 
 
 def _run(args: Args, backend: str) -> None:
-    rest = dict(args)
-    columns = zip(*[rest.pop(name) for name in COLUMNS], strict=True)
-    rest["codes"] = [SaeCodes(**dict(zip(COLUMNS, group, strict=True))) for group in columns]
-    rest["moments"] = SaeMoments(*[rest.pop(name) for name in SaeMoments._fields])
-    rest["betas"] = (rest.pop("beta1"), rest.pop("beta2"))
-    sae_update_(**rest, backend=backend)
+    structs, keywords = update_call(args)
+    sae_update_(*structs, **keywords, backend=backend)
 
 
 def _outputs(args: Args, result: Any) -> dict[str, Tensor]:
     return {name: args[name] for name in WRITTEN if args[name] is not None}
 
 
-WORK = Work(OP, _run, eager, _outputs, {"index_add": gathered}, narrow=("enc_copy", "dec_copy"))
+WORK = Work(OP, _run, eager, _outputs, {"index_add": gathered})
 
 
 def moved(case: UpdateCase) -> int:
     """Both matrices and their Adam state in and out; rows of x and error once."""
     widths = case.d_in + case.d_out
-    moment = 2 if case.half_moments else 4
-    return 2 * case.features * widths * (4 + 2 * moment) + 4 * case.rows * widths
+    size = 2 if case.half_state else 4
+    return 2 * case.features * widths * (4 + 2 * size) + 4 * case.rows * widths
 
 
 def quick_cases(table: tuple[UpdateCase, ...]) -> list[UpdateCase]:
@@ -106,11 +101,11 @@ def quick_cases(table: tuple[UpdateCase, ...]) -> list[UpdateCase]:
 
 
 def cases(device: str, *, quick: bool = False) -> Iterator[Case]:
-    """The shapes of the training bench. Only ours has bfloat16 Adam state and lazy rows."""
+    """The shapes of the training bench. Only ours has a bfloat16 Adam state."""
     for case in quick_cases(UPDATE_BENCH) if quick else UPDATE_BENCH:
         make = partial(case.make, torch.float32, device=device)
         candidates = WORK.candidates(device, quick=quick)
-        if case.half_moments or case.lazy:
+        if case.half_state:
             candidates = WORK.ours(device)[:1]
             if candidates[0].name == "reference":
                 continue

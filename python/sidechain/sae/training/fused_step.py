@@ -7,12 +7,18 @@ between these, sparse codes are all there is.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from ...ops import SaeCodes, SaeMoments, sae_gradient_square, sae_update_
+from ...ops import (
+    AdamOptions,
+    AdamState,
+    CodeGroup,
+    GradientInputs,
+    SaeWeights,
+    sae_gradient_square,
+    sae_update_,
+)
 from ..model import Codes
 from .autograd_step import follow_threshold
 from .groups import Group, compared, nested
@@ -60,13 +66,13 @@ def _forward(state: TrainState, x: Tensor, target: Tensor) -> tuple[list[Group],
 
 
 def _first(state: TrainState, codes: Codes, k: int) -> Codes:
-    """The k largest of sorted codes, over all slices of the features."""
+    """Return the k largest of sorted codes, over all slices of the features."""
     kept = keep_row_largest(first_of(codes, k), k, state.mesh)
     return Codes(kept.values.contiguous(), kept.indices.contiguous(), None)
 
 
 def _renumbered(codes: Codes, numbers: Tensor) -> Codes:
-    """Codes of a list of features, numbered as those features are."""
+    """Return codes of a list of features with the numbers of those features."""
     if not len(numbers):
         return codes
     indices = numbers[codes.indices.clamp(min=0).long()].int()
@@ -92,30 +98,39 @@ def _whole(state: TrainState, group: Group) -> Group:
 def _update(state: TrainState, x: Tensor, groups: list[Group]) -> None:
     """Update the rows of every feature, then `b_dec`, whose gradient is a sum over all of them."""
     weights, train, mesh = state.weights, state.train, state.mesh
-    codes = [_of_levels(state, g) for g in groups]
-    place: dict[str, Any] = {
-        "prefixes": state.config.prefixes, "first_feature": state.first
-    }  # fmt: skip
     bias_grad = torch.stack([g.bias_grad for g in groups if g.biased]).sum(0)
     tied = state.fixed_b_pre is None
+    own = SaeWeights(weights["w_enc"], weights["w_dec"], weights["b_enc"], state.b_pre)
+    inputs = GradientInputs(
+        x,
+        [_of_levels(state, g) for g in groups],
+        project=state.config.unit_norm,
+        prefixes=state.config.prefixes,
+        first_feature=state.first,
+    )
     scale = None
     if train.clip is not None:
-        square = sae_gradient_square(
-            weights["w_enc"], weights["w_dec"], x, codes, b_pre=state.b_pre,
-            project=state.config.unit_norm, **place,
-        )  # fmt: skip
-        total = mesh.sum_features(square.double())
+        total = mesh.sum_features(sae_gradient_square(own, inputs).double())
         whole = bias_grad + _pre_gradient(state, groups) if tied else bias_grad
         scale = clip_factor(total + whole.double().square().sum(), train.clip).float()
     pre_grad = torch.zeros_like(weights["b_dec"]) if tied else None
+    adam = AdamOptions(
+        torch.full((1,), state.schedule.lr(state.step - 1), device=x.device),
+        torch.full((1,), state.step, dtype=torch.int64, device=x.device),
+        *train.betas,
+        train.eps,
+        train.weight_decay,
+        scale,
+    )
     sae_update_(
-        weights["w_enc"], weights["w_dec"], weights["b_enc"], _moments(state), x, codes,
-        lr=torch.full((1,), state.schedule.lr(state.step - 1), device=x.device),
-        step=torch.full((1,), state.step, dtype=torch.int64, device=x.device),
-        b_pre=state.b_pre, betas=train.betas, eps=train.eps, weight_decay=train.weight_decay,
-        unit_norm=state.config.unit_norm, project=state.config.unit_norm, clip_scale=scale,
-        last_fired=state.last_fired, b_pre_grad=pre_grad, **place,
-    )  # fmt: skip
+        own,
+        _adam_state(state),
+        inputs,
+        adam,
+        unit_norm=state.config.unit_norm,
+        last_fired=state.last_fired,
+        b_pre_grad=pre_grad,
+    )
     if pre_grad is not None:
         bias_grad = bias_grad + mesh.sum_features(pre_grad)
     if scale is not None:
@@ -123,8 +138,8 @@ def _update(state: TrainState, x: Tensor, groups: list[Group]) -> None:
     adam_(state, {"b_dec": bias_grad})
 
 
-def _of_levels(state: TrainState, group: Group) -> SaeCodes:
-    """The group as `sae_update_` takes it: whole numbers of features, an error for every prefix."""
+def _of_levels(state: TrainState, group: Group) -> CodeGroup:
+    """Return the group as `sae_update_` takes it: features of the whole dictionary, all errors."""
     values, indices, offsets = group.codes
     error, levels = group.error, len(state.config.prefixes)
     if error.dim() == 3:
@@ -132,7 +147,7 @@ def _of_levels(state: TrainState, group: Group) -> SaeCodes:
     elif levels:
         error = error.expand(levels, *error.shape)
     numbers = indices + state.first if state.first else indices
-    return SaeCodes(values, numbers, group.dvalues, error, offsets)
+    return CodeGroup(values, numbers, group.dvalues, error, offsets)
 
 
 def _pre_gradient(state: TrainState, groups: list[Group]) -> Tensor:
@@ -146,6 +161,6 @@ def _pre_gradient(state: TrainState, groups: list[Group]) -> Tensor:
     return state.mesh.sum_features(grad)
 
 
-def _moments(state: TrainState) -> SaeMoments:
-    enc, dec, bias = (state.moments[name] for name in ("w_enc", "w_dec", "b_enc"))
-    return SaeMoments(*enc, *dec, *bias)
+def _adam_state(state: TrainState) -> AdamState:
+    enc, dec, bias = (state.adam[name] for name in ("w_enc", "w_dec", "b_enc"))
+    return AdamState(*enc, *dec, *bias)

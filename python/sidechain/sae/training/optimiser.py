@@ -64,7 +64,7 @@ def adam_(
     """Take one step of AdamW on the weights that have a gradient here, in place.
 
     Args:
-        state: its weights and moments.
+        state: its weights and running statistics.
         grads: by name of the weight.
         instead: tensors to change in place of weights.
     """
@@ -74,8 +74,8 @@ def adam_(
         adamw(
             [(instead or {}).get(n, state.weights[n]) for n in names],
             [grads[n] for n in names],
-            [state.moments[n][0] for n in names],
-            [state.moments[n][1] for n in names],
+            [state.adam[n][0] for n in names],
+            [state.adam[n][1] for n in names],
             [],
             [torch.full((), state.step - 1.0, device=state.device) for _ in names],
             fused=True,

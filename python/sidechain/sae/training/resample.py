@@ -20,9 +20,9 @@ def resample(state: TrainState, rows: Rows, row_loss: Tensor) -> int:
     """Restart the dead features on rows of the batch drawn in proportion to their loss squared.
 
     The decoder row becomes the direction of the row's target minus b_dec, the encoder row that of
-    its input minus b_pre, scaled; the bias 0; their moments 0. More dead features than rows: the
-    rest stays for the next time. The draw depends on the seed and the step alone, and on every
-    process of a mesh it is the same.
+    its input minus b_pre, scaled; the bias and the running statistics become 0. More dead features
+    than rows: the rest stays for the next time. The draw depends on the seed and the step alone,
+    and on every process of a mesh it is the same.
 
     Args:
         state: changed in place.
@@ -54,10 +54,10 @@ def resample(state: TrainState, rows: Rows, row_loss: Tensor) -> int:
             weights[name][place] = 0.0
     if "threshold" in state.trained:
         weights["threshold"][place] = state.schedule.threshold_init
-    for name, moments in state.moments.items():
+    for name, statistics in state.adam.items():
         if name != "b_dec":
-            for moment in moments:
-                moment[place] = 0.0
+            for statistic in statistics:
+                statistic[place] = 0.0
     state.last_fired[place] = state.step
     return count
 

@@ -35,12 +35,12 @@ class Rows(NamedTuple):
 
 
 class TrainState:
-    """Weights, moments and counters of a run.
+    """Weights, running statistics and counters of a run.
 
     Attributes:
         weights: trained tensors by name, the slice of this process; `threshold` of batch_topk and
             matryoshka is among them though no gradient reaches it.
-        moments: (mean, square) of Adam for each trained tensor.
+        adam: running (mean, mean square) of the gradient of each trained tensor.
         last_fired: [F'] int64, number of the step (from 1) in which a feature last fired.
         dead: local numbers of the features found dead at the last look, int64.
         dead_total: number of them over all processes.
@@ -80,7 +80,7 @@ class TrainState:
         self.fixed_b_pre = (
             None if config.tied_bias else torch.zeros(config.d_in, dtype=dtype, device=self.device)
         )
-        self.moments = {name: self._zeros(name) for name in self.trained}
+        self.adam = {name: self._zeros(name) for name in self.trained}
         self.last_fired = torch.zeros(self.size, dtype=torch.int64, device=self.device)
         self.dead = torch.zeros(0, dtype=torch.int64, device=self.device)
         self.dead_total = 0
@@ -171,7 +171,7 @@ class TrainState:
         """Yield (name, tensor, whether its first axis is cut over the features)."""
         for name, tensor in self.weights.items():
             yield name, tensor, name != "b_dec" and tensor.dim() > 0
-        for name, pair in self.moments.items():
+        for name, pair in self.adam.items():
             for kind, tensor in zip(("mean", "square"), pair, strict=True):
                 yield f"{name}.{kind}", tensor, name != "b_dec"
         yield "last_fired", self.last_fired, True

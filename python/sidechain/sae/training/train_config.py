@@ -77,8 +77,8 @@ class TrainConfig:
         threshold_init: None = 0.1 (tanh) or 0.001 sqrt(d_in) (l0).
         log_every: steps between metrics.
         checkpoint_minutes: longest time between checkpoints.
-        bf16_moments: keep Adam's moments of the matrices in bfloat16, rounded stochastically
-            (fused path only).
+        bf16_moments: keep Adam's running statistics of the matrices in bfloat16, rounded
+            stochastically (fused path only).
     """
 
     tokens: int

@@ -8,8 +8,8 @@ import torch
 
 from .attention_tap import ATTENTION_BENCH, ATTENTION_CASES, AttentionCase
 from .encode_reduce import SUMS_BENCH, SUMS_CASES, SumsCase
-from .sae_edit import EDIT_BENCH, EDIT_CASES, EditCase
-from .sae_update import UPDATE_BENCH, UPDATE_CASES, UpdateCase
+from .sae_edit import EDIT_BENCH, EDIT_CASES, EditCase, edit_call
+from .sae_update import UPDATE_BENCH, UPDATE_CASES, UpdateCase, square_args, update_call
 from .sparse_decode import DECODE_BENCH, DECODE_CASES, DecodeCase
 from .tap import TAP_BENCH, TAP_CASES, TAP_LIMITS, TapCase
 from .topk_encode import TOPK_ENCODE_BENCH, TOPK_ENCODE_CASES, TopkEncodeCase
@@ -40,4 +40,7 @@ __all__ = [
     "TapCase",
     "TopkEncodeCase",
     "UpdateCase",
+    "edit_call",
+    "square_args",
+    "update_call",
 ]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...ops.sae_structs import edit_structs
 from .sparse_decode import random_codes
 
 
@@ -48,8 +49,8 @@ class EditCase:
             "values_old": values if self.old else None,
             "values_new": changed if self.new else None,
             "indices": codes["indices"],
-            "w_dec": torch.randn(self.features, self.width, generator=g).to(self.w_dtype or dtype),
             "offsets": codes.get("offsets"),
+            "w_dec": torch.randn(self.features, self.width, generator=g).to(self.w_dtype or dtype),
             "strength": None,
             "mask": None,
         }
@@ -58,6 +59,12 @@ class EditCase:
         if self.mask:
             args["mask"] = torch.rand(self.rows, generator=g) < 0.6
         return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in args.items()}
+
+
+def edit_call(args: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the positional and keyword arguments of `sae_edit_` for those of its schema."""
+    *first, strength, mask = edit_structs([*args.values()])
+    return tuple(first), {"strength": strength, "mask": mask}
 
 
 _case = EditCase(21, 96, 150, 6)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cases of `sae_update_`."""
+"""Cases of `sae_update_` and `sae_gradient_square`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...ops.sae_structs import COLUMNS, update_structs
 from .sparse_decode import random_codes
 
 
@@ -26,14 +27,13 @@ class UpdateCase:
     prefixes: tuple[int, ...] = ()
     bias: bool = True
     b_pre: bool = True
-    half_moments: bool = False
-    lazy: bool = False
+    half_state: bool = False
     clip: bool = False
     weight_decay: float = 0.0
     unit_norm: bool = True
     project: bool = True
     first_feature: int = 0
-    extras: bool = False  # last_fired, fire_count, copies, b_pre_grad, grad_square
+    extras: bool = False  # last_fired, b_pre_grad
     step: int = 7
     what: str = "topk"
 
@@ -55,6 +55,7 @@ class UpdateCase:
             "w_enc": 0.1 * normal(*enc),
             "w_dec": w_dec / w_dec.norm(dim=-1, keepdim=True).clamp(min=1e-9),
             "b_enc": 0.1 * normal(self.features) if self.bias else None,
+            "b_pre": None,
             "enc_mean": 0.01 * normal(*enc),
             "enc_square": 1e-4 * normal(*enc).square(),
             "dec_mean": 0.01 * normal(*dec),
@@ -63,31 +64,33 @@ class UpdateCase:
             "bias_square": 1e-4 * normal(self.features).square() if self.bias else None,
             # A common offset per channel, as real activations have.
             "x": (normal(self.rows, self.d_in) + 2.0 * normal(self.d_in)).to(dtype),
-            "b_pre": normal(self.d_in) if self.b_pre else None,
         }
-        if self.half_moments:
+        if self.b_pre:
+            args["b_pre"] = normal(self.d_in)
+        if self.half_state:
             for key in ("enc_mean", "enc_square", "dec_mean", "dec_square"):
                 args[key] = args[key].to(torch.bfloat16)
         args |= self._groups(g, seed)
+        features = torch.arange(self.features)
         args |= {
+            "project": self.project,
+            "prefixes": list(self.prefixes),
+            "first_feature": self.first_feature,
             "lr": torch.tensor([1e-3]),
             "step": torch.tensor([self.step]),
             "beta1": 0.9,
             "beta2": 0.999,
             "eps": 1e-8,
             "weight_decay": self.weight_decay,
-            "unit_norm": self.unit_norm,
-            "project": self.project,
             "clip_scale": torch.tensor([0.25]) if self.clip else None,
-            "prefixes": list(self.prefixes),
-            "first_feature": self.first_feature,
+            "unit_norm": self.unit_norm,
+            "last_fired": features % 3 if self.extras else None,
+            "b_pre_grad": torch.full((self.d_in,), 7.0) if self.extras else None,
         }
-        args |= self._extras()
         return {k: _to(v, device) for k, v in args.items()}
 
     def _groups(self, g: torch.Generator, seed: int) -> dict[str, list[Any]]:
-        keys = ("values", "indices", "offsets", "dvalues", "error", "row_weight")
-        columns: dict[str, list[Any]] = {key: [] for key in keys}
+        columns: dict[str, list[Any]] = {key: [] for key in COLUMNS}
         total = self.features + self.first_feature + (5 if self.first_feature else 0)
         error_shape: tuple[int, ...] = (self.rows, self.d_out)
         if self.prefixes:
@@ -108,22 +111,18 @@ class UpdateCase:
             columns["row_weight"].append(torch.rand(self.rows, generator=g) if i else None)
         return columns
 
-    def _extras(self) -> dict[str, Any]:
-        features = torch.arange(self.features)
-        extras: dict[str, Any] = dict.fromkeys(
-            ("last_fired", "fire_count", "row_step", "enc_copy", "dec_copy", "b_pre_grad",
-             "grad_square")
-        )  # fmt: skip
-        if self.lazy:
-            extras["row_step"] = features % self.step
-        if self.extras:
-            extras["last_fired"] = features % 3
-            extras["fire_count"] = features % 5
-            extras["enc_copy"] = torch.full((self.features, self.d_in), 7.0, dtype=torch.bfloat16)
-            extras["dec_copy"] = torch.full((self.features, self.d_out), 7.0, dtype=torch.float16)
-            extras["b_pre_grad"] = torch.full((self.d_in,), 7.0)
-            extras["grad_square"] = torch.full((1,), 7.0)
-        return extras
+
+def update_call(args: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the positional and keyword arguments of `sae_update_` for those of its schema."""
+    *structs, unit_norm, last_fired, b_pre_grad = update_structs([*args.values()])
+    keywords = {"unit_norm": unit_norm, "last_fired": last_fired, "b_pre_grad": b_pre_grad}
+    return tuple(structs), keywords
+
+
+def square_args(args: dict[str, Any]) -> list[Any]:
+    """Return the arguments of the schema of `sae_gradient_square` for those of `sae_update_`."""
+    names = ("w_enc", "w_dec", "b_enc", "b_pre", "x", *COLUMNS)
+    return [args[name] for name in (*names, "project", "prefixes", "first_feature")]
 
 
 def _to(value: Any, device: str) -> Any:
@@ -138,10 +137,10 @@ UPDATE_CASES = (
     replace(_case, extras=True, clip=True, weight_decay=0.01, what="extras"),
     replace(_case, csr=True, d_out=35, extras=True, what="csr-transcoder"),
     replace(_case, groups=2, extras=True, b_pre=False, what="aux"),
-    replace(_case, groups=3, csr=True, lazy=True, extras=True, weight_decay=0.1, what="lazy"),
+    replace(_case, groups=3, csr=True, extras=True, weight_decay=0.1, what="three-groups"),
     replace(_case, prefixes=(10, 33, 70), groups=2, what="matryoshka"),
-    replace(_case, half_moments=True, extras=True, what="bf16-moments"),
-    replace(_case, half_moments=True, lazy=True, features=333, d_out=17, what="bf16-lazy"),
+    replace(_case, half_state=True, extras=True, what="bf16-moments"),
+    replace(_case, half_state=True, features=333, d_out=17, what="bf16-uneven"),
     replace(_case, first_feature=20, prefixes=(30, 95), extras=True, what="shard"),
     replace(_case, bias=False, unit_norm=False, project=False, step=1, what="plain"),
     replace(_case, unit_norm=False, rows=130, features=9, k=4, what="dense-lists"),
@@ -158,8 +157,8 @@ UPDATE_CASES = (
 )
 UPDATE_BENCH = (
     UpdateCase(1024, 768, 768, 12288, 32),
-    UpdateCase(1024, 768, 768, 12288, 32, half_moments=True, what="bf16-moments"),
-    UpdateCase(1024, 768, 768, 12288, 32, lazy=True, what="lazy"),
+    # Named as in the measurements that are kept.
+    UpdateCase(1024, 768, 768, 12288, 32, half_state=True, what="bf16-moments"),
     UpdateCase(1024, 1280, 1280, 5120, 10),
     UpdateCase(1024, 2560, 2560, 10240, 64),
 )
