@@ -5,6 +5,7 @@ from .. import _native
 from ._library import backends, note_kernels, register_triton
 from .attention_tap import attention_tap
 from .encode_reduce import CodeSums, code_sums_, encode_reduce
+from .encoder_structs import Encoder
 from .sae_edit import sae_edit_
 from .sae_update import SaeCodes, SaeMoments, sae_gradient_square, sae_update_
 from .sparse_decode import DecodeLoss, sparse_decode, sparse_decode_loss
@@ -19,6 +20,7 @@ __all__ = [
     "CodeSums",
     "Codes",
     "DecodeLoss",
+    "Encoder",
     "SaeCodes",
     "SaeMoments",
     "attention_tap",
