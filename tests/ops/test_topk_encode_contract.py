@@ -73,6 +73,21 @@ class TestContract:
         with pytest.raises(NotImplementedError, match=r"^topk_encode: expected precision='fp32'"):
             encode_case(case.make(torch.float32), precision="bf16", backend=backend)
 
+    @pytest.mark.skipif(bool(backends()["topk_encode"]["cpu"]), reason="no kernel on the CPU")
+    def test_kernel_refuses_bfloat16(self) -> None:
+        """What a compiled graph calls past the public function."""
+        x, w, ops = torch.zeros(2, 4), torch.zeros(5, 4), torch.ops.sidechain
+        indices, grad = torch.zeros(2, 1, dtype=torch.int32), torch.zeros(2, 1)
+        for call in (
+            lambda: ops.topk_encode.default(x, w, None, None, 1, 1, None),
+            lambda: ops.topk_encode_ragged.default(x, w, None, None, 1, None, 1, None),
+            lambda: ops.topk_encode_backward.default(
+                grad, indices, None, x, w, None, 1, True, True
+            ),
+        ):
+            with pytest.raises(RuntimeError, match="expected precision 0"):
+                call()
+
 
 needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None, reason="Inductor needs a C++ compiler on the CPU"
