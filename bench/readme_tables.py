@@ -159,12 +159,12 @@ def _encoders_of(run: dict) -> list[str]:
         f"`topk_encode` against a linear layer and `topk` in float32, {_stamp(run)}. Recall and "
         "equal sets (share of the rows) are of the exact sets in float64:",
         "",
-        "| N, d, F, k | way | ms | recall | equal sets | against plain torch | against ours bf16 |",
-        "|---|---|---|---|---|---|---|",
+        "| N, d, F, k | way | ms | recall | equal sets | against plain torch |",
+        "|---|---|---|---|---|---|",
         *(
             f"| {row['case']} | {row['provider']} | {row['median_us'] / 1000:.1f} | "
             f"{row['facts']['recall']:.5f} | {row['facts']['equal sets']:.4f} | "
-            f"{_times(row['times_plain'])} | {_times(row['facts'].get('x bf16'))} |"
+            f"{_times(row['times_plain'])} |"
             for row in run["rows"]
             if row["provider"] != "reference fp32"
         ),
