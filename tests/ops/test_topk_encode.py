@@ -15,6 +15,7 @@ from ops.topk_encode_codes import (
     exact_kernels,
     modes,
     plain,
+    screened_modes,
     widened,
 )
 from sidechain.ops import Codes, backends, topk_encode_fallbacks
@@ -135,7 +136,7 @@ class TestNumerics:
 class TestLayout:
     @every_kernel
     @dtypes
-    @modes
+    @screened_modes
     @pytest.mark.parametrize("offset", [0, 1, 3, 7, 17])
     def test_offset_views_and_guards(
         self, offset: int, case: TopkEncodeCase, dtype: torch.dtype, backend: str
@@ -152,7 +153,7 @@ class TestLayout:
             assert guards_intact(whole, moved[name], offset), name
 
     @every_kernel
-    @modes
+    @screened_modes
     def test_any_strides(self, case: TopkEncodeCase, backend: str) -> None:
         args = case.make(torch.float32, device=DEVICE[backend])
         want = encode_case(args, backend=backend)

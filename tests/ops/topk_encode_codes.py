@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -36,6 +37,10 @@ exact_kernels = pytest.mark.parametrize(
     ("backend", "precision"), [p for p in EXACT if p.values[0] != "reference"]
 )
 modes = pytest.mark.parametrize("case", [FIXED, BATCH, THRESHOLD], ids=lambda c: c.mode)
+# A CPU values up to six rows without a screen.
+screened_modes = pytest.mark.parametrize(
+    "case", [replace(c, rows=40) for c in (FIXED, BATCH, THRESHOLD)], ids=lambda c: c.mode
+)
 
 
 def dense(
