@@ -45,8 +45,8 @@ std::vector<uint32_t> kth_orders(const ScreenedRows& set, const std::vector<int6
 }
 
 // Moves the candidates that the exact k-th value will most likely not rule out to the front and
-// returns their number. With `errors` those count that their error may lift, which spares a row of
-// its own a second reading of the dictionary.
+// returns their number. With `errors` they include those that their error may lift to the k-th
+// value: few more are then left for the second reading of the dictionary.
 int64_t move_likely(List& list, uint32_t kth, bool errors) {
   if (kth == 0) return static_cast<int64_t>(list.size());
   float bound = value_of(kth);
@@ -62,8 +62,8 @@ int64_t move_likely(List& list, uint32_t kth, bool errors) {
 
 // Drops the candidates from slot `first` on that cannot reach the bound.
 void keep_reaching(List& list, int64_t first, float bound) {
-  const auto late = [&](const Candidate& c) { return !may_reach(c, bound); };
-  list.erase(std::remove_if(list.begin() + first, list.end(), late), list.end());
+  const auto below = [&](const Candidate& c) { return !may_reach(c, bound); };
+  list.erase(std::remove_if(list.begin() + first, list.end(), below), list.end());
 }
 
 }  // namespace

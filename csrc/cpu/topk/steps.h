@@ -9,7 +9,7 @@
 namespace sidechain::cpu {
 
 // What is looked for in a set of rows: the k largest values of each row, or, joint, of all rows
-// together. k = 0: no number of values, but all that reach the cut.
+// together. k = 0: every value that reaches the cut.
 struct Rank {
   int64_t k;
   bool joint;
@@ -29,7 +29,7 @@ void screen(ScreenedRows& set, const Rank& rank, float share);
 constexpr float kSafeShare = 0.3f;
 constexpr float kLikelyShare = 0.02f;
 
-// How far below the k-th largest screened value a cut lies that exact values will have to confirm.
+// The share for a cut that the exact values will have to confirm.
 inline float estimated_share(const TopkCall& call) { return call.certified() ? kSafeShare : 1.0f; }
 
 // Where the cuts of all rows may start, measured on a few of them: a little below their least k-th
@@ -37,7 +37,7 @@ inline float estimated_share(const TopkCall& call) { return call.certified() ? k
 float estimate_start(const PackedFeatures& packed, const Activations& x);
 
 // Screens the rows, values what may belong to the result and moves the lists of the decided rows to
-// `lists`, which x numbers. Returns the other rows.
+// `lists`, which has one for each row of x. Returns the other rows.
 std::vector<int32_t> prove(ScreenedRows& set, Start start, std::vector<List>& lists);
 
 // Screens all rows of x, from an estimate first where there is one. Returns the rows that no screen
@@ -53,8 +53,8 @@ void value(ScreenedRows& set, const std::vector<int64_t>& from, const std::vecto
 void value_in_full(const Features& features, const Activations& x, const std::vector<int32_t>& ids,
                    std::vector<List>& lists);
 
-// Leaves of exact candidates what the call keeps: best first, or, in the ragged modes, by ascending
-// feature.
+// Reduces exact candidates to what the call keeps: best first, or, in the ragged modes, by
+// ascending feature.
 void select(const Features& features, std::vector<List>& lists);
 
 }  // namespace sidechain::cpu
