@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ops.support import upcast
 from sidechain import _triton
-from sidechain.ops import _library, attention_tap, topk_encode
+from sidechain.ops import _library, attention_tap
 from sidechain.reference import topk_encode as topk_reference
 from sidechain.testing.cases import (
     ATTENTION_BENCH,
@@ -29,6 +29,7 @@ from sidechain.testing.cases import (
     TOPK_ENCODE_CASES,
     AttentionCase,
     TopkEncodeCase,
+    encode_case,
 )
 from sidechain.testing.tolerance import assert_close
 
@@ -94,7 +95,7 @@ def _topk(case: TopkEncodeCase, precision: str = "fp32") -> Call:
     def run(args: dict[str, Any], backend: str) -> dict[str, Tensor]:
         if args["x"].dtype == torch.float64:
             args.pop("guess", None)  # float32 by contract, and without influence on the result
-        codes = topk_encode(**args, precision=precision, backend=backend)
+        codes = encode_case(args, precision=precision, backend=backend)
         return {k: v for k, v in codes._asdict().items() if v is not None}
 
     def config(size: int) -> Any:

@@ -111,10 +111,10 @@ def launch_topk_encode_backward(
     w_enc: Tensor,
     b_pre: Tensor | None,
     precision: int,
-    need_x: bool,
-    need_w: bool,
+    *needed: bool,  # the gradient of x; that of w_enc
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch on the arguments of the schema."""
+    need_x, need_w = needed
     with torch.no_grad(), on_device(x):
         given = operands(x, w_enc, None, b_pre, precision)
         (rows, width), features, device = given.x.shape, given.w.shape[0], x.device

@@ -43,8 +43,8 @@ py::tuple topk_encode(const Floats& x, const Floats& w, const std::string& isa,
   if (!threshold && (k < 1 || k > p.features)) {
     throw py::value_error("topk_encode: expected 1 <= k <= F");
   }
-  if (precision < 0 || precision > 2) {
-    throw py::value_error("topk_encode: expected precision 0, 1 or 2");
+  if (precision != 0 && precision != 2) {
+    throw py::value_error("topk_encode: expected precision 0 or 2");
   }
   p.precision = static_cast<TopkPrecision>(precision);
   const Isa chosen = isa_from("topk_encode", isa);

@@ -15,7 +15,7 @@ void parallel_for(int64_t n, int64_t grain, cpu::Body body, void* context) {
                               [&](int64_t begin, int64_t end) { body(begin, end, context); });
 }
 
-// Rows whose elements are neighbours: a transposed dictionary is copied, which is little beside
+// Rows whose elements are neighbours: a transposed dictionary is copied, which costs little beside
 // its use.
 Tensor with_contiguous_rows(const char* op, const char* name, const Tensor& t) {
   STD_TORCH_CHECK(t.dim() == 2, op, ": expected ", name, " with 2 dims, got ", t.dim());
@@ -33,6 +33,11 @@ Vector vector_of(const char* op, const char* name, const MaybeTensor& t, int64_t
   return {t->const_data_ptr(), dtype_of(op, name, *t), t->stride(0)};
 }
 
+void check_precision(const char* op, int64_t precision) {
+  STD_TORCH_CHECK(precision == 0 || precision == 2, op,
+                  ": expected precision 0 (fp32) or 2 (int8) on the CPU, got ", precision);
+}
+
 // `x` and `w` are copies held by the caller where their rows had to be made contiguous.
 TopkEncodeParams encode_params(const char* op, const Tensor& x, const Tensor& w,
                                const MaybeTensor& b_enc, const MaybeTensor& b_pre, int64_t k,
@@ -47,7 +52,7 @@ TopkEncodeParams encode_params(const char* op, const Tensor& x, const Tensor& w,
   p.threshold = {nullptr, Dtype::kFloat32, 0};
   STD_TORCH_CHECK(p.rows < INT32_MAX && p.features < INT32_MAX, op,
                   ": expected fewer than 2^31 rows and features");
-  STD_TORCH_CHECK(precision >= 0 && precision <= 2, op, ": expected precision 0, 1 or 2");
+  check_precision(op, precision);
   p.precision = static_cast<TopkPrecision>(precision);
   if (guess) {
     const int64_t n = guess->dim() == 1 && guess->size(0) == 1 ? 1 : p.rows;
@@ -131,7 +136,7 @@ std::tuple<Tensor, Tensor, Tensor> topk_encode_backward_cpu(Tensor grad, Tensor 
   p.x = rows_of(op, "x", rows);
   p.w_enc = rows_of(op, "w_enc", w);
   p.b_pre = vector_of(op, "b_pre", b_pre, p.width, x);
-  p.bf16 = precision == static_cast<int64_t>(TopkPrecision::kBFloat16);
+  check_precision(op, precision);
   const Tensor slopes = torch::stable::contiguous(grad);
   const Tensor which = torch::stable::contiguous(indices);
   const Tensor bounds = offsets ? torch::stable::contiguous(*offsets) : which;

@@ -24,6 +24,7 @@ from sidechain.testing.cases import (
     TopkEncodeCase,
     UpdateCase,
     edit_call,
+    encode_case,
     square_args,
     update_call,
 )
@@ -68,7 +69,7 @@ def _attention(args: dict[str, Any], backend: str = "auto") -> dict[str, Tensor]
 
 
 def _encode(args: dict[str, Any], backend: str = "auto") -> dict[str, Tensor]:
-    found = ops.topk_encode(**args, backend=backend)._asdict()
+    found = encode_case(args, backend=backend)._asdict()
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -90,7 +91,11 @@ def encode_gradient(
     """Gradients of `topk_encode`, its forward pass put `through` a compiler or not."""
     leaves = [args[n].detach().requires_grad_() for n in ENCODERS]
     rest = {n: v for n, v in args.items() if n not in ENCODERS}
-    forward = through(lambda *tensors: ops.topk_encode(*tensors, **rest, backend=backend).values)
+    forward = through(
+        lambda x, *weights: (
+            ops.topk_encode(x, ops.Encoder(*weights), **rest, backend=backend).values
+        )
+    )
     loss = forward(*leaves).square().sum()
     return dict(zip(ENCODERS, torch.autograd.grad(loss, leaves), strict=True))
 

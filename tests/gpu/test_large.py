@@ -280,7 +280,7 @@ def test_topk_encode(device: str, mode: str, part: str) -> None:
     options: dict[str, Any] = {"threshold": 2.0} if mode == "threshold" else {"k": k}
     if mode == "batch_topk":  # so that every row keeps its k largest: none outdoes another
         options["k"] = features if part == "rows" else k
-    codes = ops.topk_encode(x, table, mode=mode, **options)
+    codes = ops.topk_encode(x, ops.Encoder(table), mode=mode, **options)
     last = x[-LAST:].double()
     z = torch.cat([last @ t.double().T for t in table.split(1 << 14)], 1).relu()
     rounded = z.float()  # what is compared to choose

@@ -19,9 +19,9 @@ from gpu.calls import CALLS, Call, decode_gradient, encode_gradient
 from gpu.support import capture_begun, captured, copied, side_stream
 from gpu.waits import waits_of
 from ops.sae_update_calls import upcast
-from sidechain.ops import topk_encode, topk_encode_fallbacks
+from sidechain.ops import topk_encode_fallbacks
 from sidechain.ops.topk_encode import _fallbacks
-from sidechain.testing.cases import TopkEncodeCase
+from sidechain.testing.cases import TopkEncodeCase, encode_case
 from sidechain.testing.tolerance import assert_close
 
 every_call = pytest.mark.parametrize("call", CALLS, ids=lambda c: c.name)
@@ -140,7 +140,7 @@ class TestFallbacks:
 
     def test_are_counted_at_every_replay(self, device: str) -> None:
         args = self.undecided(device)
-        replay = captured(device, lambda: topk_encode(**args))
+        replay = captured(device, lambda: encode_case(args))
         topk_encode_fallbacks(reset=True)
         assert topk_encode_fallbacks() == 0
         for number in range(1, 4):
@@ -149,12 +149,12 @@ class TestFallbacks:
 
     def test_counter_is_made_once(self, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
         args = self.undecided(device)
-        topk_encode(**args)
+        encode_case(args)
         address = _fallbacks[args["x"].device].data_ptr()
         topk_encode_fallbacks(reset=True)
         if device == "cpu":  # a GPU's launcher makes scratch of its own
             monkeypatch.setattr(torch, "zeros", None)
-        topk_encode(**args)
+        encode_case(args)
         monkeypatch.undo()
         assert _fallbacks[args["x"].device].data_ptr() == address
         assert topk_encode_fallbacks() == 2
@@ -163,12 +163,12 @@ class TestFallbacks:
         self, device: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         args = self.undecided(device)
-        topk_encode(**args)
+        encode_case(args)
         kept = _fallbacks.pop(args["x"].device)
         match = r"topk_encode: expected a first call on .* before a CUDA graph is captured"
         try:
             with capture_begun(device, monkeypatch), pytest.raises(RuntimeError, match=match):
-                topk_encode(**args)
+                encode_case(args)
             assert args["x"].device not in _fallbacks
         finally:
             _fallbacks[args["x"].device] = kept

@@ -2,7 +2,7 @@
 // topk_encode on every instruction set this machine has, against a dense double-precision loop.
 #include "sidechain/topk_encode.h"
 
-#include "cpu/topk_rows.h"
+#include "cpu/topk/support.h"
 
 #include <algorithm>
 #include <cmath>

@@ -10,9 +10,7 @@ import pytest
 import torch
 
 from sidechain import _native
-from sidechain.ops import topk_encode
-from sidechain.ops._topk_encode import PRECISIONS
-from sidechain.testing.cases import TOPK_ENCODE_CASES, TopkEncodeCase
+from sidechain.testing.cases import TOPK_ENCODE_CASES, TopkEncodeCase, encode_case
 
 host: Any = _native.host()
 pytestmark = pytest.mark.skipif(host is None, reason=f"_host: {_native.absent('_host')}")
@@ -20,12 +18,11 @@ ISAS = host.isas() if host else []
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("case", TOPK_ENCODE_CASES, ids=lambda c: c.name)
-def test_parity(case: TopkEncodeCase, precision: str, isa: str) -> None:
+def test_parity(case: TopkEncodeCase, isa: str) -> None:
     args = case.make(torch.float32)
     args.pop("guess", None)
-    want = topk_encode(**args, precision=precision)
+    want = encode_case(args)
     kw: dict[str, Any] = {n: args[n].numpy() for n in ("b_enc", "b_pre") if n in args}
     if case.mode == "threshold":
         limit = torch.as_tensor(args["threshold"], dtype=torch.float32)
@@ -33,9 +30,8 @@ def test_parity(case: TopkEncodeCase, precision: str, isa: str) -> None:
     else:
         kw |= {"k": case.k, "batch": case.mode == "batch_topk"}
     values, indices, offsets, _ = host.topk_encode(
-        args["x"].numpy(), args["w_enc"].numpy(), isa=isa,
-        precision=PRECISIONS.index(precision), **kw,
-    )  # fmt: skip
+        args["x"].numpy(), args["w_enc"].numpy(), isa=isa, **kw
+    )
     np.testing.assert_array_equal(indices, want.indices.numpy())
     np.testing.assert_allclose(values, want.values.numpy(), rtol=1.3e-7)
     if want.offsets is not None:
@@ -54,7 +50,7 @@ def int8_sets(isa: str, args: dict[str, Any], k: int) -> np.ndarray:
 def test_int8_recalls(isa: str) -> None:
     """Codes of x are 7.25 bits wide on AVX2, whose sums of products have 16, and 8 elsewhere."""
     args = TopkEncodeCase(70, 200, 2000, 12).make(torch.float32)
-    exact = topk_encode(**args).indices.numpy()
+    exact = encode_case(args).indices.numpy()
     found = int8_sets(isa, args, 12)
     recall = (found[:, :, None] == exact[:, None]).any(-1).mean()
     assert recall > (0.997 if isa == "avx2" else 0.998)
@@ -75,7 +71,7 @@ def test_int8_screens_alike() -> None:
         ({"w": np.zeros((5, 3), np.float32)}, r"expected x \[N, d\] and w \[F, d\]"),
         ({"k": 6}, "expected 1 <= k <= F"),
         ({"b_pre": np.zeros(5, np.float32)}, "unexpected size of b_pre"),
-        ({"precision": 3}, "expected precision 0, 1 or 2"),
+        ({"precision": 1}, "expected precision 0 or 2"),
     ],
 )
 def test_bad_calls(change: dict[str, Any], match: str) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sae.oracle import planted
-from sidechain.ops import topk_encode
+from sidechain.ops import Encoder, topk_encode
 from sidechain.sae import Codes, Normaliser, Rows, SaeConfig, TrainConfig
 from sidechain.sae.initialise import encoder_scale, geometric_median, random_rows
 from sidechain.sae.training.groups import by_level
@@ -165,9 +165,8 @@ class TestDeadFeatures:
         monkeypatch.setattr("sidechain.sae.training.losses._TILE", tile)
         codes = dead_codes(state, k, x, compact)
         width = min(k, len(state.dead))
-        wanted = topk_encode(
-            x, compact["w_enc"], w["b_enc"][state.dead], w["b_pre"], k=width
-        )  # fmt: skip
+        encoder = Encoder(compact["w_enc"], w["b_enc"][state.dead], w["b_pre"])
+        wanted = topk_encode(x, encoder, k=width)
         assert codes.values.shape == wanted.values.shape
         order = codes.values.sort(dim=1, descending=True, stable=True).indices
         torch.testing.assert_close(codes.values.gather(1, order), wanted.values, equal_nan=True)

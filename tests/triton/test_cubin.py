@@ -17,8 +17,12 @@ import torch
 from build import kernel_rows, widths
 from build.kernel_rows import WIDE, Row
 from build.resources import read_cubin
-from sidechain.ops import topk_encode
-from sidechain.testing.cases import ATTENTION_BENCH, TOPK_ENCODE_BENCH, TopkEncodeCase
+from sidechain.testing.cases import (
+    ATTENTION_BENCH,
+    TOPK_ENCODE_BENCH,
+    TopkEncodeCase,
+    encode_case,
+)
 from triton_support import CALLS, Built, compiling_for, ran
 
 pytestmark = pytest.mark.skipif(
@@ -152,7 +156,7 @@ class TestTopkEncode:
             whole = torch.empty(args[name].numel() + offset, dtype=torch.bfloat16)
             args[name] = whole[offset:].view_as(args[name]).copy_(args[name])
         with compiling_for(90) as found:
-            topk_encode(**args, backend="triton")
+            encode_case(args, backend="triton")
         return found
 
     def test_arguments_compile_few_kernels(self) -> None:

@@ -8,10 +8,10 @@ import math
 import pytest
 import torch
 
-from ops.test_topk_encode import assert_same_codes, dense, plain, plain_nan
+from ops.topk_encode_codes import assert_same_codes, dense, plain, plain_nan
 from sidechain import _triton
-from sidechain.ops import attention_tap, topk_encode, topk_encode_fallbacks
-from sidechain.testing.cases import ATTENTION_CASES, AttentionCase, TopkEncodeCase
+from sidechain.ops import attention_tap, topk_encode_fallbacks
+from sidechain.testing.cases import ATTENTION_CASES, AttentionCase, TopkEncodeCase, encode_case
 from triton_support import CALLS, Call, ran
 
 pytestmark = pytest.mark.skipif(_triton.absent() is not None, reason=str(_triton.absent()))
@@ -90,8 +90,8 @@ class TestTopkEncode:
         args = TopkEncodeCase(8, 20, features, 4, mode=mode).make(torch.float32)
         if mode == "threshold":  # low and high ones in one group
             args["threshold"] = 0.5 + 2.5 * (torch.arange(features) % 2)
-        got = topk_encode(**args, backend="triton")
-        assert_same_codes(got, plain(args, dense(args, "fp32")))
+        got = encode_case(args, backend="triton")
+        assert_same_codes(got, plain(args, dense(args)))
 
     @modes
     @sizes
@@ -100,15 +100,15 @@ class TestTopkEncode:
         args = TopkEncodeCase(6, 20, features, 4, mode=mode).make(torch.float32)
         args["x"][::2] *= scale
         args["w_enc"][::3] *= scale
-        got = topk_encode(**args, backend="triton")
-        assert_same_codes(got, plain(args, dense(args, "fp32")))
+        got = encode_case(args, backend="triton")
+        assert_same_codes(got, plain(args, dense(args)))
 
     def test_rows_the_screen_cannot_decide_are_counted(self) -> None:
         args = TopkEncodeCase(5, 20, 50, 4).make(torch.float32)
         args["x"][3, 0] = 1e30
         args["x"][4, 0] = math.nan
         topk_encode_fallbacks(reset=True)
-        got = topk_encode(**args, backend="triton")
+        got = encode_case(args, backend="triton")
         assert topk_encode_fallbacks(reset=True) == 2
         assert_same_codes(got, plain_nan(args))
 
@@ -119,19 +119,19 @@ class TestTopkEncode:
         args["x"] = args["w_enc"][49:52] * 4.0
         args.pop("b_pre")
         topk_encode_fallbacks(reset=True)
-        got = topk_encode(**args, backend="triton")
+        got = encode_case(args, backend="triton")
         assert topk_encode_fallbacks(reset=True) == 2
-        assert_same_codes(got, plain(args, dense(args, "fp32")))
+        assert_same_codes(got, plain(args, dense(args)))
 
     def test_one_row_takes_the_budget_of_the_batch(self) -> None:
         """Its list ends above the last value kept: the screen runs again from there."""
         args = TopkEncodeCase(6, 20, 400, 2, mode="batch_topk", b_enc=False).make(torch.float32)
         args["x"][1:] = args["b_pre"]
         topk_encode_fallbacks(reset=True)
-        got = topk_encode(**(args | {"k": 6}), backend="triton")
-        assert_same_codes(got, plain(args | {"k": 6}, dense(args, "fp32")))
-        got = topk_encode(**(args | {"k": 10}), backend="triton")
-        assert_same_codes(got, plain(args | {"k": 10}, dense(args, "fp32")))
+        got = encode_case(args | {"k": 6}, backend="triton")
+        assert_same_codes(got, plain(args | {"k": 6}, dense(args)))
+        got = encode_case(args | {"k": 10}, backend="triton")
+        assert_same_codes(got, plain(args | {"k": 10}, dense(args)))
 
     @modes
     @pytest.mark.parametrize("features", [300, 1024])
@@ -155,20 +155,20 @@ class TestTopkEncode:
             near[::5, 0] = 1.0 + step
             args["x"][:] = torch.where(half, 1.0 + 0.49 * step, 1.0 + 0.51 * step)
         args["w_enc"][at] = near
-        z = dense(args, "fp32")
+        z = dense(args)
         assert (z >= z[:, at[::5]].min()).sum() == 3 * 8
         if mode == "threshold":
             args["threshold"] = float(z[0].sort(descending=True).values[7:9].mean())
         topk_encode_fallbacks(reset=True)
-        got = topk_encode(**args, backend="triton")
+        got = encode_case(args, backend="triton")
         assert topk_encode_fallbacks(reset=True) == 0
         assert_same_codes(got, plain(args, z))
 
     @pytest.mark.parametrize("guess", [0.0, 2.0, 1e6])
     def test_a_wrong_guess_changes_nothing(self, guess: float) -> None:
         args = TopkEncodeCase(6, 20, 50, 4, mode="batch_topk").make(torch.float32)
-        got = topk_encode(**args, guess=torch.full((6,), guess), backend="triton")
-        assert_same_codes(got, plain(args, dense(args, "fp32")))
+        got = encode_case(args, guess=torch.full((6,), guess), backend="triton")
+        assert_same_codes(got, plain(args, dense(args)))
 
     def test_a_pool_too_small_is_made_larger(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from sidechain.triton_kernels import topk_encode_ragged
@@ -176,8 +176,8 @@ class TestTopkEncode:
         monkeypatch.setattr(topk_encode_ragged, "THRESHOLD_SLOTS", 1)
         args = TopkEncodeCase(6, 20, 50, 4, mode="threshold").make(torch.float32)
         args["threshold"] = 0.0
-        got = topk_encode(**args, backend="triton")
-        assert_same_codes(got, plain(args, dense(args, "fp32")))
+        got = encode_case(args, backend="triton")
+        assert_same_codes(got, plain(args, dense(args)))
 
     @modes
     @sizes
@@ -190,14 +190,14 @@ class TestTopkEncode:
         args["b_pre"][:] = 0.0
         args["b_enc"][11] = math.inf
         args["b_enc"][40] = math.nan
-        got = topk_encode(**args, backend="triton")
+        got = encode_case(args, backend="triton")
         wide = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in args.items()}
-        want = topk_encode(**wide, backend="reference")
+        want = encode_case(wide, backend="reference")
         assert_same_codes(got, want._replace(values=want.values.float()))
 
     def test_no_features_are_active(self) -> None:
         args = TopkEncodeCase(6, 20, 50, 4).make(torch.float32)
         args["b_enc"] -= 100.0
-        got = topk_encode(**args, backend="triton")
+        got = encode_case(args, backend="triton")
         assert (got.values == 0).all()
         assert (got.indices == -1).all()

@@ -15,8 +15,8 @@ inline Wide load_wide(const float* p) {
   return v;
 }
 
-// a > b ? a : b and a < b ? a : b, which GCC 12 does not turn into one instruction; about the plain
-// forms of AVX-512 it warns.
+// a > b ? a : b and a < b ? a : b, which GCC 12 does not turn into one instruction. It warns about
+// the unmasked forms of AVX-512.
 #if SIDECHAIN_ISA_LEVEL == 2
 inline Wide larger(Wide a, Wide b) {
   return bits_as<Wide>(_mm512_maskz_max_ps(0xffff, bits_as<__m512>(a), bits_as<__m512>(b)));
@@ -62,22 +62,23 @@ inline float total(Wide v) {
   return sum;
 }
 
-// The coins of one row or feature: numbers of 16 bits from a counter (the finalizer of MurmurHash3,
+// What is added to each element of one row or feature before its lower 16 bits are cut off: random
+// numbers of 16 bits for stochastic rounding, made from a counter (the finalizer of MurmurHash3,
 // two from each), or one half for rounding to nearest.
-struct Coins {
+struct RoundingBits {
   uint32_t seed, twist;
   bool stochastic;
 
-  explicit Coins(int64_t salt) : stochastic(salt >= 0) {
+  explicit RoundingBits(int64_t salt) : stochastic(salt >= 0) {
     uint64_t s = (static_cast<uint64_t>(salt) + 1) * 0x9e3779b97f4a7c15u;
     s = (s ^ (s >> 29)) * 0xbf58476d1ce4e5b9u;
     seed = static_cast<uint32_t>(s);
     twist = static_cast<uint32_t>(s >> 32);
   }
   // Those of pair number `pair` of vectors.
-  void toss(int64_t pair, WideInt (&coins)[2]) const {
+  void draw(int64_t pair, WideInt (&bits)[2]) const {
     if (!stochastic) {
-      coins[0] = coins[1] = WideInt{} + 0x8000;
+      bits[0] = bits[1] = WideInt{} + 0x8000;
       return;
     }
     WideUint h;
@@ -86,8 +87,8 @@ struct Coins {
     h = (h ^ (h >> 16)) * 0x85ebca6bu + twist;
     h = (h ^ (h >> 13)) * 0xc2b2ae35u;
     h ^= h >> 16;
-    coins[0] = bits_as<WideInt>(h & 0xffffu);
-    coins[1] = bits_as<WideInt>(h >> 16);
+    bits[0] = bits_as<WideInt>(h & 0xffffu);
+    bits[1] = bits_as<WideInt>(h >> 16);
   }
 };
 
@@ -111,7 +112,7 @@ inline void store_bytes(WideInt v, int64_t stride, uint8_t* to) {
   for (int i = 0; i < kWide / 4; ++i) __builtin_memcpy(to + i * stride, &fours[i], 4);
 }
 
-// Numbers from 0 to 2^24 as whole ones.
+// Numbers from 0 to 2^24, rounded to integers.
 #if SIDECHAIN_ISA_LEVEL == 2
 inline WideInt nearest(Wide v) {
   return bits_as<WideInt>(_mm512_maskz_cvtps_epi32(0xffff, bits_as<__m512>(v)));
@@ -122,24 +123,24 @@ inline WideInt nearest(Wide v) { return bits_as<WideInt>(_mm256_cvtps_epi32(bits
 inline WideInt nearest(Wide v) { return __builtin_convertvector(v + 0.5f, WideInt); }
 #endif
 
-// Writes v / step + zero rounded by the coins, within [0, most], less `shift` as signed bytes;
-// returns their sum. Counts in 65536ths, whose rounding is within what `confidence` has for it: a
-// coin of 16 bits is then one addition.
+// Writes v / step + zero, rounded, within [0, most], less `shift` as signed bytes; returns their
+// sum. Numbers are multiples of 1 / 65536, whose own rounding `confidence` allows for: stochastic
+// rounding is then one addition.
 inline int32_t write_codes(const float* v, int64_t n, int64_t salt, float step, int zero, int most,
                            int shift, int64_t stride, uint8_t* codes) {
-  const Coins coins(salt);
+  const RoundingBits rounding(salt);
   const float scale = 65536.0f / step, start = 65536.0f * static_cast<float>(zero);
   WideInt sums = {};
   for (int64_t i = 0; i < n; i += 2 * kWide) {
-    WideInt coin[2];
-    coins.toss(i / (2 * kWide), coin);
+    WideInt bits[2];
+    rounding.draw(i / (2 * kWide), bits);
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
       const int64_t at = i + half * kWide;
       if (at == n) break;
-      // Packing waits for memory otherwise: 7.4 -> 3.8 ms for 12288 features of 768 on Zen 4.
+      // Without it packing waits for memory: 7.4 -> 3.8 ms for 12288 features of 768 on Zen 4.
       __builtin_prefetch(v + at + n, 0, 2);
-      WideInt code = (nearest(load_wide(v + at) * scale + start) + coin[half]) >> 16;
+      WideInt code = (nearest(load_wide(v + at) * scale + start) + bits[half]) >> 16;
       code = smaller(larger(code, WideInt{}), WideInt{} + most) - shift;
       sums += code;
       store_bytes(code, stride, codes + at / 4 * stride);

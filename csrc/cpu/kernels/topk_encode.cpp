@@ -14,6 +14,7 @@ namespace {
 #include "cpu/kernels/vec-inl.h"
 #include "cpu/kernels/topk_screen-inl.h"
 #include "cpu/kernels/topk_codes-inl.h"
+#include "cpu/kernels/topk_rows-inl.h"
 // clang-format on
 
 // Groups of one pass over the rows of a block: their features take 12 KB of the first-level cache
@@ -23,46 +24,12 @@ constexpr int64_t kDepth = 48;
 // Steps below this would overflow when inverted; nothing distinguishes such elements from zero.
 constexpr float kLeastStep = 1e-20f;
 
-// R rows at once, which share the loads of w and fetch those at `next`; the sums of a row do not
-// depend on R. (Widening w to float64 once for all rows is no quicker: most features have few.)
-template <int R>
-void exact_rows(const float* w, const void* next, const float* x, int64_t x_row,
-                const int32_t* which, int64_t n, double* out) {
-  typedef double Doubles __attribute__((vector_size(4 * kLanes)));
-  typedef float Halves __attribute__((vector_size(2 * kLanes)));
-  constexpr int kStep = kLanes / 2;
-  static_assert(kGroup % (2 * kStep) == 0, "rows hold whole steps");
-  const auto widened = [](const float* from) {
-    Halves value;
-    __builtin_memcpy(&value, from, sizeof(value));
-    return __builtin_convertvector(value, Doubles);
-  };
-  const float* row[R];
-  for (int i = 0; i < R; ++i) row[i] = x + which[i] * x_row;
-  Doubles sum[R][2] = {};
-  for (int64_t group = 0; group < n; group += kGroup) {
-    __builtin_prefetch(static_cast<const float*>(next) + group, 0, 2);
-#pragma GCC unroll 8
-    for (int step = 0; step < kGroup / kStep; ++step) {
-      const int64_t c = group + step * kStep;
-      const Doubles weight = widened(w + c);
-#pragma GCC unroll 4
-      for (int i = 0; i < R; ++i) sum[i][step % 2] += widened(row[i] + c) * weight;
-    }
-  }
-  for (int i = 0; i < R; ++i) {
-    const Doubles both = sum[i][0] + sum[i][1];
-    out[i] = 0.0;
-    for (int lane = 0; lane < kStep; ++lane) out[i] += both[lane];
-  }
-}
-
-// Writes what of a panel has a screened value, in units of the row's step, not below the limit of
-// the row; returns how many rows have any.
-template <bool kAparts>
+// Writes the features of a panel whose screened value, in units of the row's step, is not below the
+// limit of the row; returns how many rows have any.
+template <bool kOutliers>
 int64_t collect(const ScreenRows& screened, const FeaturePanel& panel, const I32* sums,
                 const float* limit, const Found& out) {
-  // Copies, which the stores below cannot change: their pointers stay in registers.
+  // Copies that the stores below cannot change: their pointers stay in registers.
   const ScreenRows rows = screened;
   const Found found = out;
   float* z = found.z;
@@ -81,9 +48,10 @@ int64_t collect(const ScreenRows& screened, const FeaturePanel& panel, const I32
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) {
       F32 rest = bias[v];
-      if constexpr (kAparts) {
-        for (int64_t j = 0; j < rows.aparts; ++j) {
-          rest += rows.apart[row * rows.aparts + j] * load(panel.apart + j * kPanel + v * kLanes);
+      if constexpr (kOutliers) {
+        const float* x = rows.outliers + row * rows.outlier_count;
+        for (int64_t j = 0; j < rows.outlier_count; ++j) {
+          rest += x[j] * load(panel.outliers + j * kPanel + v * kLanes);
         }
       }
       value[v] = __builtin_convertvector(sums[row * kVectors + v], F32) * step[v] + rest * inverse;
@@ -99,116 +67,12 @@ int64_t collect(const ScreenRows& screened, const FeaturePanel& panel, const I32
   return hits;
 }
 
-template <bool kRound>
-inline F32 prepared(F32 v) {
-  return kRound ? widen_bf16(narrow_bf16(v)) : v;
-}
-
-template <class T, bool kRound>
-void load_typed(const T* from, int64_t n, const float* minus, float* to) {
-  int64_t c = 0;
-  for (; c + kLanes <= n; c += kLanes) {
-    F32 v = load(from + c);
-    if (minus != nullptr) v -= load(minus + c);
-    store(to + c, prepared<kRound>(v));
-  }
-  if (c < n) {
-    F32 v = load_tail(from + c, n - c);
-    if (minus != nullptr) v -= load_tail(minus + c, n - c);
-    store_tail(to + c, prepared<kRound>(v), n - c);
-  }
-}
-
-// V vectors of columns at once, which stay in registers over all rows.
-template <class T, bool kRound, int V, bool kTail>
-void sum_columns(const Rows& rows, const int32_t* which, const float* scale, int64_t count,
-                 const float* minus, int64_t c, int64_t n, float* out) {
-  const T* data = static_cast<const T*>(rows.data) + c;
-  F32 sum[V] = {}, less[V] = {};
-  if (minus != nullptr) {
-    for (int v = 0; v < V; ++v) {
-      less[v] = kTail ? load_tail(minus + c, n - c) : load(minus + c + v * kLanes);
-    }
-  }
-  for (int64_t i = 0; i < count; ++i) {
-    const T* row = data + which[i] * rows.row;
-    for (int v = 0; v < V; ++v) {
-      const F32 value = kTail ? load_tail(row, n - c) : load(row + v * kLanes);
-      sum[v] += scale[i] * prepared<kRound>(value - less[v]);
-    }
-  }
-  for (int v = 0; v < V; ++v) {
-    if (kTail) {
-      store_tail(out + c, sum[v], n - c);
-    } else {
-      store(out + c + v * kLanes, sum[v]);
-    }
-  }
-}
-
-template <class T, bool kRound>
-void sum_typed(const Rows& rows, const int32_t* which, const float* scale, int64_t count,
-               const float* minus, int64_t n, float* out) {
-  int64_t c = 0;
-  for (; c + 8 * kLanes <= n; c += 8 * kLanes) {
-    sum_columns<T, kRound, 8, false>(rows, which, scale, count, minus, c, n, out);
-  }
-  for (; c + kLanes <= n; c += kLanes) {
-    sum_columns<T, kRound, 1, false>(rows, which, scale, count, minus, c, n, out);
-  }
-  if (c < n) sum_columns<T, kRound, 1, true>(rows, which, scale, count, minus, c, n, out);
-}
-
-inline U32 load_numbers(const uint32_t* p) {
-  U32 v;
-  __builtin_memcpy(&v, p, sizeof(v));
-  return v;
-}
-
-int64_t count_from(const uint32_t* numbers, int64_t n, uint32_t least) {
-  U32 counts = {};
-  for (int64_t i = 0; i < n; i += kLanes) {
-    counts -= bits_as<U32>(load_numbers(numbers + i) >= least);  // a lane that holds is -1
-  }
-  int64_t count = 0;
-  for (int lane = 0; lane < kLanes; ++lane) count += counts[lane];
-  return count;
-}
-
-uint32_t smallest_from(const uint32_t* numbers, int64_t n, uint32_t least) {
-  U32 most = U32{} - 1;
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const U32 v = load_numbers(numbers + i);
-    const U32 above = v < least ? U32{} - 1 : v;
-    most = above < most ? above : most;
-  }
-  uint32_t found = most[0];
-  for (int lane = 1; lane < kLanes; ++lane) found = most[lane] < found ? most[lane] : found;
-  return found;
-}
-
 }  // namespace
 
 int64_t feature_panel() { return kPanel; }
 
-void load_row(const void* from, Dtype dtype, int64_t n, const float* minus, bool bf16, float* to) {
-  switch (dtype) {
-    case Dtype::kFloat32: {
-      const auto* p = static_cast<const float*>(from);
-      return bf16 ? load_typed<float, true>(p, n, minus, to)
-                  : load_typed<float, false>(p, n, minus, to);
-    }
-    case Dtype::kFloat16: {
-      const auto* p = static_cast<const Half*>(from);
-      return bf16 ? load_typed<Half, true>(p, n, minus, to)
-                  : load_typed<Half, false>(p, n, minus, to);
-    }
-    case Dtype::kBFloat16: {
-      const auto* p = static_cast<const BFloat*>(from);
-      return bf16 ? load_typed<BFloat, true>(p, n, minus, to)
-                  : load_typed<BFloat, false>(p, n, minus, to);
-    }
-  }
+void load_row(const void* from, Dtype dtype, int64_t n, const float* minus, float* to) {
+  with_type(from, dtype, [&](const auto* typed) { load_typed(typed, n, minus, to); });
 }
 
 Quantised quantise_row(const float* v, int64_t n, int64_t salt, uint8_t* codes) {
@@ -243,12 +107,13 @@ int64_t screen(const ScreenRows& rows, const FeaturePanel& panel, const Found& f
   for (int64_t i = 0; i < rows.panels * kRowPanel; ++i) {
     const float error =
         rows.confidence * __builtin_sqrtf(panel.norm2 + panel.step2 * rows.reach[i]);
-    const float slack = panel.slack + 2.0f * kRounding * rows.apart_length[i] * panel.apart_length;
+    const float slack =
+        panel.slack + 2.0f * kRounding * rows.outlier_length[i] * panel.outlier_length;
     limit[i] = (rows.cut[i] - slack) * rows.inverse[i] - error;
     found.error[i] = error * rows.step[i] + slack;
   }
   I32 sums[kMostRows * kVectors];
-  // The panel after this one is on its way to the second-level cache while this one is used.
+  // The next panel is fetched into the second-level cache while this one is used.
   const int64_t share = kGroup * kPanel / rows.panels;
   const int8_t* ahead = panel.codes + rows.groups * kGroup * kPanel;
   for (int64_t done = 0; done < rows.groups; done += kDepth) {
@@ -259,8 +124,8 @@ int64_t screen(const ScreenRows& rows, const FeaturePanel& panel, const Found& f
                done == 0 ? panel.start : nullptr, sums + p * kRowPanel * kVectors);
     }
   }
-  return rows.aparts > 0 ? collect<true>(rows, panel, sums, limit, found)
-                         : collect<false>(rows, panel, sums, limit, found);
+  return rows.outlier_count > 0 ? collect<true>(rows, panel, sums, limit, found)
+                                : collect<false>(rows, panel, sums, limit, found);
 }
 
 void exact(const float* w, const float* x, int64_t x_row, const int32_t* which, int64_t count,
@@ -280,9 +145,10 @@ void exact(const float* w, const float* x, int64_t x_row, const int32_t* which, 
   }
 }
 
-// Its bits from the top: it is the largest number that k are not below. Counting costs a vector of
-// numbers two instructions; once just k are left, the smallest of them is it. (On Zen 4 0.44 us for
-// the 30 to 100 candidates of a row, std::nth_element 1.7 us: its branches nobody predicts.)
+// Finds its bits from the top: the largest number that at least k numbers reach. Counting takes two
+// instructions for a vector of numbers; once exactly k are left, the smallest of them is the
+// answer. (On Zen 4 0.44 us for the 30 to 100 candidates of a row; std::nth_element takes 1.7 us,
+// because its branches cannot be predicted.)
 uint32_t kth_largest(const uint32_t* numbers, int64_t n, int64_t k) {
   uint32_t least = 0;
   for (uint32_t bit = 1u << 31; bit != 0; bit >>= 1) {
@@ -294,19 +160,10 @@ uint32_t kth_largest(const uint32_t* numbers, int64_t n, int64_t k) {
   return least;
 }
 
-void sum_rows(const Rows& rows, const int32_t* which, const float* scale, int64_t count, int64_t n,
-              const float* minus, bool bf16, float* out) {
-  switch (rows.dtype) {
-    case Dtype::kFloat32:
-      return bf16 ? sum_typed<float, true>(rows, which, scale, count, minus, n, out)
-                  : sum_typed<float, false>(rows, which, scale, count, minus, n, out);
-    case Dtype::kFloat16:
-      return bf16 ? sum_typed<Half, true>(rows, which, scale, count, minus, n, out)
-                  : sum_typed<Half, false>(rows, which, scale, count, minus, n, out);
-    case Dtype::kBFloat16:
-      return bf16 ? sum_typed<BFloat, true>(rows, which, scale, count, minus, n, out)
-                  : sum_typed<BFloat, false>(rows, which, scale, count, minus, n, out);
-  }
+void sum_rows(const Rows& rows, const Term* terms, int64_t count, int64_t n, const float* minus,
+              float* out) {
+  with_type(rows.data, rows.dtype,
+            [&](const auto* typed) { sum_typed(typed, rows.row, terms, count, minus, n, out); });
 }
 
 }  // namespace sidechain::cpu::SIDECHAIN_ISA_NAMESPACE

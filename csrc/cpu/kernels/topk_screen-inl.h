@@ -5,17 +5,17 @@
 // AVX-512 VNNI adds four products of bytes to a 32-bit sum in one instruction: twelve vectors of
 // sums stay in registers over all groups, and both operands use their eight bits.
 //
-// AVX2 multiplies 32 pairs of bytes an instruction, twice what 16-bit and four times what float32
-// products do; adding them in 16 bits costs as much again, so sums are widened only once a group.
-// Two vectors of twelve 16-bit sums, two of features and two of products fill the 16 registers; the
-// 32-bit sums live in the first-level cache.
+// AVX2 multiplies 32 pairs of bytes in one instruction: twice as many as 16-bit products, four
+// times as many as float32. Adding them in 16 bits costs as much again, so sums are widened only
+// once a group. Two vectors of twelve 16-bit sums, two of features and two of products fill the 16
+// registers; the 32-bit sums live in the first-level cache.
 
 constexpr int kVectors = 2;
 constexpr int kPanel = kVectors * kLanes;
 static_assert(kLanes <= kFoundSlack, "what `append` writes");
 static_assert(kPanel <= kMostPanel, "a mask has a bit for each feature");
 
-// What `multiply` fetches on the way: `share` bytes from `from` on for every group.
+// What `multiply` fetches meanwhile: `share` bytes from `from` on for every group.
 struct Ahead {
   const int8_t* from;
   int64_t share;
@@ -27,7 +27,7 @@ struct Ahead {
 };
 
 #if SIDECHAIN_ISA_LEVEL < 2
-// All rows of a panel from `start` [kPanel].
+// Sets the sums of all rows of a panel to `start` [kPanel].
 inline void set_all(const int32_t* start, I32* sums) {
   for (int i = 0; i < kRowPanel * kVectors; ++i) {
     __builtin_memcpy(&sums[i], start + i % kVectors * kLanes, sizeof(I32));
@@ -46,7 +46,7 @@ inline uint32_t not_below(F32 v, float limit) {
   return _mm512_cmp_ps_mask(bits_as<__m512>(v), _mm512_set1_ps(limit), _CMP_NLT_UQ);
 }
 
-// Writes the lanes of a mask to z; returns where the next ones go.
+// Writes the lanes of a mask to z; returns the end of what was written.
 inline float* append(uint32_t reached, F32 v, float* z) {
   _mm512_storeu_ps(z,
                    _mm512_maskz_compress_ps(static_cast<__mmask16>(reached), bits_as<__m512>(v)));
@@ -93,8 +93,8 @@ __attribute__((noinline)) void multiply(const uint8_t* x, const int8_t* w, int64
 }
 
 #elif SIDECHAIN_ISA_LEVEL == 1
-// Codes of x run from 0 to 2 kZero. More would leave fewer bits to w in the 16-bit sums: about 76
-// minimises the sum of both errors for normal data.
+// Codes of x run from 0 to 2 kZero. A larger kZero leaves fewer bits to w in the 16-bit sums: about
+// 76 minimises the sum of both errors for normal data.
 constexpr int kZero = 76;
 
 // The sums of the elements that share a 16-bit lane, each twice.

@@ -6,7 +6,7 @@
 
 #include "sidechain/dtype.h"
 #include "sidechain/isa.h"
-#include "sidechain/tap.h"
+#include "sidechain/parallel.h"
 
 namespace sidechain {
 
@@ -25,7 +25,8 @@ struct Vector {
 };
 
 enum class TopkMode { kRows, kBatch, kThreshold };
-enum class TopkPrecision { kFloat32 = 0, kBFloat16 = 1, kInt8 = 2 };
+// Numbered as in the schema, whose 1 (bfloat16) gains nothing on the CPU and has no kernel there.
+enum class TopkPrecision { kFloat32 = 0, kInt8 = 2 };
 
 // Formulas: python/sidechain/ops/topk_encode.py.
 struct TopkEncodeParams {
@@ -49,7 +50,6 @@ struct TopkBackwardParams {
   const int32_t* indices;  // like grad; -1 is skipped
   const int64_t* offsets;  // [N + 1]
   int64_t rows, width, features, k;
-  bool bf16;  // the forward rounded its operands
   float* dx;  // [N, d], or nullptr
   float* dw;  // [F, d], or nullptr
   float* db;  // [F]
@@ -62,17 +62,17 @@ using Allocate = void (*)(int64_t count, float** values, int32_t** indices, void
 
 // Every function is deterministic for any splitting by `parallel_for` (nullptr = serial).
 
-// kRows: values and indices [N, k], written in full. Returns the rows that were computed in full
-// because the screen could not decide them.
+// kRows: values and indices [N, k], all written. Returns the number of rows that were computed in
+// full because the screen could not decide them.
 int64_t topk_encode(const TopkEncodeParams& params, Isa isa, ParallelFor parallel_for,
                     float* values, int32_t* indices);
 
 // kBatch and kThreshold: writes offsets [N + 1], asks once for memory, writes the codes. Returns
-// the same count.
+// the same number.
 int64_t topk_encode_ragged(const TopkEncodeParams& params, Isa isa, ParallelFor parallel_for,
                            int64_t* offsets, Allocate allocate, void* context);
 
-// Writes the outputs in full. Sums run in float32 in the order of the rows, or of the codes of one.
+// Writes all of the outputs. Sums run in float32 in the order of the rows, or of the codes of one.
 void topk_encode_backward(const TopkBackwardParams& params, Isa isa, ParallelFor parallel_for);
 
 }  // namespace cpu

@@ -5,6 +5,7 @@ from .. import _native
 from ._library import backends, note_kernels, register_triton
 from .attention_tap import attention_tap
 from .encode_reduce import CodeSums, code_sums_, encode_reduce
+from .encoder_structs import Encoder
 from .sae_edit import sae_edit_
 from .sae_structs import AdamOptions, AdamState, CodeEdit, CodeGroup, GradientInputs, SaeWeights
 from .sae_update import sae_gradient_square, sae_update_
@@ -24,6 +25,7 @@ __all__ = [
     "CodeSums",
     "Codes",
     "DecodeLoss",
+    "Encoder",
     "GradientInputs",
     "SaeWeights",
     "attention_tap",

@@ -51,11 +51,11 @@ def _backward(
     w_enc: Tensor,
     b_pre: Tensor | None,
     precision: int,
-    need_x: bool,
-    need_w: bool,
+    *needed: bool,  # the gradient of x; that of w_enc
 ) -> tuple[Tensor, Tensor, Tensor]:
     bf16 = PRECISIONS[precision] == "bf16"
     dx, dw, db = _reference.topk_encode_backward(grad, indices, offsets, x, w_enc, b_pre, bf16=bf16)
+    need_x, need_w = needed
     return dx if need_x else dx.new_empty(0), dw if need_w else dw.new_empty(0), db
 
 
@@ -96,10 +96,10 @@ def _backward_fake(
     w_enc: Tensor,
     b_pre: Tensor | None,
     precision: int,
-    need_x: bool,
-    need_w: bool,
+    *needed: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = _sum_dtype(x)
+    need_x, need_w = needed
     dx = x.new_empty(x.shape if need_x else (0,), dtype=dtype)
     dw = x.new_empty(w_enc.shape if need_w else (0,), dtype=dtype)
     return dx, dw, x.new_empty(w_enc.shape[0], dtype=dtype)

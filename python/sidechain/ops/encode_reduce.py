@@ -11,6 +11,7 @@ from torch import Tensor
 from ..reference import encode_reduce as _reference
 from . import _checks, _library
 from ._code_checks import INT64, SINGLE, first_tensor
+from .encoder_structs import Encoder
 from .topk_encode import topk_encode
 
 
@@ -90,7 +91,7 @@ def encode_reduce(
         raise ValueError(f"encode_reduce: expected either k or threshold, got {got}")
     with torch.no_grad():
         codes = topk_encode(
-            x, w_enc, b_enc, b_pre, k=k, mode="threshold" if k is None else "topk",
+            x, Encoder(w_enc, b_enc, b_pre), k=k, mode="threshold" if k is None else "topk",
             threshold=threshold, precision=precision, backend=backend,
         )  # fmt: skip
         if out is None:

@@ -12,6 +12,7 @@ from .. import _device
 from ..reference import topk_encode as _reference
 from . import _checks, _library
 from ._topk_encode import PRECISIONS
+from .encoder_structs import Encoder
 
 MODES = ("topk", "batch_topk", "threshold")
 _fallbacks: dict[torch.device, Tensor] = {}
@@ -32,9 +33,7 @@ class Codes(NamedTuple):
 
 def topk_encode(
     x: Tensor,
-    w_enc: Tensor,
-    b_enc: Tensor | None = None,
-    b_pre: Tensor | None = None,
+    encoder: Encoder,
     *,
     k: int | None = None,
     mode: str = "topk",
@@ -55,19 +54,18 @@ def topk_encode(
 
     precision="fp32": z is the sum in float64 of the products of float32 numbers, rounded once, so
     that the set does not depend on the order of summation. "bf16": the same after x - b_pre and
-    w_enc were rounded to bfloat16. "int8": candidates are chosen by 8-bit products and valued as
+    w_enc were rounded to bfloat16; on a CPU, where that gains no time, by the reference only.
+    "int8": candidates are chosen by 8-bit products and valued as
     in "fp32": right values, but a feature near the k-th place may be missed (threshold mode: one
     near the threshold).
 
     Args:
         x: activations [N, d], float32 | float16 | bfloat16 (float64: reference only), any strides.
-        w_enc: encoder [F, d], one row a feature, same dtypes, any strides.
-        b_enc: [F], same dtypes. None = 0.
-        b_pre: [d], same dtypes, subtracted from x. None = 0.
+        encoder: weights of F features, same dtypes.
         k: 1 <= k <= F; None in threshold mode.
         mode: "topk" | "batch_topk" | "threshold".
         threshold: a number or [F], threshold mode only. Below 0 it acts as 0.
-        precision: "fp32" | "bf16" | "int8".
+        precision: "fp32" | "bf16" (not on a CPU) | "int8".
         guess: lower bound of the k-th value of each row [N] or of all [1], float32, for example
             a running average. Changes the speed, never the result; on a GPU only batch_topk uses
             it.
@@ -81,6 +79,7 @@ def topk_encode(
     Raises:
         TypeError: an argument has another type or dtype.
         ValueError: a shape or a value does not fit.
+        NotImplementedError: "bf16" on a CPU.
         RuntimeError: tensors on different devices, the backend cannot run here, or the first call
             on a device is captured in a CUDA graph.
 
@@ -88,8 +87,9 @@ def topk_encode(
     (bf16: with the rounded operands). Deterministic: yes, for any number of threads.
     Memory: no [N, F] array; a quantised copy of w_enc and some multiples of k candidates a row; on
     a GPU also the products of one chunk of rows (32 MiB, or 512 rows).
-    The kernels screen in narrow numbers under an error bound and value the candidates exactly; a
-    row that the bound cannot decide is computed in full, counted by `topk_encode_fallbacks`.
+    The kernels screen in narrow numbers under an error bound and value the candidates exactly
+    (csrc/cpu/topk/README.md); a row that the bound cannot decide is computed in full and counted by
+    `topk_encode_fallbacks`.
     On a GPU the screen is a product in float16 with a scale for each row, which also serves
     "int8" (with the exact result: narrower products save nothing there below F / k = 1000).
     mode="topk" never waits for the host and can be captured in a CUDA graph, after a first call
@@ -101,27 +101,26 @@ def topk_encode(
     `torch._dynamo.config.capture_dynamic_output_shape_ops` for a full graph.
     Source: Gao et al. 2024 (arXiv:2406.04093, eq. 3); Bussmann et al. 2024 (arXiv:2412.06410).
     """
-    _check_tensors(x, w_enc, b_enc, b_pre, guess)
-    limit = _check_mode(x, w_enc, mode, k, threshold, precision)
+    _check_tensors(x, encoder, guess)
+    limit = _check_mode(x, encoder.w_enc, mode, k, threshold)
     if backend != "auto":
         _library.require("topk_encode", backend, x.device)
+    _check_precision(precision, backend, x.device)
     kept = 0 if k is None else k
     kernel = _library.has_kernel("topk_encode", x.device.type)
     plain = torch.compiler.is_compiling() and not kernel
     if backend == "reference" or plain or x.dtype == torch.float64:
         bf16 = precision == "bf16"
         if mode == "topk":
-            return Codes(*_reference.topk_encode(x, w_enc, b_enc, b_pre, kept, bf16=bf16), None)
-        return Codes(*_reference.topk_encode_ragged(x, w_enc, b_enc, b_pre, kept, limit, bf16=bf16))
+            return Codes(*_reference.topk_encode(x, *encoder, kept, bf16=bf16), None)
+        return Codes(*_reference.topk_encode_ragged(x, *encoder, kept, limit, bf16=bf16))
     level = PRECISIONS.index(precision)
     offsets, counter = None, _counter(x)
     if mode == "topk":
-        values, indices, fallbacks = _call(
-            "topk_encode", backend, x, w_enc, b_enc, b_pre, kept, level, guess
-        )
+        values, indices, fallbacks = _call("topk_encode", backend, x, *encoder, kept, level, guess)
     else:
         values, indices, offsets, fallbacks = _call(
-            "topk_encode_ragged", backend, x, w_enc, b_enc, b_pre, kept, limit, level, guess
+            "topk_encode_ragged", backend, x, *encoder, kept, limit, level, guess
         )
     if counter is not None:
         counter += fallbacks  # on the device: reading the number would wait for it
@@ -129,14 +128,14 @@ def topk_encode(
 
 
 def _call(op: str, backend: str, x: Tensor, *rest: Any) -> Any:
-    """Through the dispatcher, which has one kernel a device and knows the gradient."""
-    if backend == "triton" and not x.is_cuda:  # in its interpreter, beside the CPU's own kernel
+    """Call the op through the dispatcher, which has one kernel a device and knows the gradient."""
+    if backend == "triton" and not x.is_cuda:  # interpreted, where the CPU has a kernel of its own
         return _library.run(op, backend, x.device, (x, *rest))
     return getattr(torch.ops.sidechain, op).default(x, *rest)
 
 
 def topk_encode_fallbacks(*, reset: bool = False) -> int:
-    """Rows since the start or the last reset that the screen could not decide.
+    """Return how many rows the screen could not decide since the start or the last reset.
 
     They were computed in full, which costs time and changes nothing. Compiled calls do not count;
     a call captured in a CUDA graph counts at every replay. Calls that run on several streams of a
@@ -153,10 +152,10 @@ def topk_encode_fallbacks(*, reset: bool = False) -> int:
 
 
 def _counter(x: Tensor) -> Tensor | None:
-    """The counter of a device [1] int64; None where nothing is computed: compiled, traced, meta.
+    """Return the counter of a device [1] int64; None if nothing runs: compiled, traced, meta.
 
-    One made while a CUDA graph is captured would lie in the graph's memory and be set back by
-    every replay.
+    A counter made while a CUDA graph is captured would lie in the graph's memory, and every replay
+    would set it back.
     """
     plain = type(x) in (Tensor, torch.nn.Parameter)
     if torch.compiler.is_compiling() or not plain or x.is_meta:
@@ -176,15 +175,17 @@ def _counter(x: Tensor) -> Tensor | None:
 
 def _check_tensors(
     x: Tensor,
-    w_enc: Tensor,
-    b_enc: Tensor | None,
-    b_pre: Tensor | None,
+    encoder: Encoder,
     guess: Tensor | None,
 ) -> None:
     _checks.is_tensor("topk_encode", "x", x, _checks.ANY_FLOAT)
     if x.dim() != 2:
         raise ValueError(f"topk_encode: expected x of shape [N, d], got {list(x.shape)}")
-    rows, width = x.shape
+    if not isinstance(encoder, Encoder):
+        raise TypeError(
+            f"topk_encode: expected encoder to be an Encoder, got {type(encoder).__name__}"
+        )
+    (rows, width), (w_enc, b_enc, b_pre) = x.shape, encoder
     dtypes = _dtypes(x)
     _checks.tensor("topk_encode", "w_enc", w_enc, x.device, dtypes, ("F", width), "d=x.size(1)")
     features = w_enc.shape[0]
@@ -202,7 +203,7 @@ def _check_tensors(
 
 
 def _dtypes(x: Tensor) -> tuple[torch.dtype, ...]:
-    """What stands beside x; only the reference computes in float64."""
+    """Dtypes of the weights beside x; only the reference computes in float64."""
     return _checks.ANY_FLOAT if x.dtype == torch.float64 else _checks.FLOATS
 
 
@@ -212,17 +213,11 @@ def _check_mode(
     mode: str,
     k: int | None,
     threshold: float | Tensor | None,
-    precision: str,
 ) -> Tensor | None:
     """Check what chooses the features; return the threshold as a tensor [1] or [F]."""
     if mode not in MODES:
         raise ValueError(
             f"topk_encode: expected mode to be one of {', '.join(MODES)}, got {mode!r}"
-        )
-    if precision not in PRECISIONS:
-        raise ValueError(
-            f"topk_encode: expected precision to be one of {', '.join(PRECISIONS)}, "
-            f"got {precision!r}"
         )
     if mode != "threshold":
         if threshold is not None:
@@ -252,3 +247,16 @@ def _check_mode(
         raise ValueError("topk_encode: expected threshold to be a number, got nan")
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     return torch.full((1,), float(threshold), dtype=wide, device=x.device)
+
+
+def _check_precision(precision: str, backend: str, device: torch.device) -> None:
+    if precision not in PRECISIONS:
+        raise ValueError(
+            f"topk_encode: expected precision to be one of {', '.join(PRECISIONS)}, "
+            f"got {precision!r}"
+        )
+    if precision == "bf16" and device.type == "cpu" and backend in ("auto", "cpu"):
+        raise NotImplementedError(
+            "topk_encode: expected precision='fp32' or 'int8' [on a CPU bfloat16 gains no time], "
+            "got 'bf16'"
+        )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..io.tensors import read_tensors, write_tensors
-from ..ops import Codes, sparse_decode, topk_encode
+from ..ops import Codes, Encoder, sparse_decode, topk_encode
 from .config import SELECTING, Provenance, SaeConfig
 from .initialise import encoder_scale, random_rows
 from .normaliser import Normaliser
@@ -129,7 +129,7 @@ class Sae(nn.Module):
             x: [..., d_in], any float dtype; leading dims are flattened to N rows.
             step: scheduler step of all rows or of each [N]; needed where the model normalises
                 each step by itself.
-            precision: "fp32" | "bf16" | "int8", see `sidechain.ops.topk_encode`.
+            precision: "fp32" | "bf16" (not on a CPU) | "int8", see `sidechain.ops.topk_encode`.
             backend: of the op.
 
         Returns:
@@ -141,21 +141,15 @@ class Sae(nn.Module):
         """
         y = self._normalised(x, step)
         config = self.config
+        options: dict[str, Any] = {"precision": precision, "backend": backend}
+        encoder = Encoder(self.w_enc, self.b_enc, self.b_pre)
         if config.architecture == "topk":
-            return topk_encode(
-                y, self.w_enc, self.b_enc, self.b_pre,
-                k=config.k, mode="topk", precision=precision, backend=backend,
-            )  # fmt: skip
+            return topk_encode(y, encoder, k=config.k, mode="topk", **options)
         if config.architecture in SELECTING and self.training:
-            return topk_encode(
-                y, self.w_enc, self.b_enc, self.b_pre,
-                k=config.k, mode="batch_topk", precision=precision, backend=backend,
-            )  # fmt: skip
+            return topk_encode(y, encoder, k=config.k, mode="batch_topk", **options)
         w_enc, b_enc, threshold = self.thresholded_encoder()
-        return topk_encode(
-            y, w_enc, b_enc, self.b_pre,
-            mode="threshold", threshold=threshold, precision=precision, backend=backend,
-        )  # fmt: skip
+        encoder = Encoder(w_enc, b_enc, self.b_pre)
+        return topk_encode(y, encoder, mode="threshold", threshold=threshold, **options)
 
     def thresholded_encoder(self) -> tuple[Tensor, Tensor, float | Tensor]:
         """Return (w, b, t) with: a feature is active iff z = w u + b > t, with value z.

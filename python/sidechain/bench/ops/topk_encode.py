@@ -18,8 +18,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from sidechain.ops import topk_encode, topk_encode_fallbacks
-from sidechain.testing.cases import DTYPES, TOPK_ENCODE_BENCH, TOPK_ENCODE_CASES, TopkEncodeCase
+from sidechain.ops import topk_encode_fallbacks
+from sidechain.testing.cases import (
+    DTYPES,
+    TOPK_ENCODE_BENCH,
+    TOPK_ENCODE_CASES,
+    TopkEncodeCase,
+    encode_case,
+)
 
 from ..cases import Candidate, Case
 from ..shape import Shape
@@ -28,7 +34,11 @@ from ._build import Args, Work, buffers
 OP = "topk_encode"
 # Searching the best product takes a compiler half a minute: once is enough to see what it gains.
 TUNED = TOPK_ENCODE_BENCH[1]
-PRECISIONS = ("fp32", "bf16", "int8")
+PRECISIONS = {
+    "cpu": ("fp32", "int8"),
+    "triton": ("fp32", "bf16", "int8"),
+    "reference": ("fp32",),
+}
 
 
 def eager(args: Args) -> Any:
@@ -67,7 +77,7 @@ def flashinfer_topk(args: Args) -> Any:
 
 def _run(args: Args, backend: str, precision: str = "fp32") -> Any:
     given = {name: value for name, value in args.items() if name not in ("w_bf16", "x_bf16")}
-    return topk_encode(**given, precision=precision, backend=backend)
+    return encode_case(given, precision=precision, backend=backend)
 
 
 def _outputs(args: Args, codes: Any) -> dict[str, Tensor]:
@@ -176,7 +186,7 @@ def timed_case(case: TopkEncodeCase, device: str, *, compiled: bool = True) -> C
     backend = WORK.backends(device)[0]
     ours = [
         Candidate(f"{backend} {p}", partial(_run, backend=backend, precision=p), "ours")
-        for p in (PRECISIONS if backend != "reference" else ("fp32",))
+        for p in PRECISIONS[backend]
     ]
     return Case(
         case.name,

@@ -29,19 +29,10 @@ def rows(
 
     Yields:
         The rows of a shape. Facts: `recall` of the exact sets in float64, `equal sets` (share of
-        the rows), `in full` (rows whose certificate failed), `x bf16`: how many times faster than
-        ours in bfloat16.
+        the rows), `in full` (rows whose certificate failed).
     """
     for case in topk_encode.of_shapes(shapes, machine.device):
         found = [row for row in (kept or {}).values() if row.case == case.name]
         if not found:
             found = run_case(case, machine, seconds=seconds)
-            _compare(found)
         yield found
-
-
-def _compare(rows: list[Row]) -> None:
-    narrow = next((r.median_us for r in rows if r.provider.endswith(" bf16")), None)
-    for row in rows:
-        if narrow and row.median_us:
-            row.facts["x bf16"] = round(narrow / row.median_us, 2)

@@ -71,7 +71,7 @@ def entries(device: str, *, compiled: bool = True) -> list[Entry]:
         device: "cpu" or "cuda".
         compiled: also those that need a compiler.
     """
-    precisions = ("fp32", "bf16", "int8") if device == "cpu" else ("fp32", "bf16")
+    precisions = ("fp32", "int8") if device == "cpu" else ("fp32", "bf16")
     compilers = [
         Entry("bag compiled", "compiled", partial(DenseTrainer, compiled=True, bag=True)),
         Entry("dense compiled", "compiled", partial(DenseTrainer, compiled=True)),

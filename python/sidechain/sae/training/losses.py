@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...ops import sparse_decode, topk_encode
+from ...ops import Encoder, sparse_decode, topk_encode
 from ..model import Codes
 from .select import keep_batch_largest, keep_row_largest
 from .state import TrainState
@@ -58,21 +58,20 @@ def tile_loss(state: TrainState, leaves: dict[str, Tensor], x: Tensor, target: T
 def selection(state: TrainState, k: int, x: Tensor, w: dict[str, Tensor], **options: Any) -> Codes:
     """Return the codes of own features among the k largest of each row, or N k of the batch."""
     mesh, config = state.mesh, state.config
+    encoder = Encoder(w["w_enc"], w["b_enc"], w["b_pre"])
     if config.architecture == "topk":
-        codes = topk_encode(x, w["w_enc"], w["b_enc"], w["b_pre"], k=min(k, state.size), **options)
+        codes = topk_encode(x, encoder, k=min(k, state.size), **options)
         return keep_row_largest(codes, k, mesh)
     offered = min(k * mesh.data, state.size)
-    codes = topk_encode(
-        x, w["w_enc"], w["b_enc"], w["b_pre"], k=offered, mode="batch_topk", guess=_guess(state),
-        **options,
-    )  # fmt: skip
+    codes = topk_encode(x, encoder, k=offered, mode="batch_topk", guess=_guess(state), **options)
     return keep_batch_largest(codes, k * len(x) * mesh.data, mesh, config.features)
 
 
 def _guess(state: TrainState) -> Tensor | None:
     """Return where the screen of a batch starts [1]: it decides the time of a step, not its result.
 
-    Saves a tenth of the step at N 1024, d 768, F 12288, k 32 (CPU, beside the op's own pilot rows).
+    Saves a tenth of the step at N 1024, d 768, F 12288, k 32 (CPU, compared
+    with the op's own estimate).
     One process alone: a slice offers more than the batch keeps.
     """
     if state.smallest is None or state.mesh.world > 1:

@@ -51,7 +51,8 @@ class TrainConfig:
         seed: of the weights, the order of the data and resampling.
         path: "fused" (no autograd, no gradient tensors: topk, batch_topk, and matryoshka of up
             to 16 prefixes), "autograd", or "auto".
-        precision: of the encoder, see `sidechain.ops.topk_encode`; autograd: fp32 only.
+        precision: of the encoder, see `sidechain.ops.topk_encode`; bf16: on a GPU only; autograd:
+            fp32 only.
         k_start: features kept at the beginning; None = k.
         k_anneal: share of the steps in which k falls linearly from `k_start`.
         multi_k: topk only: a second reconstruction from this many features (arXiv 2406.04093,

@@ -12,7 +12,7 @@ from .sae_edit import EDIT_BENCH, EDIT_CASES, EditCase, edit_call
 from .sae_update import UPDATE_BENCH, UPDATE_CASES, UpdateCase, square_args, update_call
 from .sparse_decode import DECODE_BENCH, DECODE_CASES, DecodeCase
 from .tap import TAP_BENCH, TAP_CASES, TAP_LIMITS, TapCase
-from .topk_encode import TOPK_ENCODE_BENCH, TOPK_ENCODE_CASES, TopkEncodeCase
+from .topk_encode import TOPK_ENCODE_BENCH, TOPK_ENCODE_CASES, TopkEncodeCase, encode_case
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
@@ -41,6 +41,7 @@ __all__ = [
     "TopkEncodeCase",
     "UpdateCase",
     "edit_call",
+    "encode_case",
     "square_args",
     "update_call",
 ]

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...ops import Codes, Encoder, topk_encode
+
 
 @dataclass(frozen=True)
 class TopkEncodeCase:
@@ -68,6 +70,13 @@ class TopkEncodeCase:
         if self.guess is not None:
             args["guess"] = torch.linspace(0.0, 4.0, self.guess)
         return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in args.items()}
+
+
+def encode_case(args: dict[str, Any], **options: Any) -> Codes:
+    """Call `topk_encode` with the arguments that `TopkEncodeCase.make` returns, and more."""
+    encoder = Encoder(args["w_enc"], args.get("b_enc"), args.get("b_pre"))
+    rest = {name: value for name, value in args.items() if name not in Encoder._fields}
+    return topk_encode(encoder=encoder, **rest, **options)
 
 
 _plain = TopkEncodeCase(33, 64, 300, 8)
