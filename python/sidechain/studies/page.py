@@ -111,7 +111,9 @@ def closing(run: RunRead, command: str, files: Mapping[str, str]) -> list[Sectio
         f"sidechain {command} --config {shlex.quote(str(folder))} --out {shlex.quote(str(again))}"
     ]
     settings = {
-        name.replace("_", " "): ", ".join(map(str, value)) if isinstance(value, list) else value
+        name.replace("_", " "): ", ".join(map(_word, value))
+        if isinstance(value, list)
+        else _word(value)
         for name, value in run.config.items()
         if name not in _UNSHOWN and value is not None and value is not False
     }
@@ -127,6 +129,10 @@ def closing(run: RunRead, command: str, files: Mapping[str, str]) -> list[Sectio
              Commands(lines)],
         ),
     ]  # fmt: skip
+
+
+def _word(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def sound(path: Path) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
