@@ -35,8 +35,8 @@ class TestMeasured:
 
 class TestRows:
     def test_localization_agrees_with_hooks_and_the_published_protocol(self) -> None:
-        pipe, judges = common.load("zoo:music")
-        ways = sharing.Localize(pipe, judges, steps=2).ways
+        pipe, scorers = common.load("zoo:music")
+        ways = sharing.Localize(pipe, scorers, steps=2).ways
         results = {name: way() for name, way in ways.items()}
         assert list(results) == ["shared", "hooks", "hooks, published protocol"]
         for found in results.values():

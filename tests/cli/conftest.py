@@ -9,9 +9,9 @@ import pytest
 
 #: Study -> module of its function `run` as the command calls it, and of its page.
 STUDIES = {
-    "localization": ("sidechain.studies.localization", None),
+    "localization": ("sidechain.studies.localization", "sidechain.studies.localization.page"),
     "vectors": ("sidechain.studies.vectors", None),
-    "steering": ("sidechain.studies.steering", None),
+    "steering": ("sidechain.studies.steering", "sidechain.studies.steering.page"),
     "capture": ("sidechain.studies.capture", None),
     "features": ("sidechain.studies.features.run", "sidechain.studies.features.page"),
     "demo": ("sidechain.studies.demo.run", "sidechain.studies.demo.page"),
@@ -30,9 +30,15 @@ def studies(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> SimpleNamespace:
 
         return run
 
+    found.pages = []
+
+    def page_stub(*given: Any) -> Any:
+        found.pages.append(given[-1])
+        return given[-1]
+
     for name, (module, page) in STUDIES.items():
         monkeypatch.setattr(importlib.import_module(module), "run", stub(name))
         if page is not None:
-            monkeypatch.setattr(importlib.import_module(page), "write", lambda _, path: path)
+            monkeypatch.setattr(importlib.import_module(page), "write", page_stub)
     monkeypatch.chdir(tmp_path)
     return found

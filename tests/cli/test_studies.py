@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from cli.support import write
 from sidechain.cli import main as cli
 from sidechain.studies.capture import CaptureConfig
@@ -48,7 +50,7 @@ def test_sae_score_prints_its_report(studies, capsys):
 def test_localize(studies, capsys):
     line = (
         "localize --concepts drums,violin --sites cross:2-5 --how key --windows 2 --pairs 8 "
-        "--seeds 0 1,2 --steps 10 --guidance 2.5 --batch-rows 32 --tau 0.2 --out runs/x"
+        "--seeds 0 1,2 --steps 10 --guidance 2.5 --batch-rows 32 --tau 0.2 --audio --out runs/x"
     )
     assert cli.main(line.split()) == 0
     assert studies.localization == LocalizationConfig(
@@ -62,10 +64,18 @@ def test_localize(studies, capsys):
         guidance=2.5,
         batch_rows=32,
         tau=0.2,
+        audio=True,
         out=Path("runs/x"),
     )
     assert capsys.readouterr().out == "runs/x\n"
+    assert studies.pages == [Path("runs/x")]
     assert not Path("runs").exists()  # the check leaves nothing behind
+
+
+@pytest.mark.parametrize("command", ["localize", "steer"])
+def test_help_names_the_page(command, capsys):
+    assert cli.main([command, "--help"]) == 0
+    assert "report.html" in capsys.readouterr().out
 
 
 def test_localize_concepts(studies):

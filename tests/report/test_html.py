@@ -16,14 +16,29 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from PIL import Image
 
 from sidechain.metrics.bootstrap import Interval
+from sidechain.metrics.results import ArmCurve
 from sidechain.report import media
-from sidechain.report.data import Arm, Clip, ReportData, Sweep, Table
-from sidechain.report.html import render, write_report
+from sidechain.report.data import (
+    Bullets,
+    Clip,
+    Commands,
+    Facts,
+    Files,
+    Heading,
+    Meter,
+    Section,
+    Strip,
+    Table,
+    Text,
+)
+from sidechain.report.data import Page as PageData
+from sidechain.report.html import render, write_page
 
 sys.path.insert(0, str(Path(__file__).parent))
-from example import arm, example, impact_map
+from example import arm, example, impacts, strip
 
 VOID = {"meta", "img", "source", "br", "link", "input", "hr"}
 
@@ -77,12 +92,10 @@ class TestPage:
         assert "url(" not in outside
 
     def test_every_section_and_anchor(self, page):
-        headings = ("What was done", "Listen", "Where the concepts enter", "What stays",
-                    "Effect and preservation", "Dictionaries", "Features to hear",
-                    "Model and run", "Limits", "Reproduce")  # fmt: skip
-        assert all(heading in page.text for heading in headings)
+        assert all(section.heading in page.text for section in example().sections)
         ids = {attrs["id"] for _, attrs in page.tags if "id" in attrs}
-        assert {attrs["href"][1:] for attrs in page.all("a")} <= ids
+        anchors = {attrs["href"][1:] for attrs in page.all("a") if attrs["href"][0] == "#"}
+        assert anchors == ids == {section.anchor for section in example().sections}
 
     def test_images_have_alt_texts_and_sizes(self, page):
         images = page.all("img")
@@ -94,18 +107,18 @@ class TestPage:
 
     def test_figures_come_light_dark_wide_and_narrow(self, page):
         assert len(page.all("source")) == 3 * len(page.all("picture"))
-        assert len(page.all("picture")) == 5
+        assert len(page.all("picture")) == 4
 
     def test_tables_scroll_in_their_own_box(self, text):
         assert text.count("<table>") == len(re.findall(r'class="scroll"[^>]*>\s*<table>', text))
 
     def test_audio_decodes(self, page):
         sounds = page.all("audio")
-        assert len(sounds) == 18
+        assert len(sounds) == 15
         raw = base64.b64decode(sounds[0]["src"].split(",")[1])
         samples, rate = soundfile.read(io.BytesIO(raw))
         assert rate == 16000
-        np.testing.assert_allclose(samples, example().sweeps[0].clips[0].audio, atol=1e-4)
+        np.testing.assert_allclose(samples, strip().clips[0].audio, atol=1e-4)
 
     def test_intervals_in_tables(self, text):
         assert 'class="ends">0.87 to 0.99</span>' in text
@@ -113,56 +126,64 @@ class TestPage:
 
 class TestRendering:
     def test_same_text_for_the_same_data(self):
-        small = dataclasses.replace(example(), tradeoffs=(), impacts=())
+        small = dataclasses.replace(example(), sections=example().sections[:2])
         assert render(small) == render(small)
 
     def test_text_is_escaped(self):
         evil = '<script>alert("1")</script>'
-        page = Page(
-            render(
-                ReportData(
-                    title=evil,
-                    summary=evil,
-                    findings=[evil],
-                    method=[evil],
-                    model={evil: evil},
-                    reproduce=[evil],
-                    steering_tables=[Table(evil, [evil], [[evil]], evil)],
-                    sweeps=[Sweep(evil, evil, [Clip(0.0, probabilities={evil: 0.5})])],
-                )
-            )
-        )
+        blocks = [
+            Text([evil]),
+            Bullets([evil]),
+            Heading(evil),
+            Table(evil, [evil], [[evil]], evil),
+            Facts({evil: {evil: evil}}),
+            Commands([evil]),
+            Files({evil: evil}),
+            Strip(evil, evil, [Clip(evil, meters=[Meter(evil, 0.5)], note=evil)], evil),
+        ]
+        page = Page(render(PageData(evil, evil, [evil], [Section("a", evil, blocks)])))
         assert len(page.all("script")) == 1  # the page's own
+        assert page.text.count("alert") >= 15
 
     def test_empty_parts_are_left_out(self):
-        page = Page(render(ReportData(title="Nothing yet")))
+        page = Page(render(PageData("Nothing yet", sections=[Section("a", "Nothing", [])])))
         assert page.all("section") == []
         assert page.all("a") == []
 
     def test_undefined_values_are_dashes(self):
         nothing = Interval(math.nan, math.nan, math.nan)
-        base = impact_map()
-        cells = [list(row) for row in base.impacts]
-        cells[0] = [nothing] * len(base.sites)
-        page = Page(
-            render(ReportData(title="t", impacts=[dataclasses.replace(base, impacts=cells)]))
+        table = Table(
+            "t", ["a", "b"], [[nothing, math.nan], [Interval(0.5, math.nan, 1.0), -0.001]]
         )
-        assert "\u2013" in page.text
+        page = Page(render(PageData("t", sections=[Section("a", "A", [table])])))
+        assert page.text.count("\u2013") == 2 and "0.50" in page.text and "0.00" in page.text
         assert "nan" not in page.text
 
-    def test_no_functional_site_is_said(self):
-        quiet = dataclasses.replace(impact_map(), tau=0.9)
-        assert "No mean impact reaches 0.90." in render(ReportData(title="t", impacts=[quiet]))
+    def test_files_are_links_beside_the_page(self, page):
+        assert {"href": "a%20table.csv"} in page.all("a")
 
     def test_wav(self):
-        sweep = Sweep("drums", "p", [Clip(0.0, audio=np.zeros(100))])
-        assert "data:audio/wav;base64" in render(ReportData(title="t", sweeps=[sweep]), audio="wav")
+        strip = Strip("drums", "p", [Clip("x", np.zeros(100))])
+        page = PageData("t", sections=[Section("a", "A", [strip])])
+        assert "data:audio/wav;base64" in render(page, audio="wav")
+
+    def test_one_colour_scale_and_one_trace_scale_for_a_strip(self):
+        mel = np.linspace(0, 1, 64 * 16).reshape(64, 16)
+        clips = [Clip("a", mel=mel, trace=[4.0, 0.0]), Clip("b", mel=mel + 3, trace=[1.0, 2.0])]
+        page = Page(render(PageData("t", sections=[Section("a", "A", [Strip("s", "", clips)])])))
+        images = [img["src"].split(",")[1] for img in page.all("img")]
+        dark, bright = (
+            np.asarray(Image.open(io.BytesIO(base64.b64decode(one))).convert("L")).mean()
+            for one in images
+        )
+        assert dark < bright - 50
+        assert [bar["height"] for bar in page.all("rect")] == ["30.00", "7.50", "15.00"]
 
 
 class TestWriting:
     def test_whole_or_nothing(self, tmp_path, monkeypatch):
         target = tmp_path / "deep" / "report.html"
-        assert write_report(ReportData(title="one"), target) == target
+        assert write_page(PageData("one"), target) == target
         assert "one" in target.read_text()
         umask = os.umask(0)
         os.umask(umask)
@@ -173,7 +194,7 @@ class TestWriting:
 
         monkeypatch.setattr(os, "replace", fail)
         with pytest.raises(OSError, match="disk full"):
-            write_report(ReportData(title="two"), target)
+            write_page(PageData("two"), target)
         assert "one" in target.read_text()
         assert [path.name for path in target.parent.iterdir()] == ["report.html"]
 
@@ -185,8 +206,6 @@ class TestMedia:
         np.testing.assert_allclose(samples, [0.25, -1.0, 0.5], atol=1e-4)
 
     def test_spectrogram_is_upright(self):
-        from PIL import Image
-
         mel = np.zeros((6, 4))
         mel[:, 0] = 1.0  # the lowest bin sounds all the time
         image = Image.open(io.BytesIO(media.spectrogram_png(mel, 0, 1, scale=1))).convert("L")
@@ -195,20 +214,20 @@ class TestMedia:
         assert pixels[-1].min() > pixels[:-1].max()
 
 
-class TestArm:
-    def test_operating_point(self):
-        one = arm("localized", 1.3, 0.8)
-        point = one.operating_point(0.8)
+class TestCurve:
+    def test_best_point(self):
+        one = arm(1.3, 0.8)
+        point = one.best_point(0.8)
         assert one.kept[point].value >= 0.8
         assert one.kept[point + 1].value < 0.8
-        assert arm("x", 1, 9).operating_point(0.99) is None
+        assert arm(1, 9).best_point(0.99) is None
 
 
 @pytest.mark.parametrize(
     ("call", "error", "match"),
     [
-        (lambda: Arm("a", [0.0], [], []), ValueError, r"Arm: expected .* N=1 .*got \[0, 0, 1\]"),
-        (lambda: dataclasses.replace(impact_map(), means=[]), ValueError, "ImpactMap: .*0 means"),
+        (lambda: ArmCurve([0.0], [], [], [], 0, 0), ValueError, r"ArmCurve: .* N=1 .*\[0, 0, 0\]"),
+        (lambda: dataclasses.replace(impacts(), means=[]), ValueError, "Impacts: .*0 means"),
         (lambda: media.audio_bytes(np.zeros(3), 16000, "mp3"), ValueError, "flac.wav, got 'mp3'"),
         (lambda: media.audio_bytes(np.array([np.nan]), 16000), ValueError, "finite samples"),
         (lambda: media.spectrogram_png(np.zeros(3), 0, 1), ValueError, r"mel \[frames, bins\]"),

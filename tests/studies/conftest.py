@@ -11,16 +11,16 @@ from sidechain.testing import tiny_pipeline
 
 
 class Model:
-    """A tiny music pipeline with tiny random judges, and a count of what it generates."""
+    """A tiny music pipeline with tiny random scorers, and a count of what it generates."""
 
     def __init__(self, layers: int = 3) -> None:
-        from sidechain.zoo.music.judge import LatentJudge, MelJudge
+        from sidechain.zoo.music.scorer import LatentScorer, MelScorer
 
         self.pipe = tiny_pipeline("music", layers=layers)
         torch.manual_seed(0)
-        mel = MelJudge(channels=(4, 8, 8), width=16)
+        mel = MelScorer(channels=(4, 8, 8), width=16)
         mel.codec.load_state_dict(self.pipe.codec.state_dict())
-        self.judges = {"latent": LatentJudge(width=16).eval(), "mel": mel.eval()}
+        self.scorers = {"latent": LatentScorer(width=16).eval(), "mel": mel.eval()}
         self.clips = 0
         self.calls = 0
         self.stop_after: int | None = None
@@ -48,6 +48,6 @@ def shared_model() -> Model:
 def model(shared_model: Model, monkeypatch: pytest.MonkeyPatch) -> Model:
     """What the studies load instead of the shipped weights."""
     shared_model.reset()
-    monkeypatch.setattr(common, "load", lambda *_: (shared_model.pipe, shared_model.judges))
+    monkeypatch.setattr(common, "load", lambda *_: (shared_model.pipe, shared_model.scorers))
     monkeypatch.setattr(common, "generate", shared_model.generate)
     return shared_model

@@ -65,11 +65,11 @@ class TestRun:
     def test_tables(self, model, config):
         found = loc.run(config)
         scores = pd.read_csv(config.out / "scores.csv")
-        # per judge, concept and pair: none, all, 3 sites, 2 windows, top 1 and 2
+        # per scorer, concept and pair: none, all, 3 sites, 2 windows, top 1 and 2
         assert len(scores) == 2 * 2 * 2 * 9
         assert model.clips == 2 * 2 * 9
         assert list(scores) == [
-            *("concept", "preset", "pair", "seed", "judge", "probability", "score"),
+            *("concept", "preset", "pair", "seed", "scorer", "probability", "score"),
         ]
         assert set(scores.preset) == {
             *("none", "all", *SITES, "cross:0-1", "cross:1-2", "top:1", "top:2"),
@@ -77,8 +77,8 @@ class TestRun:
         odds = np.log(scores.probability / (1 - scores.probability))
         np.testing.assert_allclose(scores.score, odds, atol=1e-4)
         assert sorted(found.order) == SITES
-        assert list(found.judges) == ["latent", "mel", "both"]
-        assert found.window_names == ["cross:0-1", "cross:1-2"]
+        assert list(found.scorers) == ["latent", "mel", "both"]
+        assert found.windows["both"].sites == ["cross:0-1", "cross:1-2"]
         assert len(pd.read_csv(config.out / "impact.csv")) == 3 * 2 * 3
         assert list(pd.read_csv(config.out / "ranking.csv").site) == found.order
         summary = json.loads((config.out / "summary.json").read_text())
@@ -102,7 +102,7 @@ class TestRun:
         assert set(top.seed) == {0}
 
     def test_batch_size_does_not_matter(self, model, config, tmp_path):
-        order = ["concept", "preset", "pair", "judge"]
+        order = ["concept", "preset", "pair", "scorer"]
         whole = loc.run(config).scores.sort_values(order)
         small = loc.run(replace(config, out=tmp_path / "small", batch_rows=3)).scores
         small = small.sort_values(order)
@@ -112,9 +112,9 @@ class TestRun:
     @pytest.mark.parametrize("how", ["key", "value"])
     def test_keys_or_values_alone(self, model, config, tmp_path, how):
         small = replace(config, concepts=("drums",), pairs=1, windows=1)
-        found = loc.run(small).scores.set_index(["preset", "judge"])
+        found = loc.run(small).scores.set_index(["preset", "scorer"])
         other = loc.run(replace(small, out=tmp_path / how, how=how)).scores
-        other = other.set_index(["preset", "judge"])
+        other = other.set_index(["preset", "scorer"])
         # Keys of one prompt with values of another are not shared: another order of sums.
         assert found.score["none", "mel"] == pytest.approx(other.score["none", "mel"], rel=2e-5)
         assert found.score["all", "mel"] != other.score["all", "mel"]
@@ -186,10 +186,10 @@ class TestPlanted:
         found = loc.run(replace(config, concepts=concepts, pairs=1))
         impacts = {
             concept: [interval.value for interval in row]
-            for concept, row in zip(concepts, found.judges["both"].impacts, strict=True)
+            for concept, row in zip(concepts, found.scorers["both"].impacts, strict=True)
         }
         defined = [row for row in impacts.values() if not np.isnan(row[0])]
-        assert defined  # a random judge sees half of the concepts the wrong way round
+        assert defined  # a random scorer sees half of the concepts the wrong way round
         assert defined == [[0.0, 1.0, 0.0]] * len(defined)
         assert found.order[0] == "cross:1"
         assert found.functional == ["cross:1"]

@@ -20,6 +20,7 @@ from sidechain.studies.steering import analyse
 from sidechain.testing import tiny_pipeline
 from sidechain.vectors import SteeringVector
 from sidechain.zoo.music.concepts import concept
+from studies import known
 
 module = importlib.import_module("sidechain.studies.steering.run")
 NAMES = [f"transformer_blocks.{index}.attn2" for index in range(3)]
@@ -121,12 +122,12 @@ class TestRun:
         assert table.score.between(0, 1).all()
         assert table.text[0] == concept("drums").pairs(1, common.TEST_PROMPTS)[0].corrupted
         assert set(found.arms) == {"latent", "mel"}
-        for judge, arms in found.arms.items():
+        for scorer, arms in found.arms.items():
             assert list(arms) == list(st.ARMS)
             for curve in arms.values():
                 assert curve.strength == [-2.0, 0.0, 2.0, 4.0]
                 assert curve.distance[1].value == 0.0
-            assert set(found.cutoff[judge]) == {1, -1}
+            assert set(found.cutoff[scorer]) == {1, -1}
         curves = pd.read_csv(config.out / "curves.csv")
         assert len(curves) == 2 * 4 * 4
         summary = json.loads((config.out / "summary.json").read_text())
@@ -227,39 +228,11 @@ def test_vector_of_another_model(model, config, tmp_path):
     assert not config.out.exists()
 
 
-#: arm -> gain and distance at strength 1
-SLOPES = {"localized": (0.2, 1.0), "all": (0.1, 2.0), "random": (0.0, 9.0)}
-
-
 class TestAnalyse:
     """Readings where distance is the strength and the score grows by a known slope."""
 
-    def readings(self, kept=lambda arm, strength: 1.0):
-        rows = []
-        for prompt in range(5):
-            for judge in ("latent", "mel"):
-                for arm, strength in [
-                    ("none", 0.0),
-                    *((arm, s) for arm in SLOPES for s in (1.0, 2.0, 3.0)),
-                ]:
-                    slope, speed = SLOPES.get(arm, (0.0, 0.0))
-                    rows.append(
-                        {
-                            "concept": "drums",
-                            "prompt": prompt,
-                            "text": "flute",
-                            "arm": arm,
-                            "strength": strength,
-                            "judge": judge,
-                            "score": 0.1 + slope * strength,
-                            "distance": speed * strength,
-                            "instrument_kept": kept(arm, strength),
-                        }
-                    )
-        return pd.DataFrame(rows)
-
     def analysed(self, **options):
-        return analyse.analyse(self.readings(**options), concept("drums"), ["cross:1"])
+        return analyse.analyse(known.readings(**options), concept("drums"), ["cross:1"])
 
     def test_cutoff_is_the_smaller_reach_of_the_real_directions(self):
         assert self.analysed().cutoff == {"latent": {1: 3.0}, "mel": {1: 3.0}}
@@ -281,7 +254,7 @@ class TestAnalyse:
         assert self.analysed().operating_strength() == 3.0
         found = self.analysed(kept=lambda arm, strength: float(strength < 3))
         assert found.operating_strength() == 2.0
-        assert analyse.best_point(found.arms["mel"]["localized"]) == 2
+        assert found.arms["mel"]["localized"].best_point() == 2
         none = self.analysed(kept=lambda arm, strength: 0.0)
         assert none.operating_strength() is None
         assert none.score_table().best_score.isna().all()
@@ -297,13 +270,13 @@ class TestAnalyse:
         assert st.kept_attribute(concept("violin")) == "drums"
 
     def test_without_steered_rows(self):
-        table = self.readings()
+        table = known.readings()
         found = analyse.analyse(table[table.arm == "none"], concept("drums"), ["cross:1"])
         assert found.arms == {"latent": {}, "mel": {}}
         assert found.operating_strength() is None
 
     def test_one_arm(self):
-        table = self.readings()
+        table = known.readings()
         some = table[table.arm.isin(["none", "random"])]
         found = analyse.analyse(some, concept("drums"), ["cross:1"])
         assert found.cutoff["latent"] == {1: 27.0}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weight folders are verified before they are loaded; judges read latents only."""
+"""Weight folders are verified before they are loaded; scorers read latents only."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from sidechain import zoo
 from sidechain.testing import tiny_pipeline
 from sidechain.zoo import checksums, load
 from sidechain.zoo.music.attributes import ATTRIBUTES
-from sidechain.zoo.music.judge import LatentJudge, MelJudge
+from sidechain.zoo.music.scorer import LatentScorer, MelScorer
 
 
 @pytest.fixture(scope="module")
-def judges():
+def scorers():
     torch.manual_seed(0)
     return {
-        "latent": LatentJudge(width=16).eval(),
-        "mel": MelJudge(channels=(4, 8, 8), width=16).eval(),
+        "latent": LatentScorer(width=16).eval(),
+        "mel": MelScorer(channels=(4, 8, 8), width=16).eval(),
     }
 
 
@@ -54,7 +54,7 @@ class TestVerify:
         with pytest.raises(FileNotFoundError, match=r"zoo: expected the file .*config\.json"):
             checksums.verify(folder)
 
-    @pytest.mark.parametrize("function", [checksums.verify, load.music, load.judges])
+    @pytest.mark.parametrize("function", [checksums.verify, load.music, load.scorers])
     def test_missing_folder(self, tmp_path, function):
         call = {} if function is checksums.verify else {"folder": tmp_path / "none"}
         with pytest.raises(FileNotFoundError, match=r"zoo: expected weights .*got none"):
@@ -101,24 +101,24 @@ class TestMusic:
             zoo.music(folder=tmp_path)
 
 
-class TestJudges:
+class TestScorers:
     @pytest.mark.parametrize("name", ["latent", "mel"])
-    def test_probabilities(self, judges, name):
+    def test_probabilities(self, scorers, name):
         latents = torch.randn(5, 64, 64)
-        found = judges[name].probabilities(latents)
-        assert list(found) == list(ATTRIBUTES) == list(judges[name].attributes)
+        found = scorers[name].probabilities(latents)
+        assert list(found) == list(ATTRIBUTES) == list(scorers[name].attributes)
         for attribute, values in found.items():
             assert values.shape == (5, len(ATTRIBUTES[attribute]))
             torch.testing.assert_close(values.sum(1), torch.ones(5))
-        pieces = judges[name].probabilities(latents, chunk=2)
+        pieces = scorers[name].probabilities(latents, chunk=2)
         for attribute, values in found.items():
             torch.testing.assert_close(pieces[attribute], values)
 
-    def test_stages(self, judges):
+    def test_stages(self, scorers):
         latents = torch.randn(2, 64, 64)
         with torch.no_grad():
-            fine = [tuple(stage.shape) for stage in judges["latent"].stages(latents)]
-            planes = [tuple(stage.shape) for stage in judges["mel"].stages(latents)]
+            fine = [tuple(stage.shape) for stage in scorers["latent"].stages(latents)]
+            planes = [tuple(stage.shape) for stage in scorers["mel"].stages(latents)]
         assert fine == [(2, 16, 64)] * 5
         assert planes == [
             (2, 4, 256, 32),
@@ -127,27 +127,27 @@ class TestJudges:
             *[(2, 16, 64)] * 3,
         ]
 
-    def test_mel_judge_hears_the_decoded_latents(self, judges):
+    def test_mel_scorer_hears_the_decoded_latents(self, scorers):
         latents = torch.randn(2, 64, 64)
-        judge = judges["mel"]
+        scorer = scorers["mel"]
         with torch.no_grad():
-            mels = judge.codec.decode(latents)
-            for a, b in zip(judge.stages(latents), judge.mel_stages(mels), strict=True):
+            mels = scorer.codec.decode(latents)
+            for a, b in zip(scorer.stages(latents), scorer.mel_stages(mels), strict=True):
                 assert torch.equal(a, b)
 
     @pytest.mark.parametrize("name", ["latent", "mel"])
     @pytest.mark.parametrize("shape", [(64, 64), (1, 64, 32), (1, 1, 64, 64)])
-    def test_wrong_shape(self, judges, name, shape):
-        with pytest.raises(ValueError, match=r"judge: expected latents of shape \[B, 64, 64\]"):
-            judges[name].probabilities(torch.zeros(shape))
+    def test_wrong_shape(self, scorers, name, shape):
+        with pytest.raises(ValueError, match=r"scorer: expected latents of shape \[B, 64, 64\]"):
+            scorers[name].probabilities(torch.zeros(shape))
 
-    def test_saved_and_loaded(self, judges, tmp_path):
-        for name, judge in judges.items():
-            judge.save_pretrained(tmp_path / name)
-        again = zoo.judges(folder=tmp_path)
+    def test_saved_and_loaded(self, scorers, tmp_path):
+        for name, scorer in scorers.items():
+            scorer.save_pretrained(tmp_path / name)
+        again = zoo.scorers(folder=tmp_path)
         latents = torch.randn(2, 64, 64)
-        for name, judge in judges.items():
+        for name, scorer in scorers.items():
             assert not again[name].training
             for attribute, values in again[name].probabilities(latents).items():
-                expected = judge.probabilities(latents)[attribute]
+                expected = scorer.probabilities(latents)[attribute]
                 assert np.array_equal(values.numpy(), expected.numpy())

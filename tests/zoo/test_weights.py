@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The shipped music model and judges: whole, loadable, and obeying a few plain prompts."""
+"""The shipped music model and scorers: whole, loadable, and obeying a few plain prompts."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def pipe():
 
 
 @pytest.fixture(scope="module")
-def judges():
-    return zoo.judges()
+def scorers():
+    return zoo.scorers()
 
 
 @pytest.mark.parametrize("name", ["music", "judges"])
@@ -49,14 +49,14 @@ def test_shape_of_the_model(pipe):
     torch.testing.assert_close(gram, torch.eye(64), rtol=0, atol=1e-4)
 
 
-def test_it_plays_what_was_asked(pipe, judges):
+def test_it_plays_what_was_asked(pipe, scorers):
     prompts = [f"a {name} melody" for name in INSTRUMENTS]
     generators = [torch.Generator().manual_seed(seed) for seed in range(8)]
     out = pipe(prompts, num_inference_steps=6, generator=generators, output_type="latent").audios
     assert torch.isfinite(out).all()
     assert 0.5 < float(out.std()) < 2.0
-    for judge in judges.values():
-        picks = judge.probabilities(out)["instrument"].argmax(1).tolist()
+    for scorer in scorers.values():
+        picks = scorer.probabilities(out)["instrument"].argmax(1).tolist()
         # six steps are few; the card holds the figures of the full sampler
         assert sum(pick == asked for asked, pick in enumerate(picks)) >= 6
 

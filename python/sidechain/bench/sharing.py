@@ -88,13 +88,13 @@ def _removed(hooks: Iterator[Any]) -> Iterator[None]:
 class Localize:
     """A patching sweep of one prompt pair: no site, all sites, and each site alone."""
 
-    def __init__(self, pipe: Any, judges: Mapping[str, Any], steps: int = STEPS) -> None:
+    def __init__(self, pipe: Any, scorers: Mapping[str, Any], steps: int = STEPS) -> None:
         from sidechain import sites
         from sidechain.studies import localization
         from sidechain.studies.localization.presets import single_presets
         from sidechain.studies.localization.run import pairs_of
 
-        self.pipe, self.judges, self.steps = pipe, judges, steps
+        self.pipe, self.scorers, self.steps = pipe, scorers, steps
         self.config = localization.LocalizationConfig(out=Path("unused"), pairs=1, steps=steps)
         self.pair = pairs_of(self.config, "drums")[0]
         self.modules = {site.alias: site.module for site in sites(pipe, "cross:*")}
@@ -115,7 +115,7 @@ class Localize:
         corrupted = self.pipe.encode_prompt([self.pair.corrupted]).expand(count, -1, -1)
         jobs = [(self.pair, preset) for preset in self.presets]
         latents = _generate(self.config, self.pipe, jobs, clean, corrupted, 0)
-        common.readings(self.judges, latents)
+        common.readings(self.scorers, latents)
         return latents
 
     def hooks(self) -> Tensor:
@@ -142,7 +142,7 @@ class Localize:
 
         with context_hooks([self.modules[name] for name in preset.sites], clean):
             latents = _one(self.pipe, self.pair.corrupted, self.steps)
-        common.readings(self.judges, latents)
+        common.readings(self.scorers, latents)
         return latents
 
 
@@ -152,7 +152,7 @@ class Sweep:
     def __init__(
         self,
         pipe: Any,
-        judges: Mapping[str, Any],
+        scorers: Mapping[str, Any],
         steps: int = STEPS,
         strengths: Sequence[float] = STRENGTHS,
     ) -> None:
@@ -162,7 +162,7 @@ class Sweep:
         from sidechain.studies.vectors.run import VectorConfig, build
         from sidechain.zoo.music.concepts import concept
 
-        self.pipe, self.judges, self.steps = pipe, judges, steps
+        self.pipe, self.scorers, self.steps = pipe, scorers, steps
         self.config = SteeringConfig(out=Path("unused"), concept="drums", steps=steps)
         setup = VectorConfig(concept="drums", pairs=2, steps=steps)
         self.vector = build(pipe, setup, progress=False)
@@ -186,7 +186,7 @@ class Sweep:
         latents = generate_rows(
             self.config, self.pipe, self.vector, self.sites, self.prompts, jobs
         )  # fmt: skip
-        common.readings(self.judges, latents)
+        common.readings(self.scorers, latents)
         return latents
 
     def hooks(self) -> Tensor:
@@ -197,7 +197,7 @@ class Sweep:
         for strength in self.strengths:
             with steering_hooks(self.vectors, strength):
                 latents = _one(self.pipe, self.prompts[0], self.steps)
-            common.readings(self.judges, latents)
+            common.readings(self.scorers, latents)
             rows.append(latents)
         return torch.cat(rows)
 
@@ -243,7 +243,7 @@ def rows(
 
     pipe, _ = common.load("zoo:music")
     pipe.to(machine.device)
-    judges = zoo.judges(machine.device)
+    scorers = zoo.scorers(machine.device)
     names: dict[str, Callable[..., Localize | Sweep]] = {LOCALIZATION: Localize, STRENGTH: Sweep}
     if quick:
         names = {STRENGTH: partial(Sweep, strengths=STRENGTHS[:2], steps=QUICK_STEPS)}
@@ -253,7 +253,7 @@ def rows(
             f"bench: expected part of the name of a sweep [{', '.join(names)}], got {only!r}"
         )
     for make in chosen:
-        sweep = make(pipe, judges)
+        sweep = make(pipe, scorers)
         most = QUICK_ROUNDS if quick else MOST
         yield _measured(sweep.name, sweep.ways, seconds, most)
 

@@ -18,8 +18,10 @@ def run(config: LocalizationConfig, given: Mapping[str, Any]) -> int:
     config.check_prompts()
 
     from ..studies import localization
+    from ..studies.localization import page
 
     localization.run(config)
+    page.write(config.out)
     print(config.out)
     return 0
 
@@ -29,6 +31,6 @@ COMMAND = Command(
     run,
     "Give one attention site at a time the prompt with the concept, all others the prompt without "
     "it, and measure what share of the full effect comes through (impact). Writes tables with "
-    "bootstrap intervals.",
+    "bootstrap intervals and report.html, a page with heat maps, into the folder of the run.",
     replays=True,
 )

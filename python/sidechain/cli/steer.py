@@ -31,8 +31,10 @@ def run(config: SteeringConfig, given: Mapping[str, Any]) -> int:
         )
 
     from ..studies import steering
+    from ..studies.steering import page
 
     steering.run(config)
+    page.write(config.out)
     print(config.out)
     return 0
 
@@ -42,6 +44,7 @@ COMMAND = Command(
     run,
     "Generate the same prompts at many strengths of a vector, at the localized sites, at all "
     "sites, at all but the localized ones and along a random direction of equal norm; score "
-    "effect, preservation, AUC and smoothness.",
+    "effect, preservation, AUC and smoothness. Writes tables and report.html, a page with the "
+    "curves (with --audio also the clips), into the folder of the run.",
     replays=True,
 )

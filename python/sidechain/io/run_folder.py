@@ -25,6 +25,7 @@ __all__ = [
     "digest",
     "facts",
     "read_settings",
+    "read_table",
     "write_json",
     "write_settings",
     "write_table",
@@ -40,6 +41,24 @@ _PLACE = frozenset({"out", "device"})
 def write_table(path: Path, table: pd.DataFrame) -> None:
     """Write a table as CSV, atomically."""
     write_text(path, table.to_csv(index=False, float_format="%.6f"))
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """Read a table that a run wrote.
+
+    Raises:
+        InputError: it is damaged; the message names the file.
+        OSError: it cannot be read.
+    """
+    import pandas as pd
+
+    try:
+        return pd.read_csv(path, keep_default_na=False)
+    except (ValueError, UnicodeDecodeError) as error:
+        raise InputError(
+            f"{path}: expected the table of a finished part, got {error}; delete the file to "
+            "measure the part again"
+        ) from None
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -205,18 +224,8 @@ class RunFolder:
         Raises:
             InputError: its file is damaged; the message names it.
         """
-        import pandas as pd
-
         file = self.path / "parts" / f"{name}.csv"
-        if not file.is_file():
-            return None
-        try:
-            return pd.read_csv(file, keep_default_na=False)
-        except (ValueError, UnicodeDecodeError) as error:
-            raise InputError(
-                f"{file}: expected the table of a finished part, got {error}; delete the file to "
-                "measure the part again"
-            ) from None
+        return read_table(file) if file.is_file() else None
 
     def save_part(self, name: str, rows: pd.DataFrame) -> pd.DataFrame:
         """Save a part; reading it back gives the same numbers as a continued run would see."""

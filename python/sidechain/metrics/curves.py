@@ -162,7 +162,7 @@ def score(x: ArrayLike, m: ArrayLike, alpha: ArrayLike, limits: Mapping[int, flo
 
     Args:
         x: distances [N].
-        m: alignments [N], any judge's.
+        m: alignments [N], any scorer's.
         alpha: strengths [N].
         limits: cut-off per direction, for example `{1: 3.8, -1: 3.5}`; one key scores one side.
 

@@ -3,23 +3,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from sidechain.report.data import DictionaryHealth
 from sidechain.report.theme import Mode, Theme, Width, drawing
+
+
+class Health(Protocol):
+    """What is drawn of a dictionary; arrays of any kind."""
+
+    @property
+    def steps(self) -> Any:
+        """Scheduler steps [S]."""
+
+    @property
+    def step_fvu(self) -> Any:
+        """Unexplained share of the variance of each step [S]."""
+
+    @property
+    def density(self) -> Any:
+        """Share of tokens in which each feature is active [F]."""
+
 
 BINS = np.linspace(-6.0, 0.0, 37)
 
 
 def dictionary_health(
-    rows: Sequence[DictionaryHealth], *, theme: Mode = "light", width: Width = "wide"
+    rows: Mapping[str, Health], *, theme: Mode = "light", width: Width = "wide"
 ) -> Figure:
-    """Unexplained variance over steps, and a histogram of feature densities; a line a site."""
+    """Unexplained variance over steps, and a histogram of feature densities; by site."""
     if not rows:
         raise ValueError("dictionary_health: expected at least one dictionary, got none")
     wide = width == "wide"
@@ -34,11 +51,14 @@ def dictionary_health(
     return figure
 
 
-def _unexplained(axes: Axes, rows: Sequence[DictionaryHealth], colours: Theme) -> None:
-    for index, one in enumerate(rows):
-        axes.plot(
-            one.steps, one.step_fvu, color=_colour(colours, index), label=one.site, ls=_dash(index)
+def _unexplained(axes: Axes, rows: Mapping[str, Health], colours: Theme) -> None:
+    for index, (site, one) in enumerate(rows.items()):
+        colour, steps, fvu = (
+            _colour(colours, index),
+            np.asarray(one.steps),
+            np.asarray(one.step_fvu),
         )
+        axes.plot(steps, fvu, color=colour, label=site, ls=_dash(index))
     axes.set_title("Unexplained variance by step")
     axes.set_xlabel("scheduler step")
     axes.set_ylabel("FVU")
@@ -46,8 +66,8 @@ def _unexplained(axes: Axes, rows: Sequence[DictionaryHealth], colours: Theme) -
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _densities(axes: Axes, rows: Sequence[DictionaryHealth], colours: Theme) -> None:
-    for index, one in enumerate(rows):
+def _densities(axes: Axes, rows: Mapping[str, Health], colours: Theme) -> None:
+    for index, one in enumerate(rows.values()):
         density = np.asarray(one.density, dtype=np.float64)
         alive = np.log10(np.clip(density[density > 0], 1e-6, 1.0))
         counts, _ = np.histogram(alive, BINS)

@@ -1,44 +1,56 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures of localization and steering: each takes plain data, a theme and a width."""
+"""Figures of localization and steering: each takes what was measured, a theme and a width."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from sidechain.metrics.bootstrap import Interval
-from sidechain.metrics.impact import functional
-from sidechain.report.data import Arm, CumulativeCurve, ImpactMap, Sweep, Tradeoff
+from sidechain.metrics.impact import Cumulative, functional
+from sidechain.metrics.results import KEPT_FLOOR, ArmCurve, Impacts
+from sidechain.metrics.thresholds import TAU
 from sidechain.report.theme import Mode, Theme, Width, drawing
 
 BAND = 0.16  # opacity of interval bands
 DOTTED = (0, (1, 1.2))
 MARKERS = ("o", "s", "D", "^", "v", "P")
 
+#: Arm of a sweep -> how figures and tables call it.
+ARM_LABELS: Mapping[str, str] = {
+    "localized": "localized sites",
+    "all": "all sites",
+    "ablated": "all but localized",
+    "random": "random direction",
+}
 
-def impact_heatmap(impacts: ImpactMap, *, theme: Mode = "light", width: Width = "wide") -> Figure:
+
+def impact_heatmap(
+    found: Impacts, *, tau: float = TAU, theme: Mode = "light", width: Width = "wide"
+) -> Figure:
     """Heat map of impact, site by concept, with the mean set apart.
 
     Wide: sites run to the right and each cell notes its interval where it fits. Narrow: sites run
-    down. Means that reach the threshold are framed.
+    down. Means that reach the threshold `tau` are framed.
     """
-    values = np.array([[cell.value for cell in row] for row in (*impacts.impacts, impacts.means)])
-    cells = [*impacts.impacts, impacts.means]
-    rows = [*impacts.concepts, "mean"]
-    columns = list(impacts.sites)
-    gap_row = len(impacts.concepts)
-    wide = width == "wide"
-    height = 0.5 * len(rows) + 0.9 if wide else 0.29 * len(columns) + 0.95
+    cells = [*found.impacts, found.means]
+    values = np.array([[cell.value for cell in row] for row in cells])
+    rows, columns, wide = [*found.concepts, "mean"], list(found.sites), width == "wide"
+    gap_row = len(found.concepts)
+    height = 0.5 * len(rows) + 0.95 if wide else 0.29 * len(columns) + 1.5
     with drawing(theme, width, height) as (figure, colours):
         axes = figure.add_subplot()
-        reached = functional([mean.value for mean in impacts.means], impacts.tau)
+        reached = functional([mean.value for mean in found.means], tau)
         top = max(1.0, float(np.nanmax(values, initial=0.0)))
         for row in range(len(rows)):
             for column in range(len(columns)):
@@ -49,47 +61,81 @@ def impact_heatmap(impacts: ImpactMap, *, theme: Mode = "light", width: Width = 
                 _cell(axes, colours, (x, y), cells[row][column], top, intervals=roomy)
                 if row == gap_row and reached[column]:
                     _frame(axes, colours, (x, y))
-        long, short = len(columns), len(rows)
-        x_count, y_count = (long, short) if wide else (short, long)
-        x_names, y_names = (columns, rows) if wide else (rows, columns)
-        positions = [i + (0.18 if i == gap_row else 0.0) for i in range(short)]
-        axes.set_xlim(-0.5, (x_count - 0.5) if wide else positions[-1] + 0.5)
-        axes.set_ylim((positions[-1] if wide else y_count - 1) + 0.5, -0.5)
-        axes.set_xticks(range(long) if wide else positions, x_names)
-        axes.set_yticks(positions if wide else range(long), y_names)
-        axes.xaxis.tick_top()
-        axes.tick_params(length=0, labelcolor=colours.ink)
-        if not wide or len(columns) > 12:
-            axes.tick_params(axis="x", labelrotation=40 if not wide else 60)
-            for label in axes.get_xticklabels():
-                label.set_horizontalalignment("left")
-                label.set_rotation_mode("anchor")
-        axes.grid(False)
-        for spine in axes.spines.values():
-            spine.set_visible(False)
+        _name_cells(axes, colours, rows, columns, wide=wide)
+        scale = figure.colorbar(
+            ScalarMappable(Normalize(0.0, top), colours.heat.resampled(32)),
+            ax=axes,
+            orientation="vertical" if wide else "horizontal",
+            fraction=0.02 if wide else 0.03,
+            pad=0.015 if wide else 0.03,
+            label="impact",
+        )
+        scale.outline.set_edgecolor(colours.line)  # type: ignore[operator, unused-ignore]
+        if scale.solids is not None:
+            scale.solids.set_edgecolor("face")  # no hairlines between the steps
     return figure
 
 
-def tradeoff(curves: Sequence[Tradeoff], *, theme: Mode = "light", width: Width = "wide") -> Figure:
-    """Alignment over distance, and alignment and preservation over strength; a row per judge.
+def _name_cells(
+    axes: Axes, theme: Theme, rows: Sequence[str], columns: Sequence[str], *, wide: bool
+) -> None:
+    """Write sites and concepts beside the cells, and take away what a plot has besides."""
+    last = len(rows) - 1
+    positions = [i + (0.18 if i == last else 0.0) for i in range(len(rows))]
+    long = range(len(columns))
+    axes.set_xlim(-0.5, len(columns) - 0.5 if wide else positions[-1] + 0.5)
+    axes.set_ylim((positions[-1] if wide else len(columns) - 1) + 0.5, -0.5)
+    axes.set_xticks(long if wide else positions, columns if wide else rows)
+    axes.set_yticks(positions if wide else long, rows if wide else columns)
+    axes.xaxis.tick_top()
+    axes.tick_params(length=0, labelcolor=theme.ink)
+    if not wide or len(columns) > 12:
+        axes.tick_params(axis="x", labelrotation=60 if wide else 40)
+        for label in axes.get_xticklabels():
+            label.set_horizontalalignment("left")
+            label.set_rotation_mode("anchor")
+    axes.grid(False)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def tradeoff(
+    scorers: Mapping[str, Mapping[str, ArmCurve]],
+    *,
+    concept: str,
+    kept: str,
+    cutoffs: Mapping[str, float] | None = None,
+    theme: Mode = "light",
+    width: Width = "wide",
+) -> Figure:
+    """Score over distance, and score and preservation over strength; a row of panels per scorer.
 
     Bands are the intervals given. Narrow figures stack the panels.
+
+    Args:
+        scorers: curves by scorer and arm; the first arm is drawn on top.
+        concept: steered towards.
+        kept: what should stay.
+        cutoffs: distance up to which the area counts, by scorer.
+        theme: "light" or "dark".
+        width: "wide" or "narrow".
     """
-    if not curves:
+    if not any(scorers.values()):
         raise ValueError("tradeoff: expected at least one set of curves, got none")
-    kinds = ["distance", "strength"]
-    if any(arm.kept for one in curves for arm in one.arms):
-        kinds.append("kept")
-    wide = width == "wide"
-    grid = (len(curves), len(kinds)) if wide else (len(curves) * len(kinds), 1)
-    height = 0.45 + (2.55 if wide else 2.3) * grid[0]
-    with drawing(theme, width, height) as (figure, colours):
-        panels = figure.subplots(*grid, squeeze=False).reshape(-1)
-        for row, one in enumerate(curves):
-            for column, kind in enumerate(kinds):
-                axes = panels[row * len(kinds) + column]
-                _tradeoff_panel(axes, one, kind, colours)
-        handles = _arm_handles(curves, colours)
+    wide, kinds = width == "wide", ("distance", "strength", "kept")
+    grid = (len(scorers), len(kinds)) if wide else (len(scorers) * len(kinds), 1)
+    labels = {"kept": f"{kept} kept"}
+    with drawing(theme, width, 0.45 + (2.55 if wide else 2.3) * grid[0]) as (figure, colours):
+        panels = iter(figure.subplots(*grid, squeeze=False).reshape(-1))
+        for name, arms in scorers.items():
+            for kind in kinds:
+                axes = next(panels)
+                _tradeoff_panel(axes, arms, kind, colours)
+                axes.set_ylabel(labels.get(kind, f"P({concept})"))
+                axes.set_title(f"{name} scorer: {_KINDS[kind]}")
+                if kind == "distance" and name in (cutoffs or {}):
+                    axes.axvline((cutoffs or {})[name], **_guide(colours))
+        handles = _arm_handles(scorers, colours)
         figure.legend(
             handles=handles,
             loc="outside upper left",
@@ -100,65 +146,43 @@ def tradeoff(curves: Sequence[Tradeoff], *, theme: Mode = "light", width: Width 
 
 
 def cumulative(
-    curves: Sequence[CumulativeCurve], *, theme: Mode = "light", width: Width = "wide"
+    curves: Mapping[str, Cumulative], *, theme: Mode = "light", width: Width = "wide"
 ) -> Figure:
-    """Share of the full effect with the best k sites patched; a panel per judge.
+    """Share of the full effect with the best k sites patched, by label; "mean" stands out.
 
     A ring marks the smallest k that reaches the share asked for.
     """
-    judges = list(dict.fromkeys(curve.judge for curve in curves))
-    if not judges:
+    if not curves:
         raise ValueError("cumulative: expected at least one curve, got none")
     wide = width == "wide"
-    grid = (1, len(judges)) if wide else (len(judges), 1)
-    with drawing(theme, width, 3.2 if wide else 0.6 + 2.5 * len(judges)) as (figure, colours):
-        panels = figure.subplots(*grid, squeeze=False).reshape(-1)
-        labels = list(dict.fromkeys(curve.label for curve in curves))
-        for axes, judge in zip(panels, judges, strict=True):
-            for one in (curve for curve in curves if curve.judge == judge):
-                index = labels.index(one.label)
-                colour, effect = colours.others[index % len(colours.others)], one.curve.effect
-                bold = one.label == "mean"
-                axes.plot(
-                    range(len(effect)),
-                    effect,
-                    color=colours.ink if bold else colour,
-                    linewidth=2.4 if bold else 1.4,
-                    marker=MARKERS[index % len(MARKERS)],
-                    label=one.label,
-                    zorder=4 if bold else 3,
-                )
-                if one.curve.needed is not None:
-                    needed = one.curve.needed
-                    axes.plot(
-                        needed,
-                        effect[needed],
-                        marker="o",
-                        markersize=9,
-                        markerfacecolor="none",
-                        markeredgecolor=colours.ink if bold else colour,
-                    )
-            share = next(curve.curve.share for curve in curves if curve.judge == judge)
-            axes.axhline(share, color=colours.soft, linewidth=0.9, linestyle=(0, (4, 3)))
-            axes.annotate(
-                f"{share:.0%} of the full effect",
-                (1, share),
-                xycoords=("axes fraction", "data"),
-                xytext=(-2, -3),
-                textcoords="offset points",
-                ha="right",
-                va="top",
-                color=colours.soft,
-                fontsize=8,
-            )
-            axes.set_title(f"{judge} judge")
-            axes.set_xlabel("sites patched, best first")
-            axes.set_ylabel("share of full effect")
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        handles, names = panels[0].get_legend_handles_labels()
+    lines = math.ceil(len(curves) / (7 if wide else 3))
+    with drawing(theme, width, (3.2 if wide else 2.7) + 0.22 * lines) as (figure, colours):
+        axes = figure.add_subplot()
+        for index, (label, one) in enumerate(curves.items()):
+            bold = label == "mean"
+            colour = colours.ink if bold else colours.others[index % len(colours.others)]
+            marker = MARKERS[index % len(MARKERS)]
+            weight, order = (2.4, 4) if bold else (1.4, 3)
+            axes.plot(one.effect, color=colour, lw=weight, marker=marker, label=label, zorder=order)
+            if one.needed is not None:
+                at = one.effect[one.needed]
+                axes.plot(one.needed, at, "o", ms=9, mfc="none", mec=colour)
+        share = next(iter(curves.values())).share
+        axes.axhline(share, **_guide(colours))
+        axes.annotate(
+            f"{share:.0%} of the full effect",
+            (0, share),  # on the left, where every curve is still low
+            xycoords=("axes fraction", "data"),
+            xytext=(3, 2),
+            textcoords="offset points",
+            va="bottom",
+            color=colours.soft,
+            fontsize=8,
+        )
+        axes.set_xlabel("sites patched, best first")
+        axes.set_ylabel("share of full effect")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         figure.legend(
-            handles,
-            names,
             loc="outside upper left",
             ncols=7 if wide else 3,
             labelcolor=colours.ink,
@@ -166,50 +190,6 @@ def cumulative(
             columnspacing=1.4,
         )
     return figure
-
-
-def spectrogram_strip(sweep: Sweep, *, theme: Mode = "light", width: Width = "wide") -> Figure:
-    """Log-mel spectrograms of a sweep side by side, P(concept) under each."""
-    shown = [clip for clip in sweep.clips if clip.mel is not None]
-    if not shown:
-        raise ValueError("spectrogram_strip: expected clips with a mel spectrogram, got none")
-    columns = min(len(shown), 7 if width == "wide" else 2)
-    lines = math.ceil(len(shown) / columns)
-    low, high = mel_range(sweep)
-    with drawing(theme, width, 0.35 + 1.75 * lines) as (figure, colours):
-        panels = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True)
-        for axes in panels.reshape(-1)[len(shown) :]:
-            axes.set_visible(False)
-        for index, (axes, clip) in enumerate(zip(panels.reshape(-1), shown, strict=False)):
-            mel = np.asarray(clip.mel).T
-            extent = (0, sweep.seconds, 0, mel.shape[0])
-            axes.imshow(
-                mel,
-                origin="lower",
-                aspect="auto",
-                extent=extent,
-                cmap="magma",
-                vmin=low,
-                vmax=high,
-            )
-            axes.grid(False)
-            axes.set_title(f"strength {clip.strength:+g}" if clip.strength else "unsteered")
-            marks = ", ".join(f"{value:.2f}" for value in clip.probabilities.values())
-            axes.set_xlabel(f"P({sweep.concept}) {marks}" if marks else "", color=colours.ink)
-            axes.set_xticks([0, sweep.seconds], ["0", f"{sweep.seconds:.3g} s"])
-            axes.set_yticks([0, mel.shape[0]], [_hertz(sweep.hertz[0]), _hertz(sweep.hertz[1])])
-            if index % columns == 0:
-                axes.set_ylabel("frequency (mel)")
-    return figure
-
-
-def mel_range(sweep: Sweep) -> tuple[float, float]:
-    """Colour range shared by all clips of a sweep: 1st and 99.7th percentile."""
-    values = [np.asarray(clip.mel).reshape(-1) for clip in sweep.clips if clip.mel is not None]
-    if not values:
-        return 0.0, 1.0
-    low, high = np.nanquantile(np.concatenate(values), [0.01, 0.997])
-    return float(low), float(high)
 
 
 def _cell(
@@ -278,40 +258,43 @@ def _frame(axes: Axes, theme: Theme, place: tuple[float, float]) -> None:
     )
 
 
-def _tradeoff_panel(axes: Axes, one: Tradeoff, kind: str, theme: Theme) -> None:
-    for index, arm in reversed(list(enumerate(one.arms))):
-        if kind == "kept" and not arm.kept:
-            continue
-        _arm(axes, arm, kind, theme.colour(arm.name, index), MARKERS[index % len(MARKERS)])
+_KINDS = {"distance": "effect at a distance", "strength": "effect", "kept": "preservation"}
+
+
+def _guide(theme: Theme) -> dict[str, Any]:
+    """Type of the dashed lines that mark a level."""
+    return {"color": theme.soft, "linewidth": 0.9, "linestyle": (0, (4, 3))}
+
+
+def _tradeoff_panel(axes: Axes, arms: Mapping[str, ArmCurve], kind: str, theme: Theme) -> None:
+    for index, (name, curve) in reversed(list(enumerate(arms.items()))):
+        _arm(axes, curve, kind, theme.colour(name, index), MARKERS[index % len(MARKERS)])
     if kind == "distance":
-        axes.set_xlabel("distance to the unsteered clip (judge features)")
+        axes.set_xlabel("distance to the unsteered clip")
         axes.set_xlim(left=0)
-        if one.cutoff is not None:
-            axes.axvline(one.cutoff, color=theme.soft, linewidth=0.9, linestyle=(0, (4, 3)))
     else:
         axes.set_xlabel("steering strength")
-    axes.set_ylabel(one.kept_label if kind == "kept" else one.alignment_label)
     if kind == "kept":
-        axes.axhline(one.kept_floor, color=theme.soft, linewidth=0.9, linestyle=(0, (4, 3)))
-    if _is_share(one.arms, kind):
+        axes.axhline(KEPT_FLOOR, **_guide(theme))
+    points = [p for one in arms.values() for p in (one.kept if kind == "kept" else one.score)]
+    if all(-1e-6 <= point.value <= 1 + 1e-6 for point in points):
         axes.set_ylim(-0.03, 1.03)
-    titles = {"distance": "effect at a distance", "strength": "effect", "kept": "preservation"}
-    axes.set_title(f"{one.judge} judge: {titles[kind]}")
 
 
-def _arm_handles(curves: Sequence[Tradeoff], theme: Theme) -> list[Line2D]:
+def _arm_handles(scorers: Mapping[str, Mapping[str, ArmCurve]], theme: Theme) -> list[Line2D]:
     handles: dict[str, Line2D] = {}
-    for one in curves:
-        for index, arm in enumerate(one.arms):
-            colour, marker = theme.colour(arm.name, index), MARKERS[index % len(MARKERS)]
-            handles[arm.label] = Line2D([], [], color=colour, marker=marker, label=arm.label)
-    if any(min(arm.strength) < 0 for one in curves for arm in one.arms):
+    for arms in scorers.values():
+        for index, name in enumerate(arms):
+            colour, marker = theme.colour(name, index), MARKERS[index % len(MARKERS)]
+            label = ARM_LABELS.get(name, name)
+            handles[label] = Line2D([], [], color=colour, marker=marker, label=label)
+    if any(min(one.strength) < 0 for arms in scorers.values() for one in arms.values()):
         handles[""] = Line2D([], [], color=theme.soft, linestyle=DOTTED, label="negative strength")
     return list(handles.values())
 
 
-def _arm(axes: Axes, arm: Arm, kind: str, colour: str, marker: str) -> None:
-    series = arm.kept if kind == "kept" else arm.alignment
+def _arm(axes: Axes, arm: ArmCurve, kind: str, colour: str, marker: str) -> None:
+    series = arm.kept if kind == "kept" else arm.score
     middle = np.array([point.value for point in series])
     low = np.array([point.low for point in series])
     high = np.array([point.high for point in series])
@@ -330,19 +313,8 @@ def _arm(axes: Axes, arm: Arm, kind: str, colour: str, marker: str) -> None:
     axes.fill_between(arm.strength, low, high, color=colour, alpha=BAND, linewidth=0)
 
 
-def _is_share(arms: Sequence[Arm], kind: str) -> bool:
-    values = [
-        point.value for arm in arms for point in (arm.kept if kind == "kept" else arm.alignment)
-    ]
-    return all(-1e-6 <= value <= 1 + 1e-6 for value in values)
-
-
 def _short(value: float) -> str:
     """Two decimals without a leading zero: .49, 1.25, −.03."""
     text = f"{abs(value):.2f}"
     text = text[1:] if text.startswith("0") else text
     return ("\u2212" if value <= -0.005 else "") + text
-
-
-def _hertz(value: float) -> str:
-    return f"{value / 1000:g} kHz" if value >= 1000 else f"{value:g} Hz"

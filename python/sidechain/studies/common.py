@@ -1,19 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Functions of all studies: model and judges, seeded noise, scores of samples, site patterns."""
+"""Functions of all studies: model and scorers, seeded noise, scores of samples, site patterns."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import pandas as pd
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from .._errors import InputError
-from ..io.run_folder import digest
+from ..io.atomic import write_atomic
+from ..io.run_folder import RunFolder, digest
 from ..taps import share
 from ..zoo.checksums import CHECKSUMS, WEIGHTS
 from ..zoo.music.attributes import ATTRIBUTES
@@ -27,12 +30,12 @@ LOCALIZE_PROMPTS, VECTOR_PROMPTS, TEST_PROMPTS = 11, 23, 37
 
 
 def load(model: str, device: str = "cpu", dtype: str = "float32") -> tuple[Any, dict[str, Any]]:
-    """Load pipeline and judges of "zoo:music", or of a folder with a saved `MusicPipeline`.
+    """Load pipeline and scorers of "zoo:music", or of a folder with a saved `MusicPipeline`.
 
     Args:
         model: which.
         device: of both.
-        dtype: of the pipeline; the judges stay in float32.
+        dtype: of the pipeline; the scorers stay in float32.
 
     Raises:
         InputError: another name, or a device that this machine does not have.
@@ -46,7 +49,7 @@ def load(model: str, device: str = "cpu", dtype: str = "float32") -> tuple[Any, 
     folder = None if model == MODEL else model
     pipe = zoo.music(device, getattr(torch, dtype), folder)
     pipe.set_progress_bar_config(disable=True)
-    return pipe, zoo.judges(device)
+    return pipe, zoo.scorers(device)
 
 
 def check_device(name: str) -> None:
@@ -100,15 +103,39 @@ def generate(
     return latents
 
 
-def readings(judges: Mapping[str, Any], latents: Tensor) -> dict[str, dict[str, Array]]:
-    """Compute probabilities [B, classes] by judge and attribute."""
+def readings(scorers: Mapping[str, Any], latents: Tensor) -> dict[str, dict[str, Array]]:
+    """Compute probabilities [B, classes] by scorer and attribute."""
     return {
         name: {
             attribute: values.double().cpu().numpy()
-            for attribute, values in judge.probabilities(latents.float()).items()
+            for attribute, values in scorer.probabilities(latents.float()).items()
         }
-        for name, judge in judges.items()
+        for name, scorer in scorers.items()
     }
+
+
+def today(rows: pd.DataFrame) -> pd.DataFrame:
+    """Give the columns of an older version the names of today."""
+    return rows.rename(columns={"judge": "scorer"})
+
+
+def finished(folder: RunFolder, name: str) -> pd.DataFrame | None:
+    """Return a finished part of a run, of any version, or None."""
+    part = folder.part(name)
+    return None if part is None else today(part)
+
+
+def write_clips(out: Path, pipe: Any, latents: Mapping[str, Tensor]) -> None:
+    """Write latents [64, 64] as sounds, by path within the run folder."""
+    if not latents:
+        return
+    import soundfile
+
+    waves = pipe.codec.audio(pipe.codec.decode(torch.stack(list(latents.values()))))
+    for name, wave in zip(latents, waves, strict=True):
+        clip = io.BytesIO()
+        soundfile.write(clip, wave, pipe.codec.config.sample_rate, format="FLAC")
+        write_atomic(out / name, clip.getvalue(), parents=True)
 
 
 def class_index(attribute: str, name: str) -> int:

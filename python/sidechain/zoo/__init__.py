@@ -7,16 +7,16 @@ from typing import Any
 
 # The folder `music` is imported first: loaded later, it would take the place of the function.
 from . import music as _music  # noqa: F401
-from .load import dictionaries, dictionary, dictionary_file, judges, localized, music
+from .load import dictionaries, dictionary, dictionary_file, localized, music, scorers
 
 __all__ = [
     "dictionaries",
     "dictionary",
     "dictionary_file",
-    "judges",
     "localized",
     "music",
     "music_tagger",
+    "scorers",
 ]
 
 

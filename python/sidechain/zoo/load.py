@@ -93,22 +93,22 @@ def music(
     return pipe
 
 
-def judges(device: str | torch.device = "cpu", folder: Path | str | None = None) -> dict[str, Any]:
-    """The two judges, `{"latent": LatentJudge, "mel": MelJudge}`, in evaluation mode.
+def scorers(device: str | torch.device = "cpu", folder: Path | str | None = None) -> dict[str, Any]:
+    """The two scorers, `{"latent": LatentScorer, "mel": MelScorer}`, in evaluation mode.
 
     Raises:
         FileNotFoundError: no weights there.
         ValueError: a damaged weight file.
     """
-    from .music.judge import LatentJudge, MelJudge
+    from .music.scorer import LatentScorer, MelScorer
 
     path = _folder(folder, "judges")
     with _quiet():
         found = {
-            "latent": LatentJudge.from_pretrained(path / "latent", local_files_only=True),
-            "mel": MelJudge.from_pretrained(path / "mel", local_files_only=True),
+            "latent": LatentScorer.from_pretrained(path / "latent", local_files_only=True),
+            "mel": MelScorer.from_pretrained(path / "mel", local_files_only=True),
         }
-    return {name: judge.eval().to(device) for name, judge in found.items()}
+    return {name: scorer.eval().to(device) for name, scorer in found.items()}
 
 
 def dictionaries() -> tuple[str, ...]:

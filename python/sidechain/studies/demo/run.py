@@ -9,9 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
-import torch
-
 from ...io.run_folder import RunFolder, facts
 from ...vectors import SteeringVector
 from ...zoo.music.concepts import concept
@@ -19,7 +16,8 @@ from .. import common
 from .. import localization as loc
 from .. import steering as st
 from ..config import MODEL
-from ..steering.run import Row, generate_rows, test_prompts
+from ..steering.analyse import clip_name
+from ..steering.run import Row, generate_rows, test_prompts, write_audio
 from ..vectors.config import VectorConfig
 from ..vectors.run import build
 from .config import SHORT, DemoConfig
@@ -28,29 +26,20 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
-class SweepClips:
-    """Clips of one prompt over the strengths of one arm, to see and hear."""
-
-    concept: str
-    prompt: str
-    seed: int
-    strengths: tuple[float, ...]
-    mels: torch.Tensor  # [strengths, 256, 64]
-    audio: Any  # [strengths, 81920] float32
-    probabilities: list[dict[str, float]]  # judge -> P(concept), by strength
-    kept: list[dict[str, float]]  # class that should stay -> mean P, by strength
-
-
-@dataclass(frozen=True)
 class DemoResult:
-    """Everything the report shows."""
+    """Everything the page shows, besides the clips in the folders of the sweeps."""
 
+    out: Path
     config: DemoConfig
     localization: loc.Localization
     steering: dict[str, st.Steering]
-    clips: list[SweepClips]
     seconds: dict[str, float]
     model: dict[str, Any]
+
+
+def folder_of(out: Path, concept: str) -> Path:
+    """Folder of the sweep of a concept."""
+    return out / f"steering-{concept}"
 
 
 def settings(
@@ -97,9 +86,8 @@ def run(out: Path, config: DemoConfig) -> DemoResult:
             )
         ),
     )
-    pipe, judges = common.load(MODEL, config.device, config.dtype)
+    pipe, _ = common.load(MODEL, config.device, config.dtype)
     steering: dict[str, st.Steering] = {}
-    clips: list[SweepClips] = []
     for name in config.steered:
         path = out / "vectors" / f"{name}.safetensors"
         if not path.is_file():
@@ -110,7 +98,7 @@ def run(out: Path, config: DemoConfig) -> DemoResult:
             timed("vectors", lambda setup=setup, path=path: build(pipe, setup).save(path))  # type: ignore[misc]
         sites = localization.localized.get(name, localization.order[:1])
         sweep = st.SteeringConfig(
-            out=out / f"steering-{name}",
+            out=folder_of(out, name),
             concept=name,
             vector=path,
             strengths=config.strengths,
@@ -120,42 +108,21 @@ def run(out: Path, config: DemoConfig) -> DemoResult:
             **shared,
         )
         steering[name] = timed("sweeps", lambda sweep=sweep: st.run(sweep))  # type: ignore[misc]
-        clips.append(
-            timed("audio", lambda sweep=sweep, sites=sites: _clips(sweep, pipe, judges, sites))  # type: ignore[misc]
-        )
-    return DemoResult(config, localization, steering, clips, seconds, _model_facts(pipe))
+        timed("audio", lambda sweep=sweep, sites=sites: _clips(sweep, pipe, sites))  # type: ignore[misc]
+    return DemoResult(out, config, localization, steering, seconds, _model_facts(pipe))
 
 
-def _clips(
-    config: st.SteeringConfig, pipe: Any, judges: dict[str, Any], localized: list[str]
-) -> SweepClips:
-    """Generate the first test prompt at every strength of the localized arm, with audio."""
+def _clips(config: st.SteeringConfig, pipe: Any, localized: list[str]) -> None:
+    """Write the first test prompt at every strength of the localized arm, to hear."""
     assert config.vector is not None and config.concept is not None
-    wanted = concept(config.concept)
-    vector = SteeringVector.load(config.vector, pipe)
-    prompts = test_prompts(config, wanted)[:1]
     rows = [Row(0, "localized" if s else "none", s) for s in config.strengths]
+    paths = [config.out / clip_name(row.prompt, row.arm, row.strength) for row in rows]
+    if all(path.is_file() for path in paths):
+        return
+    vector = SteeringVector.load(config.vector, pipe)
+    prompts = test_prompts(config, concept(config.concept))[:1]
     latents = generate_rows(config, pipe, vector, localized, prompts, rows)
-    mels = pipe.codec.decode(latents)
-    found = common.readings(judges, latents)
-    attribute = st.kept_attribute(wanted)
-    means = np.mean([f[attribute] for f in found.values()], axis=0)  # [strengths, classes]
-    first = int(means[config.strengths.index(0.0)].argmax())
-    label = judges["latent"].attributes[attribute][first]
-    label = label if attribute == "instrument" else f"drums: {label}"
-    return SweepClips(
-        concept=wanted.name,
-        prompt=prompts[0],
-        seed=common.noise_seed(config.seed, 0),
-        strengths=config.strengths,
-        mels=mels,
-        audio=pipe.codec.audio(mels),
-        probabilities=[
-            {judge: float(f[wanted.attribute][i, wanted.class_index]) for judge, f in found.items()}
-            for i in range(len(rows))
-        ],
-        kept=[{label: float(means[i, first])} for i in range(len(rows))],
-    )
+    write_audio(config.out, pipe, latents, rows)
 
 
 def _model_facts(pipe: Any) -> dict[str, Any]:

@@ -1,69 +1,115 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The report of `sidechain sae score`: how good dictionaries are, and features to hear."""
+"""The page of `sidechain sae score`: how good dictionaries are, and features to hear."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from ...report.data import DictionaryHealth, FeatureCard, FeatureClip, ReportData, Table
-from ...report.html import write_report
-from .run import DictionaryStudy, FeatureFound, HeardMoment, listen
+from ...report import feature_figures
+from ...report.data import (
+    Block,
+    Bullets,
+    Commands,
+    Facts,
+    Page,
+    Picture,
+    Section,
+    Strip,
+    Table,
+    Text,
+)
+from ...report.html import picture, write_page
+from ..page import listed
+from .run import DictionaryStudy, FeatureFound, listen
 
 #: Features shown with clips for each concept: the best ones over all sites.
 SHOWN = 3
 
 
 def write(study: DictionaryStudy, path: Path) -> Path:
-    """Write the report and return its path."""
-    return write_report(report_data(study), path)
+    """Write the page and return its path."""
+    return write_page(page(study), path)
 
 
-def report_data(study: DictionaryStudy) -> ReportData:
-    """Everything the report shows; generates the clips."""
-    shown = best_features(study)
-    heard = listen(study, shown)
-    config = study.config
-    return ReportData(
+def page(study: DictionaryStudy) -> Page:
+    """Lay out everything that was found; generates the clips."""
+    shown, config = best_features(study), study.config
+    run = {
+        "captions": config.prompts,
+        "prompt pairs a concept": config.pairs,
+        "steps of the sampler": config.steps,
+        "guidance scale": config.guidance,
+        "seed": config.seed,
+    }
+    command = f"sidechain sae score --concepts {','.join(config.concepts)}"
+    tables: list[Block] = [_health(study), health_table(study), feature_table(study)]
+    return Page(
         title="What the dictionaries of a model hold",
         summary=(
             "Sparse dictionaries of what attention sites put out, measured on captions they were "
-            f"not trained on, and the features that speak for {', '.join(config.concepts)}."
+            f"not trained on, and the features that speak for {listed(config.concepts)}."
         ),
         findings=_findings(study, shown),
-        method=[
-            f"{config.prompts} captions that no dictionary was trained on were generated once and "
-            "read at all sites. FVU is the share of the variance that the reconstruction leaves, "
-            "all steps weighed alike.",
-            f"Concepts: {config.pairs} prompt pairs with and without each concept, all sites read "
-            f"in one generation. Score {config.score}, mean over steps; the table of scores "
-            "(scores.csv) has the best feature of every method and step.",
-        ],
-        dictionaries=[
-            DictionaryHealth(
-                site,
-                health.steps.tolist(),
-                [float(v) for v in health.step_fvu],
-                [float(v) for v in health.density],
-            )
-            for site, health in study.health.items()
-        ],
-        dictionary_tables=[health_table(study), feature_table(study)],
-        features=[_card(one, clips) for one, clips in zip(shown, heard, strict=True)],
-        run={
-            "captions": config.prompts,
-            "prompt pairs a concept": config.pairs,
-            "steps of the sampler": config.steps,
-            "guidance scale": config.guidance,
-            "seed": config.seed,
-        },
-        reproduce=[f"sidechain sae score --concepts {','.join(config.concepts)}"],
-        limits=[
-            "A feature that scores high is active with the concept; that it causes the concept "
-            "is shown by steering with it (`sidechain steer --method sae`), not here.",
-            "The shares of active features are those of these captions; rarer features may fire on "
-            "others.",
+        sections=[
+            Section("method", "What was done", [Text(_method(study))]),
+            Section("dictionaries", "Dictionaries", tables),
+            Section("features", "Features to hear", _strips(study, shown)),
+            Section("facts", "Run", [Facts({"Run": run})]),
+            Section("limits", "Limits", [Bullets(_LIMITS)]),
+            Section("reproduce", "Reproduce", [Commands([command])]),
         ],
     )
+
+
+def _method(study: DictionaryStudy) -> list[str]:
+    config = study.config
+    return [
+        f"{config.prompts} captions that no dictionary was trained on were generated once and "
+        "read at all sites. FVU is the share of the variance that the reconstruction leaves, "
+        "all steps weighed alike.",
+        f"Concepts: {config.pairs} prompt pairs with and without each concept, all sites read "
+        f"in one generation. Score {config.score}, mean over steps; the table of scores "
+        "(scores.csv) has the best feature of every method and step.",
+    ]
+
+
+_LIMITS = [
+    "A feature that scores high is active with the concept; that it causes the concept is shown "
+    "by steering with it (`sidechain steer --method sae`), not here.",
+    "The shares of active features are those of these captions; rarer features may fire on others.",
+]
+
+
+def _health(study: DictionaryStudy) -> Picture:
+    rows = study.health
+    dead = "; ".join(f"{site} {int((one.density == 0).sum())}" for site, one in rows.items())
+    return picture(
+        lambda mode, width: feature_figures.dictionary_health(rows, theme=mode, width=width),
+        f"Unexplained variance of {len(rows)} dictionaries by step, and how often features fire.",
+        "Left: share of a step's variance that the reconstruction leaves. Right: features by the "
+        f"share of tokens in which they are active. Never active here: {dead}.",
+    )
+
+
+def _strips(study: DictionaryStudy, shown: list[FeatureFound]) -> list[Block]:
+    lead = Text(
+        [
+            "Held-out clips in which a feature is most active, one a prompt. Under each "
+            "spectrogram: its activation along the clip at that step, one scale for the row; the "
+            "line marks the moment. Each row scrolls sideways."
+        ],
+        soft=True,
+    )
+    strips = [
+        Strip(
+            f"{one.site}, feature {one.feature}",
+            f"{one.concept}; active in {one.rate[0]:.0%} of the tokens with it, {one.rate[1]:.0%} "
+            "without",
+            clips,
+        )
+        for one, clips in zip(shown, listen(study, shown), strict=True)
+    ]
+    return [lead, *strips] if strips else []
 
 
 def best_features(study: DictionaryStudy) -> list[FeatureFound]:
@@ -93,7 +139,7 @@ def _findings(study: DictionaryStudy, shown: list[FeatureFound]) -> list[str]:
 
 
 def health_table(study: DictionaryStudy) -> Table:
-    """Figures of every site."""
+    """Metrics of every site."""
     rows = [
         [
             row.site,
@@ -108,7 +154,7 @@ def health_table(study: DictionaryStudy) -> Table:
         for row in study.health_table().itertuples()
     ]
     columns = ["site", "kind", "features", "FVU", "worst step", "raw FVU", "L0", "dead"]
-    return Table("Held-out figures", columns, rows)
+    return Table("Held-out metrics", columns, rows)
 
 
 def feature_table(study: DictionaryStudy) -> Table:
@@ -132,26 +178,3 @@ def feature_table(study: DictionaryStudy) -> Table:
         "mean with", "mean without", "active with", "active without",
     ]  # fmt: skip
     return Table("Features that stand for concepts", columns, rows)
-
-
-def _card(one: FeatureFound, heard: list[HeardMoment]) -> FeatureCard:
-    return FeatureCard(
-        concept=one.concept,
-        name=f"{one.site}, feature {one.feature}",
-        facts=f"active in {one.rate[0]:.0%} of the tokens with it, {one.rate[1]:.0%} without",
-        clips=[_clip(moment) for moment in heard],
-    )
-
-
-def _clip(heard: HeardMoment) -> FeatureClip:
-    # Token 0 is the global token that the denoiser puts before the clip.
-    along, token = heard.trace[1:], heard.moment.token
-    return FeatureClip(
-        prompt=heard.text,
-        step=heard.moment.step,
-        value=heard.moment.value,
-        place=None if token == 0 else (token - 0.5) / max(1, len(along)),
-        trace=along,
-        audio=heard.audio,
-        mel=heard.mel.numpy(),
-    )

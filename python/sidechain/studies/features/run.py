@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 
 from ...io.run_folder import RunFolder, write_json, write_table
+from ...report.data import Clip
 from ...sae import Sae
 from ...sae.features.evaluate import Health, Moment, measure, top_moments
 from ...sae.features.scoring import (
@@ -27,6 +28,7 @@ from ...sae.features.scoring import (
 )
 from ...store import ActivationStore, record
 from ...zoo.music.captions import fresh_captions
+from ...zoo.music.compose import CLIP_SECONDS
 from ...zoo.music.concepts import concept
 from .. import common
 from ..vectors.config import VectorConfig
@@ -58,25 +60,6 @@ class FeatureFound:
     kept: tuple[float, float]
     rate: tuple[float, float]
     moments: list[Moment]
-
-
-@dataclass(frozen=True)
-class HeardMoment:
-    """A token at which a feature is large, with its clip to hear and see.
-
-    Attributes:
-        moment: prompt, step, token and value.
-        text: the caption.
-        audio: samples [T].
-        mel: log-mel spectrogram [frames, bins].
-        trace: the feature's activation at every token of that step.
-    """
-
-    moment: Moment
-    text: str
-    audio: Any
-    mel: Any
-    trace: list[float]
 
 
 @dataclass(frozen=True)
@@ -267,8 +250,8 @@ def _scores(name: str, statistics: dict[str, FeatureStatistics]) -> pd.DataFrame
     return pd.DataFrame(rows)
 
 
-def listen(study: DictionaryStudy, found: Sequence[FeatureFound]) -> list[list[HeardMoment]]:
-    """Generate the clips at which some features are large; every caption is generated once."""
+def listen(study: DictionaryStudy, found: Sequence[FeatureFound]) -> list[list[Clip]]:
+    """Clips of the moments of some features; every caption is generated once."""
     config = study.config
     pipe, _ = common.load(config.model, config.device, config.dtype)
     saes = dictionaries(pipe, config.sites, config.dictionaries)
@@ -285,20 +268,27 @@ def listen(study: DictionaryStudy, found: Sequence[FeatureFound]) -> list[list[H
         )
         mels = pipe.codec.decode(latents)
         for n, mel, wave in zip(part, mels, pipe.codec.audio(mels), strict=True):
-            clips[n] = (np.asarray(wave), mel)
+            clips[n] = (np.asarray(wave), mel.numpy())
     heard = []
     for one in found:
         store = ActivationStore(config.out / "activations", one.site)
         sae = _on_store(saes[one.site], store)
         heard.append(
             [
-                HeardMoment(
-                    m, texts[m.prompt], *clips[m.prompt], _trace(sae, store, one.feature, m)
-                )
+                _clip(m, texts[m.prompt], clips[m.prompt], _trace(sae, store, one.feature, m))
                 for m in one.moments
             ]
         )
     return heard
+
+
+def _clip(moment: Moment, text: str, sound: tuple[Any, Any], trace: list[float]) -> Clip:
+    # Token 0 is the global token that the denoiser puts before the clip.
+    along = trace[1:]
+    place = (moment.token - 0.5) / max(1, len(along)) if moment.token else None
+    when = "global token" if place is None else f"{place * CLIP_SECONDS:.2f} s"
+    note = f"{moment.value:.2f} at {when}, step {moment.step}"
+    return Clip(f"“{text}”", *sound, note=note, place=place, trace=along)
 
 
 def _trace(sae: Sae, store: ActivationStore, feature: int, moment: Moment) -> list[float]:

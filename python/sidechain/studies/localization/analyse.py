@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -28,27 +28,12 @@ from ...metrics.impact import (
     rank_stability,
     ranking,
 )
+from ...metrics.results import Impacts
 
-if TYPE_CHECKING:
-    from .config import LocalizationConfig
-
-#: The ranking reads both judges: the mean of their scores.
+#: The ranking reads both scorers: the mean of their scores.
 BOTH = "both"
 #: Share of the full effect that the sites to steer at must carry together when patched.
 STEERED_SHARE = 0.5
-
-
-@dataclass(frozen=True)
-class JudgeResult:
-    """Impacts by the scores of one judge, or of both together.
-
-    Attributes:
-        impacts: one interval per concept and site [C][L].
-        means: mean over concepts of every site [L].
-    """
-
-    impacts: list[list[Interval]]
-    means: list[Interval]
 
 
 @dataclass(frozen=True)
@@ -58,9 +43,8 @@ class Localization:
     Attributes:
         sites: aliases in network order.
         concepts: concept names.
-        judges: results by judge, "both" among them.
-        windows: the same for windows of consecutive sites, and their names.
-        window_names: names of the windows.
+        scorers: results by scorer, "both" among them.
+        windows: the same for windows of consecutive sites; empty without any.
         order: sites by falling mean impact.
         orders: sites by falling impact on each concept.
         functional: sites whose mean impact reaches tau.
@@ -75,9 +59,8 @@ class Localization:
 
     sites: list[str]
     concepts: list[str]
-    judges: dict[str, JudgeResult]
-    windows: dict[str, JudgeResult]
-    window_names: list[str]
+    scorers: dict[str, Impacts]
+    windows: dict[str, Impacts]
     order: list[str]
     orders: dict[str, list[str]]
     functional: list[str]
@@ -111,7 +94,7 @@ class Localization:
         rows = [
             {
                 "model": "zoo:music",
-                "metric": judge,
+                "metric": scorer,
                 "concept": name,
                 "block": site,
                 "attn": 0,
@@ -119,18 +102,18 @@ class Localization:
                 "low": interval.low,
                 "high": interval.high,
             }
-            for judge, result in self.judges.items()
+            for scorer, result in self.scorers.items()
             for name, row in zip(self.concepts, result.impacts, strict=True)
             for site, interval in zip(self.sites, row, strict=True)
         ]
         return pd.DataFrame(rows)
 
     def ranking_table(self) -> pd.DataFrame:
-        """Sites by falling mean impact, with intervals and every judge's mean."""
+        """Sites by falling mean impact, with intervals and every scorer's mean."""
         rows = []
         for site in self.order:
             at = self.sites.index(site)
-            both = self.judges[BOTH].means[at]
+            both = self.scorers[BOTH].means[at]
             row: dict[str, Any] = {
                 "site": site,
                 "mean_impact": both.value,
@@ -138,9 +121,9 @@ class Localization:
                 "high": both.high,
                 "functional": site in self.functional,
             }
-            for judge, result in self.judges.items():
-                if judge != BOTH:
-                    row[f"mean_impact_{judge}"] = result.means[at].value
+            for scorer, result in self.scorers.items():
+                if scorer != BOTH:
+                    row[f"mean_impact_{scorer}"] = result.means[at].value
             rows.append(row)
         return pd.DataFrame(rows)
 
@@ -170,10 +153,10 @@ class Localization:
             },
             "windows": {
                 name: interval.value
-                for name, interval in zip(self.window_names, self.windows[BOTH].means, strict=True)
-            }
-            if self.windows
-            else {},
+                for result in self.windows.values()
+                if result is self.windows[BOTH]
+                for name, interval in zip(result.sites, result.means, strict=True)
+            },
         }
 
     def write(self, out: Path) -> None:
@@ -184,36 +167,42 @@ class Localization:
         write_json(out / "summary.json", self.summary())
 
 
-def analyse(config: LocalizationConfig, sites: Sequence[str], scores: pd.DataFrame) -> Localization:
-    """Turn scores (columns concept, preset, pair, seed, judge, score) into a `Localization`."""
-    concepts = list(config.concepts)
+def analyse(
+    sites: Sequence[str],
+    scores: pd.DataFrame,
+    *,
+    concepts: Sequence[str],
+    seeds: Sequence[int],
+    tau: float,
+) -> Localization:
+    """Turn scores (columns concept, preset, pair, seed, scorer, score) into a `Localization`."""
+    concepts = list(concepts)
     averaged = scores.groupby(["concept", "preset", "pair", "seed"], as_index=False).score.mean()
-    tables = {name: part for name, part in scores.groupby("judge")}
+    tables = {name: part for name, part in scores.groupby("scorer")}
     tables[BOTH] = averaged
-    judges = {name: _judge(part, concepts, list(sites)) for name, part in tables.items()}
+    scorers = {name: _scorer(part, concepts, list(sites)) for name, part in tables.items()}
     names = [p for p in scores.preset.unique() if "-" in p]
     windows = (
-        {name: _judge(part, concepts, names) for name, part in tables.items()} if names else {}
+        {name: _scorer(part, concepts, names) for name, part in tables.items()} if names else {}
     )
-    means = [interval.value for interval in judges[BOTH].means]
+    means = [interval.value for interval in scorers[BOTH].means]
     order = [sites[index] for index in ranking(means)]
-    flags = functional(means, config.tau)
-    stability, interval = _stability(averaged, concepts, list(sites), config.seeds)
+    flags = functional(means, tau)
+    stability, interval = _stability(averaged, concepts, list(sites), seeds)
     orders = {
         name: [sites[index] for index in ranking([interval.value for interval in row])]
-        for name, row in zip(concepts, judges[BOTH].impacts, strict=True)
+        for name, row in zip(concepts, scorers[BOTH].impacts, strict=True)
     }
-    by_concept = _cumulative(averaged, orders, config.seeds[0])
+    by_concept = _cumulative(averaged, orders, seeds[0])
     return Localization(
         sites=list(sites),
         concepts=concepts,
-        judges=judges,
+        scorers=scorers,
         windows=windows,
-        window_names=names,
         order=order,
         orders=orders,
         functional=[site for site, flag in zip(sites, flags, strict=True) if flag],
-        tau=config.tau,
+        tau=tau,
         stability=stability,
         stability_interval=interval,
         cumulative=by_concept.pop("", None),
@@ -222,13 +211,14 @@ def analyse(config: LocalizationConfig, sites: Sequence[str], scores: pd.DataFra
     )
 
 
-def _judge(scores: pd.DataFrame, concepts: list[str], presets: list[str]) -> JudgeResult:
+def _scorer(scores: pd.DataFrame, concepts: list[str], presets: list[str]) -> Impacts:
     units = [_units(scores, name, presets) for name in concepts]
-    return JudgeResult([impact_intervals(one) for one in units], mean_impact_intervals(units))
+    impacts = [impact_intervals(one) for one in units]
+    return Impacts(presets, concepts, impacts, mean_impact_intervals(units))
 
 
 def _units(scores: pd.DataFrame, name: str, presets: list[str]) -> ConceptScores:
-    """Scores of a concept per prompt pair, mean over seeds and judges."""
+    """Scores of a concept per prompt pair, mean over seeds and scorers."""
     table = scores[scores.concept == name].pivot_table(
         index="preset", columns="pair", values="score", aggfunc="mean"
     )

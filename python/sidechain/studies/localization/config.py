@@ -10,7 +10,7 @@ from typing import Any
 
 from ... import _values as values
 from ..._errors import InputError
-from ..._options import choice, number, option, whole
+from ..._options import choice, flag, number, option, whole
 from ...metrics.thresholds import TAU
 from ...zoo.music.concepts import CONCEPTS, DEFAULT_CONCEPTS
 from ..config import Model, Sampling, folder, sites
@@ -69,6 +69,7 @@ class LocalizationConfig(Sampling, Model):
         (0,), "repeat for these seeds", values.seeds, metavar="N", many="+"
     )
     tau: float = number(TAU, "threshold of the mean impact", least=0.0)
+    audio: bool = flag("also write clips of the first prompt pair to listen to")
     out: Path = folder("runs/localize")
 
     def check_prompts(self) -> None:

@@ -20,6 +20,11 @@ class Preset:
     sites: tuple[str, ...]
 
 
+def clip_name(concept: str, preset: str) -> str:
+    """Path in the run folder of the clip of the first prompt pair and seed."""
+    return f"audio/{concept}_{preset.replace(':', '-')}.flac"
+
+
 def window_name(sites: Sequence[str]) -> str:
     """Name consecutive sites: "cross:2-4" of ("cross:2", "cross:3", "cross:4")."""
     if len(sites) == 1:

@@ -25,7 +25,7 @@ from ...zoo.music.concepts import concept
 from .. import common
 from .analyse import Localization, analyse
 from .config import LocalizationConfig
-from .presets import Preset, row_masks, single_presets, top_presets, window_presets
+from .presets import Preset, clip_name, row_masks, single_presets, top_presets, window_presets
 
 
 @dataclass(frozen=True)
@@ -56,18 +56,19 @@ def run(config: LocalizationConfig) -> Localization:
     for name in config.concepts:
         concept(name)
     config.check_prompts()
-    pipe, judges = common.load(config.model, config.device, config.dtype)
+    pipe, scorers = common.load(config.model, config.device, config.dtype)
     names = _site_names(pipe, config)
     presets = single_presets(names) + window_presets(names, config.windows)
     folder = RunFolder(config.out, "localize", config, common.inputs(config))
     everywhere = dict.fromkeys(config.concepts, presets)
-    parts = _measure(config, folder, pipe, judges, everywhere, "sites", config.seeds)
-    ranking = analyse(config, names, parts)
+    parts = _measure(config, folder, pipe, scorers, everywhere, "sites", config.seeds)
+    asked: dict[str, Any] = {"concepts": config.concepts, "seeds": config.seeds, "tau": config.tau}
+    ranking = analyse(names, parts, **asked)
     top = {name: top_presets(order) for name, order in ranking.orders.items()}
     if len(names) > 1:
-        cumulative = _measure(config, folder, pipe, judges, top, "top", config.seeds[:1])
+        cumulative = _measure(config, folder, pipe, scorers, top, "top", config.seeds[:1])
         parts = pd.concat([parts, cumulative], ignore_index=True)
-    result = analyse(config, names, parts)
+    result = analyse(names, parts, **asked)
     result.write(config.out)
     return result
 
@@ -81,7 +82,7 @@ def _measure(
     config: LocalizationConfig,
     folder: RunFolder,
     pipe: Any,
-    judges: Mapping[str, Any],
+    scorers: Mapping[str, Any],
     presets: Mapping[str, Sequence[Preset]],
     stage: str,
     seeds: Sequence[int],
@@ -93,12 +94,12 @@ def _measure(
     with tqdm(total=total, desc=f"localize: {stage}", unit="clip") as progress:
         for name, seed in work:
             label = f"{stage}-{name}-{seed}"
-            part = folder.part(label)
+            part = common.finished(folder, label)
             if part is None:
-                rows = score_presets(config, pipe, judges, name, seed, presets[name], progress)
+                rows = score_presets(config, pipe, scorers, name, seed, presets[name], progress)
                 part = folder.save_part(label, rows)
             else:
-                progress.update(part.preset.size // len(judges))
+                progress.update(part.preset.size // len(scorers))
             tables.append(part)
     return pd.concat(tables, ignore_index=True)
 
@@ -106,7 +107,7 @@ def _measure(
 def score_presets(
     config: LocalizationConfig,
     pipe: Any,
-    judges: Mapping[str, Any],
+    scorers: Mapping[str, Any],
     name: str,
     seed: int,
     presets: Sequence[Preset],
@@ -114,7 +115,7 @@ def score_presets(
 ) -> pd.DataFrame:
     """Score every pair and preset.
 
-    Columns: concept, preset, pair, seed, judge, probability (of the concept) and score, its
+    Columns: concept, preset, pair, seed, scorer, probability (of the concept) and score, its
     log-odds: like the alignment scores of the published method it does not saturate, so partial
     effects of single sites can be seen.
     """
@@ -127,7 +128,14 @@ def score_presets(
     for chunk in common.batches(jobs, config.batch_rows):
         rows = [pair.index for pair, _ in chunk]
         latents = _generate(config, pipe, chunk, clean[rows], encoded[rows], seed)
-        for judge, found in common.readings(judges, latents).items():
+        if config.audio and seed == config.seeds[0]:
+            heard = {
+                clip_name(name, preset.name): latents[index]
+                for index, (pair, preset) in enumerate(chunk)
+                if pair.index == 0
+            }
+            common.write_clips(config.out, pipe, heard)
+        for scorer, found in common.readings(scorers, latents).items():
             probability = found[wanted.attribute][:, wanted.class_index]
             tables.append(
                 pd.DataFrame(
@@ -136,7 +144,7 @@ def score_presets(
                         "preset": [preset.name for _, preset in chunk],
                         "pair": rows,
                         "seed": seed,
-                        "judge": judge,
+                        "scorer": scorer,
                         "probability": probability,
                         "score": common.log_odds(probability),
                     }

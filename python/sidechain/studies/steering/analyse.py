@@ -15,11 +15,11 @@ import pandas as pd
 from ...io.run_folder import write_json, write_table
 from ...metrics import curves
 from ...metrics.bootstrap import Interval, mean_interval, proportion_interval
+from ...metrics.results import KEPT_FLOOR, ArmCurve
 from ...zoo.music.concepts import Concept
 
 #: Arms whose reach sets the cut-off of the area: the real directions, not the controls.
 CUTOFF_ARMS = ("localized", "all")
-KEPT_FLOOR = 0.8
 
 
 def kept_attribute(wanted: Concept) -> str:
@@ -27,25 +27,9 @@ def kept_attribute(wanted: Concept) -> str:
     return "drums" if wanted.attribute == "instrument" else "instrument"
 
 
-@dataclass(frozen=True)
-class ArmCurve:
-    """Scores of one arm by one judge, over strengths.
-
-    Attributes:
-        strength: strengths, ascending, 0 among them.
-        score: P(concept) at each.
-        distance: to the clip of strength 0.
-        kept: share of clips that keep their `kept_attribute`.
-        auc: area of the gain over distance up to the cut-off; NaN where undefined.
-        smoothness: unevenness of the gain; NaN where undefined.
-    """
-
-    strength: list[float]
-    score: list[Interval]
-    distance: list[Interval]
-    kept: list[Interval]
-    auc: float
-    smoothness: float
+def clip_name(prompt: int, arm: str, strength: float) -> str:
+    """Path in the run folder of a clip."""
+    return f"audio/{prompt:03d}_{arm}_{strength:g}.flac"
 
 
 @dataclass(frozen=True)
@@ -55,8 +39,8 @@ class Steering:
     Attributes:
         concept: what was steered.
         localized: aliases of the localized sites.
-        arms: judge -> arm -> curve.
-        cutoff: judge -> direction -> distance up to which the area counts.
+        arms: scorer -> arm -> curve.
+        cutoff: scorer -> direction -> distance up to which the area counts.
         prompts: number of prompts.
         readings: the score of every clip.
     """
@@ -69,14 +53,14 @@ class Steering:
     readings: pd.DataFrame
 
     def curve_table(self) -> pd.DataFrame:
-        """One row per judge, arm and strength."""
+        """One row per scorer, arm and strength."""
         rows = []
-        for judge, arms in self.arms.items():
+        for scorer, arms in self.arms.items():
             for arm, curve in arms.items():
                 for index, strength in enumerate(curve.strength):
                     row: dict[str, Any] = {
                         "concept": self.concept.name,
-                        "judge": judge,
+                        "scorer": scorer,
                         "arm": arm,
                         "strength": strength,
                     }
@@ -91,16 +75,16 @@ class Steering:
         return pd.DataFrame(rows)
 
     def score_table(self) -> pd.DataFrame:
-        """AUC, smoothness and the best point that keeps enough, per judge and arm."""
+        """AUC, smoothness and the best point that keeps enough, per scorer and arm."""
         rows = []
-        for judge, arms in self.arms.items():
+        for scorer, arms in self.arms.items():
             for arm, curve in arms.items():
-                best = best_point(curve)
+                best = curve.best_point()
                 zero = curve.strength.index(0.0)
                 rows.append(
                     {
                         "concept": self.concept.name,
-                        "judge": judge,
+                        "scorer": scorer,
                         "arm": arm,
                         "auc": curve.auc,
                         "smoothness": curve.smoothness,
@@ -113,9 +97,9 @@ class Steering:
         return pd.DataFrame(rows)
 
     def operating_strength(self) -> float | None:
-        """Return the strength of the localized arm with the largest P(concept), mean over judges.
+        """Return the strength of the localized arm with the largest P(concept), mean over scorers.
 
-        Only strengths count at which every judge sees at least `KEPT_FLOOR` kept.
+        Only strengths count at which every scorer sees at least `KEPT_FLOOR` kept.
         """
         found = [arms["localized"] for arms in self.arms.values() if "localized" in arms]
         if not found:
@@ -145,26 +129,16 @@ class Steering:
         )
 
 
-def best_point(curve: ArmCurve, floor: float = KEPT_FLOOR) -> int | None:
-    """Return the index of the largest score among strengths != 0 that keep at least `floor`."""
-    allowed = [
-        index
-        for index, strength in enumerate(curve.strength)
-        if strength and curve.kept[index].value >= floor
-    ]
-    return max(allowed, key=lambda index: curve.score[index].value, default=None)
-
-
 def analyse(readings: pd.DataFrame, wanted: Concept, localized: Sequence[str]) -> Steering:
     """Turn the readings of `sweep` into curves with intervals over prompts."""
     arms: dict[str, dict[str, ArmCurve]] = {}
     cutoffs: dict[str, dict[int, float]] = {}
     names = [arm for arm in readings.arm.unique() if arm != "none"]
-    for judge, table in readings.groupby("judge"):
+    for scorer, table in readings.groupby("scorer"):
         tables = {arm: table[table.arm.isin(["none", arm])] for arm in names}
-        cutoffs[str(judge)] = _cutoff(tables)
-        arms[str(judge)] = {
-            arm: _curve(part, wanted, cutoffs[str(judge)]) for arm, part in tables.items()
+        cutoffs[str(scorer)] = _cutoff(tables)
+        arms[str(scorer)] = {
+            arm: _curve(part, wanted, cutoffs[str(scorer)]) for arm, part in tables.items()
         }
     return Steering(wanted, list(localized), arms, cutoffs, readings.prompt.nunique(), readings)
 

@@ -8,7 +8,6 @@ random direction of the same norm at the localized sites. Strength 0 is generate
 from __future__ import annotations
 
 import contextlib
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..._errors import InputError
-from ...io.atomic import write_atomic
 from ...io.run_folder import RunFolder
 from ...metrics.distance import feature_distance
 from ...pipelines import sites as list_sites
@@ -31,7 +29,7 @@ from ...zoo.music.concepts import CONCEPTS, Concept, concept
 from .. import common
 from ..vectors.config import VectorConfig
 from ..vectors.run import build, dictionaries
-from .analyse import Steering, analyse
+from .analyse import Steering, analyse, clip_name
 from .config import SteeringConfig
 
 
@@ -51,14 +49,14 @@ def run(config: SteeringConfig) -> Steering:
         ValueError: neither concept nor vector, a vector of another model, unknown sites, or `out`
             holds a run with other settings.
     """
-    pipe, judges = common.load(config.model, config.device, config.dtype)
+    pipe, scorers = common.load(config.model, config.device, config.dtype)
     given = None if config.vector is None else SteeringVector.load(config.vector, pipe)
     wanted = scored_concept(config, given)
     localized = localized_sites(pipe, config.sites, wanted.name)
     _check_sites(pipe, localized, _held_sites(config, pipe, given))
     folder = RunFolder(config.out, "steer", config, common.inputs(config))
     vector = given if given is not None else _make_vector(config, pipe, wanted, folder)
-    readings = sweep(config, pipe, judges, vector, wanted, localized, folder)
+    readings = sweep(config, pipe, scorers, vector, wanted, localized, folder)
     result = analyse(readings, wanted, localized)
     result.write(config.out)
     return result
@@ -147,7 +145,7 @@ def test_prompts(config: SteeringConfig, wanted: Concept) -> list[str]:
 def sweep(
     config: SteeringConfig,
     pipe: Any,
-    judges: Mapping[str, Any],
+    scorers: Mapping[str, Any],
     vector: SteeringVector,
     wanted: Concept,
     localized: Sequence[str],
@@ -155,7 +153,7 @@ def sweep(
 ) -> pd.DataFrame:
     """Score every clip; batches that are parts of `folder` are not generated again.
 
-    Columns: prompt, text, arm, strength, judge, score (P(concept)), distance (to the clip of
+    Columns: prompt, text, arm, strength, scorer, score (P(concept)), distance (to the clip of
     strength 0), and for every other attribute `<attribute>_kept`, 1 where the most probable class
     is that of the clip of strength 0.
     """
@@ -171,12 +169,12 @@ def sweep(
         for numbers in common.batches(range(len(prompts)), group):
             rows = [Row(n, row.arm, row.strength) for n in numbers for row in per_prompt]
             label = f"sweep-{numbers[0]:03d}"
-            part = None if folder is None else folder.part(label)
+            part = None if folder is None else common.finished(folder, label)
             if part is None:
                 latents = generate_rows(config, pipe, vector, localized, prompts, rows)
                 if config.audio:
-                    _write_audio(config.out, pipe, latents, rows)
-                part = _read(judges, latents, rows, prompts, wanted)
+                    write_audio(config.out, pipe, latents, rows)
+                part = _read(scorers, latents, rows, prompts, wanted)
                 if folder is not None:
                     part = folder.save_part(label, part)
             tables.append(part)
@@ -222,19 +220,19 @@ def generate_rows(
 
 
 def _read(
-    judges: Mapping[str, Any],
+    scorers: Mapping[str, Any],
     latents: Tensor,
     rows: Sequence[Row],
     prompts: Sequence[str],
     wanted: Concept,
 ) -> pd.DataFrame:
-    found = common.readings(judges, latents)
+    found = common.readings(scorers, latents)
     start = {row.prompt: index for index, row in enumerate(rows) if row.arm == "none"}
     origin = [start[row.prompt] for row in rows]
     tables = []
-    for name, judge in judges.items():
+    for name, scorer in scorers.items():
         with torch.no_grad():
-            stages = judge.stages(latents.float())
+            stages = scorer.stages(latents.float())
             distance = feature_distance(stages, [stage[origin] for stage in stages])
         table = pd.DataFrame(
             {
@@ -243,7 +241,7 @@ def _read(
                 "text": [prompts[row.prompt] for row in rows],
                 "arm": [row.arm for row in rows],
                 "strength": [row.strength for row in rows],
-                "judge": name,
+                "scorer": name,
                 "score": found[name][wanted.attribute][:, wanted.class_index],
                 "distance": np.where(
                     [row.arm == "none" for row in rows], 0.0, distance.double().cpu().numpy()
@@ -258,14 +256,7 @@ def _read(
     return pd.concat(tables, ignore_index=True)
 
 
-def _write_audio(out: Path, pipe: Any, latents: Tensor, rows: Sequence[Row]) -> None:
-    import soundfile
-
-    folder = out / "audio"
-    folder.mkdir(exist_ok=True)
-    waves = pipe.codec.audio(pipe.codec.decode(latents))
-    for row, wave in zip(rows, waves, strict=True):
-        name = f"{row.prompt:03d}_{row.arm}_{row.strength:g}.flac"
-        clip = io.BytesIO()
-        soundfile.write(clip, wave, pipe.codec.config.sample_rate, format="FLAC")
-        write_atomic(folder / name, clip.getvalue())
+def write_audio(out: Path, pipe: Any, latents: Tensor, rows: Sequence[Row]) -> None:
+    """Write the clips of rows where the page looks for them."""
+    names = [clip_name(row.prompt, row.arm, row.strength) for row in rows]
+    common.write_clips(out, pipe, dict(zip(names, latents, strict=True)))

@@ -10,7 +10,7 @@ GENRES = ("none", "jazz", "rock", "techno", "classical")
 TEMPOS = ("slow", "medium", "fast")
 MOODS = ("sad", "happy")
 
-#: Classes of every attribute, in the order that judges and label arrays use.
+#: Classes of every attribute, in the order that scorers and label arrays use.
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "instrument": INSTRUMENTS,
     "drums": ("no", "yes"),

@@ -42,7 +42,7 @@ class Concept:
 
     @property
     def class_index(self) -> int:
-        """Index of the positive class in a judge's probabilities of `attribute`."""
+        """Index of the positive class in a scorer's probabilities of `attribute`."""
         return ATTRIBUTES[self.attribute].index(self.positive)
 
     def pairs(self, count: int, seed: int = 0) -> list[PromptPair]:

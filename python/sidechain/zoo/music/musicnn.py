@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """An outside witness: the musicnn tagger, trained by others on real music (MagnaTagATune).
 
-It shares nothing with the judges of this package (data, labels, front end, authors), so agreement
+It shares nothing with the scorers of this package (data, labels, front end, authors), so agreement
 with it is evidence. Architecture: Pons & Serra 2019, arXiv:1909.06654; the weights are ISC licensed
 (weights/musicnn/LICENSE) and were converted by `recipes.convert_musicnn`.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make the music model and its judges from nothing: data, training, export, evaluation, card.
+"""Make the music model and its scorers from nothing: data, training, export, evaluation, card.
 
     python -m sidechain.zoo.recipes [--out DIR] [--short] [--install]
 
@@ -15,12 +15,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from .. import judges, music, music_tagger
+from .. import music, music_tagger, scorers
 from ..checksums import WEIGHTS, write_checksums
-from . import dataset, train_judges, train_music
+from . import dataset, train_music, train_scorers
 from .card import write_card
 from .evaluate import evaluate, write
-from .export import export_judges, export_music
+from .export import export_music, export_scorers
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,27 +40,27 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def make(out: Path, *, short: bool) -> None:
-    """Run all stages into `out`; the finished folders are `out/export/{music,judges}`."""
-    recipe, judge_recipe = train_music.MusicRecipe(), train_judges.JudgeRecipe()
+    """Run all stages into `out`; the finished folders are `out/export/{music,scorers}`."""
+    recipe, scorer_recipe = train_music.MusicRecipe(), train_scorers.ScorerRecipe()
     train, test, per_cell = 22_000, 2_000, 48
     if short:
         recipe = replace(recipe, layers=2, steps=60, warmup=20)
-        judge_recipe = replace(judge_recipe, epochs=(2, 1))
+        scorer_recipe = replace(scorer_recipe, epochs=(2, 1))
         train, test, per_cell = 500, 100, 2
     dataset.build(out / "data", train=train, test=test)
     train_music.train(out / "data", out / "music", recipe)
     if not (out / "judges" / "mel" / "training.json").is_file():
-        train_judges.train(out / "data", out / "music" / "codec", out / "judges", judge_recipe)
+        train_scorers.train(out / "data", out / "music" / "codec", out / "judges", scorer_recipe)
     target = out / "export"
     export_music(out / "music", target / "music", recipe)
-    export_judges(out / "judges", target / "judges")
+    export_scorers(out / "judges", target / "judges")
     measure(target, per_cell=per_cell)
 
 
 def measure(target: Path, *, per_cell: int) -> None:
     """Evaluate the exported model, in half precision as it ships, and write its card."""
     pipe = music(folder=target / "music")
-    found = evaluate(pipe, judges(folder=target / "judges"), music_tagger(), per_cell=per_cell)
+    found = evaluate(pipe, scorers(folder=target / "judges"), music_tagger(), per_cell=per_cell)
     write(found, target / "music" / "evaluation.json")
     write_card(target / "music", target / "judges")
     write_checksums(target / "music")

@@ -32,7 +32,7 @@ choir) or none; slow, medium, fast; sad, happy; jazz, rock, techno, classical. O
 
 _LIMITS = """
 ## Limits
-- The judges learned from the same renderer as the model and share its shortcuts: mood is scale,
+- The scorers learned from the same renderer as the model and share its shortcuts: mood is scale,
   register, density and loudness together; vocals are a General MIDI choir; drums lean towards
   genres.
 - Audio comes from Griffin-Lim and sounds like it. Score in latents or mels where you can.
@@ -44,13 +44,13 @@ Clips were rendered with the FluidR3 sound font (MIT, Frank Wen); captions come 
 """
 
 
-def card(training: dict[str, Any], evaluation: dict[str, Any], judges: dict[str, Any]) -> str:
+def card(training: dict[str, Any], evaluation: dict[str, Any], scorers: dict[str, Any]) -> str:
     """Write the text of the card.
 
     Args:
         training: `training.json` of the music model.
         evaluation: result of `evaluate.evaluate`.
-        judges: judge name -> its `training.json`.
+        scorers: scorer name -> its `training.json`.
     """
     recipe = training["recipe"]
     lines = [
@@ -64,11 +64,11 @@ def card(training: dict[str, Any], evaluation: dict[str, Any], judges: dict[str,
         + (f" {training['note']}" if "note" in training else ""),
         "",
         "## Does it do what it is told?",
-        "Share of clips whose most probable class, by each judge, is the one that a held-out "
+        "Share of clips whose most probable class, by each scorer, is the one that a held-out "
         "prompt asks for, with 95 % Wilson intervals (20 steps, guidance 3). A third of the "
         "prompts has a sentence form that training never had.",
         "",
-        "| prompts | n | asked of it | latent judge | mel judge | reached |",
+        "| prompts | n | asked of it | latent scorer | mel scorer | reached |",
         "|---|---|---|---|---|---|",
         *(_cell_line(row) for row in evaluation["cells"]),
         "",
@@ -96,19 +96,19 @@ def card(training: dict[str, Any], evaluation: dict[str, Any], judges: dict[str,
         ]
     lines += [
         "",
-        "## The judges",
-        "| judge | parameters | training clips | "
-        + " | ".join(next(iter(judges.values()))["accuracy"])
+        "## The scorers",
+        "| scorer | parameters | training clips | "
+        + " | ".join(next(iter(scorers.values()))["accuracy"])
         + " |",
-        "|---|---|---|" + "---|" * len(next(iter(judges.values()))["accuracy"]),
+        "|---|---|---|" + "---|" * len(next(iter(scorers.values()))["accuracy"]),
         *(
             f"| {name} | {facts['parameters']:,} | {facts['clips']:,} | "
             + " | ".join(f"{value:.3f}" for value in facts["accuracy"].values())
             + " |"
-            for name, facts in judges.items()
+            for name, facts in scorers.items()
         ),
         "",
-        "Accuracy on 2,000 rendered test clips that neither judge nor model saw.",
+        "Accuracy on 2,000 rendered test clips that neither scorer nor model saw.",
         _LIMITS,
     ]
     return "\n".join(lines)
@@ -130,11 +130,11 @@ def _cell_line(row: dict[str, Any]) -> str:
     )
 
 
-def write_card(music: Path, judges: Path) -> None:
+def write_card(music: Path, scorers: Path) -> None:
     """Write `music/README.md` from the JSON files in both folders."""
     facts = {
         path.parent.name: json.loads(path.read_text())
-        for path in sorted(judges.glob("*/training.json"))
+        for path in sorted(scorers.glob("*/training.json"))
     }
     training = json.loads((music / "training.json").read_text())
     evaluation = json.loads((music / "evaluation.json").read_text())

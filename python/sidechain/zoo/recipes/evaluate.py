@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure how well the music model obeys its prompts, read by both judges.
+"""Measure how well the music model obeys its prompts, read by both scorers.
 
 Prompts are worded with seeds that training never used; a third of them has a sentence form that no
 training caption had. Every cell counts clips whose most probable class is the one asked for.
@@ -126,7 +126,7 @@ def generate(pipe: Any, prompts: tuple[str, ...], seed: int, *, rows: int = 24) 
 
 def evaluate(
     pipe: Any,
-    judges: Mapping[str, Any],
+    scorers: Mapping[str, Any],
     tagger: Any = None,
     *,
     per_cell: int = 48,
@@ -135,7 +135,7 @@ def evaluate(
     """Measure hit rates with Wilson intervals of every cell, and the evidence of the tagger.
 
     Returns:
-        "cells": one row for each cell with name, bar, n and per judge `value`, `low`, `high` and
+        "cells": one row for each cell with name, bar, n and per scorer `value`, `low`, `high` and
         (tempo) `opposite`; "witness" (with a tagger): one row for each concept: the AUC of its
         evidence in audio between clips that asked for it and clips of the same cells that did not.
     """
@@ -144,18 +144,18 @@ def evaluate(
     rows, heard = [], []
     for index, cell in enumerate(tqdm(table, desc="evaluate", unit="cell")):
         latents = generate(pipe, cell.prompts, seed + 10_000 * index)
-        rows.append(_row(cell, latents, judges))
+        rows.append(_row(cell, latents, scorers))
         if tagger is not None and cell.name != "instrument, inside genres":
             audio = pipe.codec.audio(pipe.codec.decode(latents))
             heard.append((cell, tagger.hear(audio)))
     return {"cells": rows, "witness": _witness(heard)}
 
 
-def _row(cell: Cell, latents: Tensor, judges: Mapping[str, Any]) -> dict[str, Any]:
+def _row(cell: Cell, latents: Tensor, scorers: Mapping[str, Any]) -> dict[str, Any]:
     classes = ATTRIBUTES[cell.attribute]
     row: dict[str, Any] = {"cell": cell.name, "bar": cell.bar, "n": len(cell.prompts)}
-    for name, judge in judges.items():
-        picks = judge.probabilities(latents)[cell.attribute].argmax(1).tolist()
+    for name, scorer in scorers.items():
+        picks = scorer.probabilities(latents)[cell.attribute].argmax(1).tolist()
         hits = sum(classes[p] == w for p, w in zip(picks, cell.wanted, strict=True))
         interval = proportion_interval(hits, len(picks))
         entry = {"value": interval.value, "low": interval.low, "high": interval.high}

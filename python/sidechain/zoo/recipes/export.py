@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turn a finished training into the pipeline and judge folders that the package ships."""
+"""Turn a finished training into the pipeline and scorer folders that the package ships."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ def export_music(run: Path, target: Path, recipe: MusicRecipe) -> None:
     write_checksums(target)
 
 
-def export_judges(run: Path, target: Path) -> None:
-    """Copy the judges and write their checksums."""
+def export_scorers(run: Path, target: Path) -> None:
+    """Copy the scorers and write their checksums."""
     shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(run, target)
     write_checksums(target)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two judges of generated music: independent classifiers of every attribute.
+"""Two scorers of generated music: independent classifiers of every attribute.
 
 They differ in input (latents / decoded log-mel), architecture (1-D residual / 2-D then dilated
 1-D), data (even / odd clips) and augmentation, so that what fools one need not fool the other.
@@ -29,8 +29,8 @@ class _Residual1d(nn.Module):
         return x + hidden
 
 
-class Judge(ModelMixin, ConfigMixin):  # type: ignore[misc, unused-ignore]
-    """Base of the judges: `stages` is the network, the rest reads it."""
+class Scorer(ModelMixin, ConfigMixin):  # type: ignore[misc, unused-ignore]
+    """Base of the scorers: `stages` is the network, the rest reads it."""
 
     #: attribute -> classes, in the order of the probabilities.
     attributes = ATTRIBUTES
@@ -58,7 +58,7 @@ class Judge(ModelMixin, ConfigMixin):  # type: ignore[misc, unused-ignore]
         """
         if latents.ndim != 3 or latents.shape[1:] != (64, 64):
             raise ValueError(
-                f"judge: expected latents of shape [B, 64, 64], got {list(latents.shape)}"
+                f"scorer: expected latents of shape [B, 64, 64], got {list(latents.shape)}"
             )
         parts = [self(piece) for piece in latents.to(self.device, self.dtype).split(chunk)]
         return {
@@ -77,7 +77,7 @@ class Judge(ModelMixin, ConfigMixin):  # type: ignore[misc, unused-ignore]
         )
 
 
-class LatentJudge(Judge):
+class LatentScorer(Scorer):
     """1-D residual network on latents."""
 
     @register_to_config
@@ -89,14 +89,14 @@ class LatentJudge(Judge):
         self.heads = self._make_heads(width)
 
     def stages(self, latents: Tensor) -> list[Tensor]:
-        """See `Judge.stages`: the stem and four blocks, [B, 96, 64] each."""
+        """See `Scorer.stages`: the stem and four blocks, [B, 96, 64] each."""
         features = [self.stem(latents)]
         for block in self.blocks:
             features.append(block(features[-1]))
         return features
 
 
-class MelJudge(Judge):
+class MelScorer(Scorer):
     """2-D convolutions on the decoded log-mel, then dilated 1-D ones along time."""
 
     @register_to_config
@@ -121,7 +121,7 @@ class MelJudge(Judge):
         self.heads = self._make_heads(width)
 
     def stages(self, latents: Tensor) -> list[Tensor]:
-        """See `Judge.stages`: three planes [B, C, time, pitch], then lines [B, 128, 64]."""
+        """See `Scorer.stages`: three planes [B, C, time, pitch], then lines [B, 128, 64]."""
         return self.mel_stages(self.codec.decode(latents))
 
     def mel_stages(self, mels: Tensor) -> list[Tensor]:

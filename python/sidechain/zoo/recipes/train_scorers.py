@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train the two judges on disjoint halves of the rendered clips."""
+"""Train the two scorers on disjoint halves of the rendered clips."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from tqdm import tqdm
 from ...io.atomic import write_text
 from ..music.attributes import ATTRIBUTES
 from ..music.codec import LinearMelCodec
-from ..music.judge import Judge, LatentJudge, MelJudge
+from ..music.scorer import LatentScorer, MelScorer, Scorer
 from .train_music import encode_all
 
 
 @dataclass(frozen=True)
-class JudgeRecipe:
-    """Schedule of a judge; noise is the largest standard deviation added to latents."""
+class ScorerRecipe:
+    """Schedule of a scorer; noise is the largest standard deviation added to latents."""
 
-    epochs: tuple[int, int] = (8, 4)  # of the latent judge and of the (slower) mel judge
+    epochs: tuple[int, int] = (8, 4)  # of the latent scorer and of the (slower) mel scorer
     batch: int = 64
     learning_rate: float = 2e-3
     noise: float = 0.35
     seed: int = 0
 
 
-def _augment(latents: Tensor, recipe: JudgeRecipe, generator: torch.Generator) -> Tensor:
+def _augment(latents: Tensor, recipe: ScorerRecipe, generator: torch.Generator) -> Tensor:
     """Add noise of random strength, shift in time by up to two steps and scale by a random gain."""
     count = len(latents)
     strength = torch.rand(count, 1, 1, generator=generator) * recipe.noise
@@ -42,17 +42,17 @@ def _augment(latents: Tensor, recipe: JudgeRecipe, generator: torch.Generator) -
     return noisy.roll(shift, dims=2) * gain
 
 
-def train_judge(
-    judge: Judge, latents: Tensor, labels: Tensor, recipe: JudgeRecipe, name: str, epochs: int
+def train_scorer(
+    scorer: Scorer, latents: Tensor, labels: Tensor, recipe: ScorerRecipe, name: str, epochs: int
 ) -> float:
-    """Train `judge` in place; returns the seconds it took."""
+    """Train `scorer` in place; returns the seconds it took."""
     started = time.perf_counter()
-    optimizer = torch.optim.AdamW(judge.parameters(), lr=recipe.learning_rate, weight_decay=0.02)
+    optimizer = torch.optim.AdamW(scorer.parameters(), lr=recipe.learning_rate, weight_decay=0.02)
     generator = torch.Generator().manual_seed(recipe.seed)
     batches = len(latents) // recipe.batch
     total = epochs * batches
-    progress = tqdm(total=total, desc=f"train judge {name}", unit="step")
-    judge.train()
+    progress = tqdm(total=total, desc=f"train scorer {name}", unit="step")
+    scorer.train()
     for step in range(total):
         if step % batches == 0:
             order = torch.randperm(len(latents), generator=generator)
@@ -61,26 +61,26 @@ def train_judge(
             group["lr"] = recipe.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * step / total))
         at = (step % batches) * recipe.batch
         rows = order[at : at + recipe.batch]
-        logits = judge(_augment(latents[rows].float(), recipe, generator))
+        logits = scorer(_augment(latents[rows].float(), recipe, generator))
         losses = [
             nn.functional.cross_entropy(logits[key], labels[rows, index], label_smoothing=0.02)
             for index, key in enumerate(ATTRIBUTES)
         ]
         loss = torch.stack(losses).sum()
         loss.backward()  # type: ignore[no-untyped-call, unused-ignore]
-        nn.utils.clip_grad_norm_(judge.parameters(), 5.0)
+        nn.utils.clip_grad_norm_(scorer.parameters(), 5.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         progress.update()
         if step % 20 == 0:
             progress.set_postfix(loss=round(loss.item(), 3))
-    judge.eval()
+    scorer.eval()
     return time.perf_counter() - started
 
 
-def accuracy(judge: Judge, latents: Tensor, labels: Tensor) -> dict[str, float]:
+def accuracy(scorer: Scorer, latents: Tensor, labels: Tensor) -> dict[str, float]:
     """Share of right classes of every attribute."""
-    found = judge.probabilities(latents)
+    found = scorer.probabilities(latents)
     return {
         name: float((found[name].argmax(1) == labels[:, index]).float().mean())
         for index, name in enumerate(ATTRIBUTES)
@@ -88,9 +88,9 @@ def accuracy(judge: Judge, latents: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def train(
-    data: Path, codec_folder: Path, out: Path, recipe: JudgeRecipe, only: str | None = None
+    data: Path, codec_folder: Path, out: Path, recipe: ScorerRecipe, only: str | None = None
 ) -> None:
-    """Train both judges and write `out/latent`, `out/mel` and their accuracies on test clips."""
+    """Train both scorers and write `out/latent`, `out/mel` and their accuracies on test clips."""
     codec = LinearMelCodec.from_pretrained(codec_folder)
     split = {
         name: (
@@ -104,18 +104,18 @@ def train(
         if only not in (None, name):
             continue
         torch.manual_seed(recipe.seed + 17 * index)
-        judge: Judge = LatentJudge() if name == "latent" else MelJudge()
-        if isinstance(judge, MelJudge):
-            judge.codec.load_state_dict(codec.state_dict())
-        seconds = train_judge(
-            judge, latents[index::2], labels[index::2], recipe, name, recipe.epochs[index]
+        scorer: Scorer = LatentScorer() if name == "latent" else MelScorer()
+        if isinstance(scorer, MelScorer):
+            scorer.codec.load_state_dict(codec.state_dict())
+        seconds = train_scorer(
+            scorer, latents[index::2], labels[index::2], recipe, name, recipe.epochs[index]
         )
         test_latents, test_labels = split["test"]
         facts = {
-            "accuracy": accuracy(judge, test_latents.float(), test_labels),
+            "accuracy": accuracy(scorer, test_latents.float(), test_labels),
             "clips": len(latents[index::2]),
-            "parameters": sum(p.numel() for p in judge.parameters()),
+            "parameters": sum(p.numel() for p in scorer.parameters()),
             "seconds": round(seconds),
         }
-        judge.save_pretrained(out / name)
+        scorer.save_pretrained(out / name)
         write_text(out / name / "training.json", json.dumps(facts, indent=2) + "\n")
