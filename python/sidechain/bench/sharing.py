@@ -2,7 +2,7 @@
 """A whole patching sweep and a whole strength sweep: one shared batch against one run each.
 
 Baselines use plain PyTorch hooks on the same pipeline, written as well as they can be, and none of
-our taps, `share` among them:
+our taps, `cache_context` among them:
 - `hooks`: one generation a preset (or strength), the clean context known beforehand;
 - `hooks, published protocol`: as the public code of arXiv 2602.11910 does it, a clean generation
   for every preset to record what its sites see, then the patched one.

@@ -2,9 +2,10 @@
 """Ops of sidechain: one public function each, one reference, and native kernels where built."""
 
 from .. import _native
+from ..reference.tap_structs import Capture, Steering
 from ._library import backends, note_kernels, register_triton
 from .attention_tap import attention_tap
-from .encode_reduce import CodeSums, code_sums_, encode_reduce
+from .encode_reduce import CodeSums, Encoder, code_sums_, encode_reduce
 from .sae_edit import sae_edit_
 from .sae_update import SaeCodes, SaeMoments, sae_gradient_square, sae_update_
 from .sparse_decode import DecodeLoss, sparse_decode, sparse_decode_loss
@@ -16,11 +17,14 @@ note_kernels()
 register_triton()
 
 __all__ = [
+    "Capture",
     "CodeSums",
     "Codes",
     "DecodeLoss",
+    "Encoder",
     "SaeCodes",
     "SaeMoments",
+    "Steering",
     "attention_tap",
     "backends",
     "code_sums_",

@@ -6,6 +6,7 @@ Shapes met in diffusion models beside ugly ones.
 
 import torch
 
+from ._capture import structured
 from .attention_tap import ATTENTION_BENCH, ATTENTION_CASES, AttentionCase
 from .encode_reduce import SUMS_BENCH, SUMS_CASES, SumsCase
 from .sae_edit import EDIT_BENCH, EDIT_CASES, EditCase
@@ -40,4 +41,5 @@ __all__ = [
     "TapCase",
     "TopkEncodeCase",
     "UpdateCase",
+    "structured",
 ]
