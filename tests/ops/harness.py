@@ -28,6 +28,17 @@ def positional(op: str, args: Args) -> tuple[Any, ...]:
     return tuple((empty | args)[name] for name in empty)
 
 
+def strided(name: str, value: Any) -> Any:
+    """Spread a tensor; the last dim of floats stays contiguous, as the contracts ask for."""
+    if not isinstance(value, Tensor):
+        return value
+    inner = value.is_floating_point() and value.dim() > 1 and name != "counts"
+    spread = value.dim() - inner
+    wide = value.new_zeros([n * 2 if d < spread else n for d, n in enumerate(value.shape)])
+    steps = [slice(None, None, 2 if d < spread else None) for d in range(value.dim())]
+    return wide[tuple(steps)].copy_(value)
+
+
 @dataclass(frozen=True)
 class Harness:
     """An op as its tests call it.
@@ -67,6 +78,10 @@ class Harness:
         for name, whole in wholes.items():
             assert guards_intact(whole, moved[name], offset), name
 
+    def check_strided(self, args: Args, **more: Any) -> None:
+        """Check a call whose tensors have steps of 2 in every dim that may have them."""
+        self.check(args, self.call({n: strided(n, v) for n, v in args.items()}, **more))
+
     def check_threads(self, args: Args, counts: Iterable[int] = (1, 2, 3, 7)) -> None:
         """Check that any number of threads gives the same bits."""
         before, seen = torch.get_num_threads(), []
@@ -79,6 +94,14 @@ class Harness:
         for other in seen[1:]:
             for name, value in seen[0].items():
                 assert torch.equal(value, other[name]), name
+
+    def check_backends(self, args: Args, absent: str) -> None:
+        """Check that a backend that is unknown, or that the op will never have, is refused."""
+        for unknown in ("fast", "", None):
+            with pytest.raises(ValueError, match="expected backend to be one of auto, reference"):
+                self.run(args, backend=unknown)
+        with pytest.raises(RuntimeError, match=f"backend '{absent}' to be available, got:"):
+            self.run(args, backend=absent)
 
     def opcheck(self, args: Args) -> None:
         """Let torch check schema, fake and autograd registration on one call."""

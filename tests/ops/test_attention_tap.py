@@ -153,17 +153,7 @@ class TestLayout:
     @dtypes
     def test_strided_outer_dims(self, dtype: torch.dtype, backend: str) -> None:
         args = EVERYTHING.make(dtype, device=DEVICE[backend])
-        strided: dict[str, Any] = {}
-        for name, value in args.items():
-            if not isinstance(value, Tensor):
-                strided[name] = value
-                continue
-            # Every dim but the last becomes a step of 2; that of masks and indices too.
-            keep = value.dim() - (value.is_floating_point() and name != "counts")
-            wide = value.new_zeros([n * 2 if d < keep else n for d, n in enumerate(value.shape)])
-            steps = [slice(None, None, 2 if d < keep else None) for d in range(value.dim())]
-            strided[name] = wide[tuple(steps)].copy_(value)
-        ATTENTION.check(args, ATTENTION.call(strided, backend=backend))
+        ATTENTION.check_strided(args, backend=backend)
 
     def test_determinism_over_threads(self) -> None:
         args = AttentionCase(
@@ -344,13 +334,5 @@ class TestContract:
         ).make(torch.float32)  # fmt: skip
         ATTENTION.check_refused(args, change, error, match, backend=backend)
 
-    @pytest.mark.parametrize("backend", ["fast", "", None])
-    def test_unknown_backend(self, backend: Any) -> None:
-        args = AttentionCase(1, 1, 1, 1, 1).make(torch.float32)
-        with pytest.raises(ValueError, match="expected backend to be one of auto, reference"):
-            attention_tap(**args, backend=backend)
-
-    def test_absent_backend(self) -> None:
-        args = AttentionCase(1, 1, 1, 1, 1).make(torch.float32)
-        with pytest.raises(RuntimeError, match="expected backend 'cuda' to be available, got:"):
-            attention_tap(**args, backend="cuda")
+    def test_backends(self) -> None:
+        ATTENTION.check_backends(AttentionCase(1, 1, 1, 1, 1).make(torch.float32), "cuda")

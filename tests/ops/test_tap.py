@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -128,20 +127,9 @@ class TestLayout:
             ring=torch.float32, capture_mask=3,
         )  # fmt: skip
         args = case.make(dtype, device=DEVICE[backend])
-        strided: dict[str, Any] = {}
-        for name, value in args.items():
-            if not isinstance(value, Tensor):
-                strided[name] = value
-                continue
-            # Every dim but the last becomes a step of 2; one-dim arguments too.
-            keep = value.dim() - 1 if value.dim() > 1 and name not in ("counts",) else value.dim()
-            wide = value.new_zeros([n * 2 if d < keep else n for d, n in enumerate(value.shape)])
-            view = wide[tuple(slice(None, None, 2) if d < keep else slice(None)
-                              for d in range(value.dim()))]  # fmt: skip
-            strided[name] = view.copy_(value)
-        transposed = strided["x"].new_empty(10, 3, 48).transpose(0, 1)
-        strided["x"] = transposed.copy_(args["x"])
-        TAP.check(args, TAP.call(strided, backend=backend))
+        TAP.check_strided(args, backend=backend)
+        transposed = args["x"].new_empty(10, 3, 48).transpose(0, 1).copy_(args["x"])
+        TAP.check(args, TAP.run(args | {"x": transposed}, backend=backend))
 
     def test_determinism_over_threads(self) -> None:
         args = TapCase(

@@ -32,7 +32,8 @@ class Where:
 
         capture(pipe, "cross:2-4")
         early = Where("cross:2-4", steps=(0.0, 0.5))
-        capture(pipe, early), steer(pipe, vector, early, strength=2)
+        capture(pipe, early)
+        steer(pipe, vector, early, strength=2)
 
     Attributes:
         sites: see `SiteList.select`. None = what the function says.
@@ -63,7 +64,7 @@ _MOVED = {n: n for n in ("sites", "branches", "steps", "tokens")} | {"passes": "
 
 
 def placed(function: Callable[_P, _T]) -> Callable[_P, _T]:
-    """Let a function say where the keywords are that stand in `Where`."""
+    """Let a function answer keywords that stand in `Where` with one line that says so."""
 
     @functools.wraps(function)
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:

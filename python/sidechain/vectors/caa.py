@@ -50,7 +50,7 @@ def caa(
         batch_size: pairs in one pipeline call.
         normalise: scale every direction to unit norm; a zero difference stays zero.
         passes: "cond", "uncond" or "all".
-        tokens: which tokens to average over, see `capture`.
+        tokens: which tokens to average over, see `taps.Where`.
         concept: name kept with the vector.
         progress: show a progress bar.
         **call: arguments of every pipeline call (num_inference_steps, guidance_scale, ...).

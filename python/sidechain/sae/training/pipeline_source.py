@@ -42,7 +42,7 @@ class PipelineSource:
         buffer: rows that are shuffled together, at least.
         batch_size: prompts in one call.
         passes: "cond", "uncond" or "all".
-        steps: window of steps, see `capture`.
+        steps: window of steps, see `taps.Where`.
         every: keep every so manieth step.
         tokens: slice of tokens. None = all.
         dtype: of the rows in the buffer.
