@@ -18,7 +18,7 @@ BOOL = (torch.bool,)
 
 
 def names(dtypes: tuple[torch.dtype, ...]) -> str:
-    """The dtypes as they are written in a message."""
+    """Write dtypes as a message names them."""
     return " | ".join(str(d).removeprefix("torch.") for d in dtypes)
 
 

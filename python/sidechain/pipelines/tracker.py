@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which step, which guidance branch, which sample: what a site cannot see by itself.
+"""Tracking of a generation: the step, guidance branch and sample that a site cannot see itself.
 
 The step comes from `scheduler.step`, the number of samples from `prepare_latents`, the branch of
 each row from the adapter's table. Everything is watched on instances and put back afterwards.

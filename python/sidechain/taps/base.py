@@ -38,7 +38,7 @@ class Tap:
 
     @property
     def attached(self) -> bool:
-        """Whether the tap is in place."""
+        """Tell whether the tap is in place."""
         return self._tracker is not None
 
     @property

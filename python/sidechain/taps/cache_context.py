@@ -46,7 +46,7 @@ class CachedAttention(Attend):
 
     @property
     def stale(self) -> bool:
-        """Whether the contexts of a generation changed unnoticed; reads one value back."""
+        """Tell whether the contexts of a generation changed unnoticed; reads one value back."""
         return self._seen is not None and bool(self._changed)
 
     def __call__(self, hidden: Tensor, context: Tensor) -> Tensor:

@@ -221,7 +221,7 @@ def reuse(old: Tensor | None, new: Tensor) -> Tensor:
 
 
 def same_device(a: torch.device, b: torch.device) -> bool:
-    """Whether two devices are one, "cuda" being its current index."""
+    """Tell whether two devices are one, "cuda" being its current index."""
 
     def number(device: torch.device) -> int:
         index: int | None = device.index  # the stubs forget that it may be None

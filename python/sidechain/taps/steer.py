@@ -52,7 +52,7 @@ class VectorLike(Protocol):
 
     @property
     def timesteps(self) -> Tensor | None:
-        """[S], or None."""
+        """Time of each step [S], or None."""
 
     @property
     def config_hash(self) -> str:
@@ -188,7 +188,7 @@ class Steer(Tap):
 
     @property
     def removal(self) -> Tensor:
-        """How much of the projection to take away for each sample, [1] or [B]."""
+        """Share of the projection to take away for each sample, [1] or [B]."""
         return self._removal
 
     @removal.setter
