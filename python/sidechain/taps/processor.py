@@ -176,7 +176,7 @@ def _cut(steering: Steering | None, rows: slice | None) -> Steering | None:
 
 
 def _fits(record: Record, add: Add) -> bool:
-    """Tell whether both can share one call: same tokens, and no steered row outside the captured."""
+    """Tell whether both share one call: same tokens, and no steered row outside the captured."""
     if record.tokens != add.tokens:
         return False
     if record.rows is None:
