@@ -102,8 +102,8 @@ class TestContent:
 
     def test_device_memory_does_not_grow_with_steps(self, pipe: Any) -> None:
         seen = []
-        options = ("all", None, 1, None, torch.float16)
-        tap = StreamTap(pipe, "cross:*", *options, lambda rows: seen.append(rows.step))
+        where = Where("cross:*", "all")
+        tap = StreamTap(pipe, where, 1, torch.float16, lambda rows: seen.append(rows.step))
         for steps in (2, 9):
             with tap:
                 generate(pipe, PROMPTS, steps=steps)
@@ -161,7 +161,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"sites": "cross:9"}, ValueError, "expected one of"),
     ({"batch_size": 0}, ValueError, "expected batch_size >= 1, got 0"),
     ({"every": 0}, ValueError, "expected every >= 1, got 0"),
-    ({"passes": "both"}, ValueError, "record: expected passes to be one of cond, uncond, all"),
+    ({"passes": "both"}, ValueError, "record: expected branches to be one of cond, uncond, all"),
     ({"steps": (3, 1)}, ValueError, "record: expected 0 <= start < stop"),
     ({"tokens": torch.ones(9, dtype=torch.bool)}, NotImplementedError, "got a mask"),
     ({"generator": 1}, ValueError, r"expected no generator \[set by record\]"),
