@@ -18,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ops.harness import CAPTURES
 from ops.support import upcast
 from sidechain import _triton
 from sidechain.ops import _library, attention_tap
@@ -30,11 +31,11 @@ from sidechain.testing.cases import (
     AttentionCase,
     TopkEncodeCase,
     encode_case,
+    structured,
 )
 from sidechain.testing.tolerance import assert_close
 
 PRECISIONS = ("bf16", "int8")  # beside fp32, which every case has
-CAPTURES = ("sums", "squares", "counts", "ring")
 # How many (kernel, case) each kind of test went through; printed at the end of the run.
 ran: Counter[tuple[str, str]] = Counter()
 
@@ -72,7 +73,7 @@ class Call:
 
 def _attention(case: AttentionCase) -> Call:
     def run(args: dict[str, Any], backend: str) -> dict[str, Tensor]:
-        out = attention_tap(**args, backend=backend)
+        out = attention_tap(**structured(args), backend=backend)
         return {"out": out} | {name: args[name] for name in CAPTURES if name in args}
 
     def config(size: int) -> Any:

@@ -82,7 +82,7 @@ def _count_tokens(p_mask, T, BLOCK: tl.constexpr):
     return total.to(tl.float32)
 
 
-_SIZES = ["T", "S", "M", "H", "GROUP", "RING_STRIDE"]
+_SIZES = ["T", "S", "M", "H", "GROUP"]
 _SLOTS = ["sums_slots", "squares_slots", "counts_slots", "ring_slots"]
 
 
@@ -97,7 +97,7 @@ def attention_tap_kernel(
     p_sums,  # [slots, R, H D] or None
     p_squares,  # [slots, R, H D] or None
     p_counts,  # [slots, R] or None
-    p_ring,  # [slots, R, ceil(T / RING_STRIDE), H D] or None
+    p_ring,  # [slots, R, T, H D] or None
     p_slot,  # [1] or None
     p_capture_mask,  # [R or 1, T] bytes or None
     p_partials,  # [R, H, tiles, 2, BLOCK_D], None where one tile holds all tokens
@@ -108,7 +108,6 @@ def attention_tap_kernel(
     M,
     H,
     GROUP,
-    RING_STRIDE,
     q_row,  # these nine count UNIT elements, so that the compiler knows what they are multiples of
     q_token,
     q_head,
@@ -149,8 +148,7 @@ def attention_tap_kernel(
     kv_head = (row_head % H // GROUP).to(tl.int64)
     r = (row_head // H).to(tl.int64)
     row_head = row_head.to(tl.int64)
-    t_32 = tile * BLOCK_T + tl.arange(0, BLOCK_T)
-    t = t_32.to(tl.int64)  # [BT]
+    t = (tile * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)  # [BT]
     d = tl.arange(0, BLOCK_D)  # [BD]
     in_d = d < D
     in_t = t < T
@@ -201,10 +199,9 @@ def attention_tap_kernel(
         captured &= tl.load(p_capture_mask + t, mask=in_t, other=0) != 0
     if p_ring is not None:
         if (slot >= 0) & (slot < ring_slots):
-            copied = captured & (t_32 % RING_STRIDE == 0)
             at = p_ring + slot * ring_slot + r * ring_row + h * D
-            at = at + (t_32 // RING_STRIDE).to(tl.int64)[:, None] * ring_token + d[None, :]
-            tl.store(at, out, mask=copied[:, None] & in_d[None, :])
+            at = at + t[:, None] * ring_token + d[None, :]
+            tl.store(at, out, mask=captured[:, None] & in_d[None, :])
     if p_counts is not None:
         if (h == 0) & (tile == 0):
             n = _count_tokens(p_capture_mask, T, BLOCK_T)
@@ -292,7 +289,6 @@ def launch_attention_tap(
     ring: Tensor | None,
     capture_slot: Tensor | None,
     capture_mask: Tensor | None,
-    ring_stride: int,
 ) -> None:
     """Launch on checked arguments, those of `sidechain.ops.attention_tap`."""
     rows, tokens, heads, width = q.shape
@@ -335,7 +331,6 @@ def launch_attention_tap(
             k_bank.shape[0],
             heads,
             heads // k_bank.shape[2],
-            ring_stride,
             *(s // unit for s in strides),
             *_strides(sums, 2),
             *_strides(squares, 2),

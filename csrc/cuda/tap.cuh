@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(kTapThreads)
   }
 
   const unsigned sum = wanted.to_sums ? tokens.captured : 0;
-  const unsigned copy = wanted.to_ring ? tokens.captured & tokens.due : 0;
+  const unsigned copy = wanted.to_ring ? tokens.captured : 0;
   const unsigned steered = wanted.v != nullptr ? tokens.steered : 0;
   const bool active = c < p.channels;
   T* const x = static_cast<T*>(p.x) + row * p.x_row + begin * p.x_token + c;
@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(kTapThreads)
       tap_hold(x, p.x_token, group, held);
       tap_measure<kWork>(held, group, sum, project, direction, total, square, dot);
       if ((kWork & kTapCapture) && copy != 0) {
-        tap_copy(p, layout.ring_aligned, row, wanted.capture_slot, c, tokens, group, held);
+        tap_copy(p, layout.ring_aligned, row, wanted.capture_slot, begin, c, copy, group, held);
       }
     }
     if constexpr ((kWork & kTapSteer) != 0) {
@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(kTapWideThreads)
   const TapRow wanted = tap_row<kWork>(p, row);
   const TapTokens tokens = tap_tokens<kWork>(p, layout, row, begin);
   const unsigned sum = wanted.to_sums ? tokens.captured : 0;
-  const unsigned copy = wanted.to_ring ? tokens.captured & tokens.due : 0;
+  const unsigned copy = wanted.to_ring ? tokens.captured : 0;
   const unsigned steered = wanted.v != nullptr ? tokens.steered : 0;
   const bool project = wanted.v != nullptr && (p.renorm || wanted.b != 0.0f);
   const int64_t first = static_cast<int64_t>(threadIdx.x) * kWidth;
@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(kTapWideThreads)
       }
       tap_measure<kWork>(held, group, sum, project, direction, total, square, dot);
       if (copy != 0) {
-        tap_copy(p, layout.ring_aligned, row, wanted.capture_slot, c, tokens, group, held);
+        tap_copy(p, layout.ring_aligned, row, wanted.capture_slot, begin, c, copy, group, held);
       }
       if (wanted.to_sums) {
         store(partial + c, total);
@@ -275,7 +275,6 @@ inline cudaError_t launch_tap(const TapParams& p, float* workspace, cudaStream_t
   // 8 elements of any dtype are a multiple of 16 bytes.
   layout.ring_aligned = reinterpret_cast<uintptr_t>(p.ring.data) % 16 == 0 &&
                         p.ring.slot % 8 == 0 && p.ring.row % 8 == 0 && p.ring.token % 8 == 0;
-  layout.per_every = p.ring.data != nullptr ? 1.0 / static_cast<double>(p.ring.every) : 0.0;
   cudaError_t status = cudaSuccess;
   switch (p.dtype) {
     case Dtype::kFloat32:

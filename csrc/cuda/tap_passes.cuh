@@ -24,7 +24,6 @@ struct TapLayout {
   int teams, team_threads, tokens;
   bool direct;
   bool vectors_aligned, ring_aligned;
-  double per_every;  // 1 / ring.every
   float* workspace;  // [R, chunks, 2, C], nullptr = no partial sums
 };
 
@@ -39,8 +38,6 @@ struct TapRow {
 // Tokens of a team as bits, the first token the lowest.
 struct TapTokens {
   unsigned captured, steered;
-  unsigned due;        // multiples of ring.every
-  int64_t first_copy;  // place in the ring of the first one due
 };
 
 // Up to kTapGroup tokens of a team: the bit of each (0 for none) and its number.
@@ -93,15 +90,6 @@ __device__ inline TapTokens tap_tokens(const TapParams& p, const TapLayout& layo
   }
   if (kWork & kTapSteer) {
     tokens.steered = __ballot_sync(kAll, here && tap_holds(p.steer_mask, row, token));
-  }
-  if ((kWork & kTapCapture) && p.ring.data != nullptr) {
-    // The 64-bit quotient without a division: the product is off by one at most.
-    int64_t place = static_cast<int64_t>(static_cast<double>(token) * layout.per_every);
-    int64_t rest = token - place * p.ring.every;
-    if (rest < 0) --place, rest += p.ring.every;
-    if (rest >= p.ring.every) ++place, rest -= p.ring.every;
-    tokens.due = __ballot_sync(kAll, rest == 0);
-    tokens.first_copy = __shfl_sync(kAll, rest == 0 ? place : place + 1, 0);
   }
   return tokens;
 }
@@ -184,35 +172,35 @@ __device__ inline void tap_measure(const Held<T, kWidth> (&held)[kTapGroup], con
   }
 }
 
-// Copies the tokens of a group that the ring wants, channel c on, as elements of R.
+// Copies the tokens of a group that are in `copy`, as elements of R.
 template <class R, class T, int kWidth>
-__device__ inline void tap_copy_as(const TapParams& p, bool aligned, int64_t offset,
-                                   const TapTokens& tokens, const TapGroup& group,
+__device__ inline void tap_copy_as(const TapParams& p, bool aligned, int64_t offset, unsigned copy,
+                                   const TapGroup& group,
                                    const Held<T, kWidth> (&held)[kTapGroup]) {
   R* const to = static_cast<R*>(p.ring.data) + offset;
 #pragma unroll
   for (int i = 0; i < kTapGroup; ++i) {
-    if ((group.bit[i] & tokens.captured & tokens.due) == 0) continue;
+    if ((group.bit[i] & copy) == 0) continue;
     float value[kWidth];
 #pragma unroll
     for (int k = 0; k < kWidth; ++k) value[k] = held[i].get(k);
-    store(to + __popc(tokens.due & (group.bit[i] - 1)) * p.ring.token, aligned, value);
+    store(to + tap_offset(group.bit[i], p.ring.token), aligned, value);
   }
 }
 
+// Copies to the ring, channel c on; `begin` is the first token of the team.
 template <class T, int kWidth>
 __device__ inline void tap_copy(const TapParams& p, bool aligned, int64_t row, int64_t slot,
-                                int64_t c, const TapTokens& tokens, const TapGroup& group,
+                                int64_t begin, int64_t c, unsigned copy, const TapGroup& group,
                                 const Held<T, kWidth> (&held)[kTapGroup]) {
-  const int64_t offset =
-      slot * p.ring.slot + row * p.ring.row + tokens.first_copy * p.ring.token + c;
+  const int64_t offset = slot * p.ring.slot + row * p.ring.row + begin * p.ring.token + c;
   switch (p.ring.dtype) {
     case Dtype::kFloat32:
-      return tap_copy_as<float>(p, aligned, offset, tokens, group, held);
+      return tap_copy_as<float>(p, aligned, offset, copy, group, held);
     case Dtype::kFloat16:
-      return tap_copy_as<__half>(p, aligned, offset, tokens, group, held);
+      return tap_copy_as<__half>(p, aligned, offset, copy, group, held);
     case Dtype::kBFloat16:
-      return tap_copy_as<__nv_bfloat16>(p, aligned, offset, tokens, group, held);
+      return tap_copy_as<__nv_bfloat16>(p, aligned, offset, copy, group, held);
   }
 }
 

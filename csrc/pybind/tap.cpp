@@ -7,14 +7,14 @@ namespace sidechain::host {
 namespace {
 
 // In place on contiguous arrays: x [R, T, C]; vectors [C] and strength, removal [R]; one capture
-// slot: sums, squares [R, C], counts [R], ring [R, ceil(T / ring_stride), C].
+// slot: sums, squares [R, C], counts [R], ring [R, T, C].
 void tap(py::array x, const std::string& dtype, const std::string& isa,
          std::optional<Floats> vector, std::optional<Floats> strength,
          std::optional<Floats> removal, std::optional<Array<bool>> steer_mask, bool renorm,
          std::optional<Floats> sums, std::optional<Floats> squares, std::optional<Floats> counts,
-         std::optional<py::array> ring, const std::string& ring_dtype, int64_t ring_stride,
+         std::optional<py::array> ring, const std::string& ring_dtype,
          std::optional<Array<bool>> capture_mask) {
-  if (x.ndim() != 3 || ring_stride < 1) throw py::value_error("tap: expected x [R, T, C]");
+  if (x.ndim() != 3) throw py::value_error("tap: expected x [R, T, C]");
   TapParams p = {};
   p.dtype = dtype_from("tap", dtype);
   p.rows = x.shape(0), p.tokens = x.shape(1), p.channels = x.shape(2);
@@ -42,14 +42,12 @@ void tap(py::array x, const std::string& dtype, const std::string& isa,
   p.capture_mask = mask(capture_mask);
   if (ring) {
     const Dtype to = dtype_from("tap", ring_dtype);
-    const int64_t kept = (p.tokens + ring_stride - 1) / ring_stride;
-    p.ring = {writable("tap", *ring, to, {p.rows, kept, p.channels}, "ring"),
+    p.ring = {writable("tap", *ring, to, {p.rows, p.tokens, p.channels}, "ring"),
               to,
               1,
               0,
-              kept * p.channels,
-              p.channels,
-              ring_stride};
+              p.tokens * p.channels,
+              p.channels};
   }
   cpu::tap(p, isa_from("tap", isa), nullptr);
 }
@@ -63,8 +61,7 @@ void bind_tap(py::module_& m) {
         py::arg("steer_mask") = py::none(), py::arg("renorm") = false,
         py::arg("sums").noconvert() = py::none(), py::arg("squares").noconvert() = py::none(),
         py::arg("counts").noconvert() = py::none(), py::arg("ring") = py::none(),
-        py::arg("ring_dtype") = "float32", py::arg("ring_stride") = 1,
-        py::arg("capture_mask") = py::none());
+        py::arg("ring_dtype") = "float32", py::arg("capture_mask") = py::none());
 }
 
 }  // namespace sidechain::host

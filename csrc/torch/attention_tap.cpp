@@ -3,6 +3,7 @@
 #include "sidechain/attention_tap.h"
 
 #include "torch/captures.h"
+#include "torch/parallel.h"
 
 namespace sidechain::torch_ops {
 namespace {
@@ -53,19 +54,14 @@ AttentionTapParams params_of(const Tensor& out, const Tensor& q, const Tensor& k
   return p;
 }
 
-void parallel_for(int64_t n, int64_t grain, cpu::Body body, void* context) {
-  torch::stable::parallel_for(0, n, grain,
-                              [&](int64_t begin, int64_t end) { body(begin, end, context); });
-}
-
 void attention_tap_cpu(Tensor out, Tensor q, Tensor k_bank, Tensor v_bank,
                        MaybeTensor context_index, MaybeTensor context_mask,
                        std::optional<double> scale, MaybeTensor sums, MaybeTensor squares,
                        MaybeTensor counts, MaybeTensor ring, MaybeTensor capture_slot,
-                       MaybeTensor capture_mask, int64_t ring_stride) {
+                       MaybeTensor capture_mask) {
   AttentionTapParams p = params_of(out, q, k_bank, v_bank, context_index, context_mask, scale);
-  fill_captures(kOp, p, p.heads * p.width, sums, squares, counts, ring, capture_slot, capture_mask,
-                ring_stride, q);
+  fill_captures(kOp, p, p.heads * p.width,
+                {sums, squares, counts, ring, capture_slot, capture_mask}, q);
   cpu::attention_tap(p, best_isa(), parallel_for);
 }
 

@@ -50,34 +50,34 @@ inline SumBuffer sum_buffer(const char* op, const char* name, const MaybeTensor&
   return {static_cast<float*>(t->mutable_data_ptr()), t->size(0), t->stride(0), t->stride(1)};
 }
 
+// `Capture` of python/sidechain/reference/tap_structs.py, as an op's arguments hold it.
+struct Capture {
+  const MaybeTensor &sums, &squares, &counts, &ring, &slot, &mask;
+};
+
 // Fills the capture buffers, slot and mask of `p`, whose rows and tokens are set.
 template <class Params>
-void fill_captures(const char* op, Params& p, int64_t channels, const MaybeTensor& sums,
-                   const MaybeTensor& squares, const MaybeTensor& counts, const MaybeTensor& ring,
-                   const MaybeTensor& capture_slot, const MaybeTensor& capture_mask,
-                   int64_t ring_stride, const Tensor& like) {
-  p.sums = sum_buffer(op, "sums", sums, p.rows, channels, like);
-  p.squares = sum_buffer(op, "squares", squares, p.rows, channels, like);
-  if (counts) {
+void fill_captures(const char* op, Params& p, int64_t channels, const Capture& capture,
+                   const Tensor& like) {
+  p.sums = sum_buffer(op, "sums", capture.sums, p.rows, channels, like);
+  p.squares = sum_buffer(op, "squares", capture.squares, p.rows, channels, like);
+  if (const MaybeTensor& counts = capture.counts) {
     check(op, "counts", *counts, ScalarType::Float, {kAny, p.rows}, like);
     p.counts = {static_cast<float*>(counts->mutable_data_ptr()), counts->size(0), counts->stride(0),
                 counts->stride(1)};
   }
-  if (ring) {
-    STD_TORCH_CHECK(ring_stride >= 1, op, ": expected ring_stride >= 1, got ", ring_stride);
-    check(op, "ring", *ring, ring->scalar_type(),
-          {kAny, p.rows, (p.tokens + ring_stride - 1) / ring_stride, channels}, like);
+  if (const MaybeTensor& ring = capture.ring) {
+    check(op, "ring", *ring, ring->scalar_type(), {kAny, p.rows, p.tokens, channels}, like);
     check_last_contiguous(op, "ring", *ring);
     p.ring = {ring->mutable_data_ptr(),
               dtype_of(op, "ring", *ring),
               ring->size(0),
               ring->stride(0),
               ring->stride(1),
-              ring->stride(2),
-              ring_stride};
+              ring->stride(2)};
   }
-  p.capture_slot = slot(op, "capture_slot", capture_slot, like);
-  p.capture_mask = token_mask(op, "capture_mask", capture_mask, p.rows, p.tokens, like);
+  p.capture_slot = slot(op, "capture_slot", capture.slot, like);
+  p.capture_mask = token_mask(op, "capture_mask", capture.mask, p.rows, p.tokens, like);
 }
 
 }  // namespace sidechain::torch_ops

@@ -6,14 +6,8 @@
 namespace sidechain::torch_ops {
 namespace {
 
-void tap_cuda(Tensor x, MaybeTensor vectors, MaybeTensor steer_slot, MaybeTensor index,
-              MaybeTensor strength, MaybeTensor removal, MaybeTensor steer_mask, bool renorm,
-              MaybeTensor sums, MaybeTensor squares, MaybeTensor counts, MaybeTensor ring,
-              MaybeTensor capture_slot, MaybeTensor capture_mask, int64_t ring_stride) {
+void tap_cuda(const Tensor& x, const TapParams& params) {
   const OnDevice device("tap_", x);
-  const TapParams params =
-      tap_params(x, vectors, steer_slot, index, strength, removal, steer_mask, renorm, sums,
-                 squares, counts, ring, capture_slot, capture_mask, ring_stride);
   const int64_t floats = cuda::tap_workspace_floats(params);
   std::optional<Tensor> workspace;
   if (floats > 0) workspace = torch::stable::new_empty(x, {floats}, ScalarType::Float);
@@ -23,6 +17,6 @@ void tap_cuda(Tensor x, MaybeTensor vectors, MaybeTensor steer_slot, MaybeTensor
 
 }  // namespace
 
-SIDECHAIN_CUDA_LIBRARY(library) { library.impl("tap_", TORCH_BOX(&tap_cuda)); }
+SIDECHAIN_CUDA_LIBRARY(library) { library.impl("tap_", TORCH_BOX(&tap_op<tap_cuda>)); }
 
 }  // namespace sidechain::torch_ops

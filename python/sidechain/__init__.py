@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tap, patch and steer the attention of diffusion models.
 
-`sites` says where; `capture`, `patch` and `steer` say what happens there; `share` makes it cheaper.
+`sites` says where; `capture`, `patch` and `steer` say what happens there; `cache_context`
+makes it cheaper.
 Everything is imported on first use: `import sidechain` alone imports neither torch nor NumPy.
 """
 
@@ -14,8 +15,9 @@ from ._lazy import lazy
 if TYPE_CHECKING:
     from ._errors import InputError
     from .pipelines.sites import sites
-    from .taps.cache_context import share
+    from .taps.cache_context import cache_context
     from .taps.capture import capture, contexts
+    from .taps.options import Where
     from .taps.patch import patch
     from .taps.steer import steer
     from .vectors import SteeringVector
@@ -44,10 +46,11 @@ _ROOMS = (
 __all__ = [
     "InputError",
     "SteeringVector",
+    "Where",
+    "cache_context",
     "capture",
     "contexts",
     "patch",
-    "share",
     "sites",
     "steer",
 ]
@@ -55,7 +58,9 @@ __all__ = [
 lazy(
     __name__,
     {
-        **dict.fromkeys(("capture", "contexts", "patch", "share", "steer"), ".taps"),
+        **dict.fromkeys(
+            ("Where", "cache_context", "capture", "contexts", "patch", "steer"), ".taps"
+        ),
         "sites": ".pipelines",
         "SteeringVector": ".vectors",
         "InputError": "._errors",

@@ -62,7 +62,6 @@ def tap(
     counts: NDArray[np.float32] | None = None,
     ring: NDArray[Any] | None = None,
     ring_dtype: str = "float32",
-    ring_stride: int = 1,
     capture_mask: NDArray[np.bool_] | None = None,
 ) -> None: ...
 def topk_encode(

@@ -115,9 +115,9 @@ class TestCuda:
 class TestPythonOnly:
     CODE = (
         "import json, torch, sidechain\n"
-        "from sidechain.ops import backends, tap_\n"
+        "from sidechain.ops import Steering, backends, tap_\n"
         "x = torch.ones(1, 2, 3)\n"
-        "tap_(x, vectors=torch.ones(1, 1, 3), strength=torch.ones(1))\n"
+        "tap_(x, steering=Steering(torch.ones(1, 1, 3), strength=torch.ones(1)))\n"
         "print(json.dumps([x.sum().item(), backends()['tap_']]))"
     )
 

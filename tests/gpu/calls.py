@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ops.harness import CAPTURES, positional
 from ops.sae_update_calls import WRITTEN
 from ops.sae_update_calls import square as gradient_square
-from ops.test_attention_tap import ORDER as ATTENTION_ORDER
 from sidechain import ops
 from sidechain.ops import CodeSums
 from sidechain.testing.cases import (
@@ -26,15 +26,10 @@ from sidechain.testing.cases import (
     edit_call,
     encode_case,
     square_args,
+    structured,
     update_call,
 )
 
-TAP_ORDER = (
-    "x", "vectors", "steer_slot", "index", "strength", "removal", "steer_mask", "renorm", "sums",
-    "squares", "counts", "ring", "capture_slot", "capture_mask", "ring_stride",
-)  # fmt: skip
-CAPTURES = ("sums", "squares", "counts", "ring")
-CODE_SUMS_ORDER = ("values", "indices", "offsets", "label", *CodeSums._fields)
 ENCODERS = ("x", "w_enc", "b_enc", "b_pre")
 
 
@@ -60,11 +55,13 @@ class Call:
 
 
 def _tap(args: dict[str, Any], backend: str = "auto") -> dict[str, Tensor]:
-    return {"x": ops.tap_(**args, backend=backend)} | {n: args[n] for n in CAPTURES if n in args}
+    return {"x": ops.tap_(**structured(args), backend=backend)} | {
+        n: args[n] for n in CAPTURES if n in args
+    }
 
 
 def _attention(args: dict[str, Any], backend: str = "auto") -> dict[str, Tensor]:
-    out = ops.attention_tap(**args, backend=backend)
+    out = ops.attention_tap(**structured(args), backend=backend)
     return {"out": out} | {n: args[n] for n in CAPTURES if n in args}
 
 
@@ -156,8 +153,9 @@ def _sums(args: dict[str, Any], backend: str = "auto") -> dict[str, Tensor]:
 
 
 def _reduce(args: dict[str, Any], backend: str = "auto") -> dict[str, Tensor]:
-    tensors = (args[n] for n in ENCODERS)
-    return dict(ops.encode_reduce(*tensors, k=args["k"], backend=backend)._asdict())
+    x, *weights = (args[n] for n in ENCODERS)
+    found = ops.encode_reduce(x, ops.Encoder(*weights), k=args["k"], backend=backend)
+    return dict(found._asdict())
 
 
 def _none(args: dict[str, Any]) -> list[tuple[str, tuple[Any, ...]]]:
@@ -168,7 +166,7 @@ def _dtyped(case: Any, dtype: torch.dtype) -> Callable[[int, str], dict[str, Any
     return lambda seed, device: case.make(dtype, seed, device)
 
 
-_captures: dict[str, Any] = {"sums": True, "squares": True, "counts": True, "ring_stride": 2}
+_captures: dict[str, Any] = {"sums": True, "squares": True, "counts": True}
 _TAP = TapCase(3, 130, 48, removal=True, renorm=True, index=True, steer_mask=3,
                ring=torch.float16, capture_mask=3, **_captures)  # fmt: skip
 _ATTENTION = AttentionCase(3, 130, 20, 4, 16, kv_heads=2, context_mask=True,
@@ -184,13 +182,13 @@ _EDIT = EditCase(33, 96, 150, 6, strength=33, mask=True)
 CALLS = (
     *(
         Call(f"tap_-{name}", _dtyped(_TAP, dtype), _tap,
-             lambda a: [("tap_", tuple(({"renorm": False} | a).get(n) for n in TAP_ORDER))])
+             lambda a: [("tap_", positional("tap_", a))])
         for name, dtype in (("f32", torch.float32), ("bf16", torch.bfloat16))
     ),
     *(
         Call(f"attention_tap-{name}", _dtyped(_ATTENTION, dtype), _attention,
              lambda a: [("attention_tap",
-                         (torch.zeros_like(a["q"]), *(a.get(n) for n in ATTENTION_ORDER)))])
+                         positional("attention_tap", a | {"out": torch.zeros_like(a["q"])}))])
         for name, dtype in (("f32", torch.float32), ("bf16", torch.bfloat16))
     ),
     Call("topk_encode", _dtyped(_TOPK, torch.float32), _encode, _encode_schema),
@@ -206,6 +204,6 @@ CALLS = (
     Call("sae_edit_", _dtyped(_EDIT, torch.bfloat16), _edit,
          lambda a: [("sae_edit_", tuple(a.values()))]),
     Call("code_sums_", _SUMS.make, _sums,
-         lambda a: [("code_sums_", tuple(a[n] for n in CODE_SUMS_ORDER))]),
+         lambda a: [("code_sums_", positional("code_sums_", a))]),
     Call("encode_reduce", _dtyped(_TOPK, torch.float32), _reduce, _none),
 )  # fmt: skip

@@ -88,7 +88,7 @@ def test_tap_(device: str) -> None:
     sums = torch.zeros(1, 2, width, device=device)
     ring = torch.zeros(1, 2, tokens, width, dtype=BF16, device=device)
     before = x[1].clone()
-    ops.tap_(x, vectors=vectors, strength=strength, sums=sums, ring=ring)
+    ops.tap_(x, ops.Capture(sums, ring=ring), ops.Steering(vectors, strength=strength))
     assert torch.equal(ring[0, 1, -LAST:], before[-LAST:])
     assert torch.equal(ring[0, 0, -LAST:], x[0, -LAST:])
     steered = before[-LAST:].double() + 3.0 * vectors[0, 0].double()
@@ -107,7 +107,7 @@ def test_attention_tap(device: str) -> None:
     banks = [drawn(device, 2, 77, heads, width // heads) for _ in range(2)]
     index = torch.ones(1, dtype=torch.int32, device=device)
     ring = torch.zeros(1, 1, rows, width, dtype=BF16, device=device)
-    out = ops.attention_tap(q, *banks, context_index=index, ring=ring)
+    out = ops.attention_tap(q, *banks, context_index=index, capture=ops.Capture(ring=ring))
     assert torch.equal(out.flatten(2)[:, -LAST:], ring[0, :, -LAST:])
     check("out", out[:, -LAST:], _attend, (q[:, -LAST:], *banks, index))
 
@@ -126,10 +126,7 @@ def test_attention_tap_bank(device: str) -> None:
 
 
 def _attend(q: Tensor, k_bank: Tensor, v_bank: Tensor, index: Tensor) -> Tensor:
-    out = torch.empty_like(q)
-    rest = (None, None, None, None, None, None, None, None, 1)
-    attention_reference.attention_tap_(out, q, k_bank, v_bank, index, *rest)
-    return out
+    return attention_reference.attend(q, k_bank, v_bank, index)
 
 
 def test_sparse_decode_rows(device: str) -> None:

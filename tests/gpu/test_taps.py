@@ -15,6 +15,7 @@ from torch import Tensor
 import sidechain
 from gpu.support import capture_begun, captured, copied, on, side_stream
 from gpu.waits import META, stand_in, waits_of
+from sidechain import Where
 from sidechain.taps import Capture
 from sidechain.taps.base import Tap
 from sidechain.taps.processor import arrange
@@ -36,25 +37,27 @@ def _swapped(pipe: Any, **options: Any) -> Any:
 
 
 TAPS: dict[str, Taps] = {
-    "mean": lambda p: [sidechain.capture(p, "cross:*", passes="all")],
+    "mean": lambda p: [sidechain.capture(p, Where("cross:*", branches="all"))],
     "moments, mask": lambda p: [
-        sidechain.capture(p, "cross:*", reduce="moments", tokens=drawn(SAMPLES, TOKENS) > 0)
+        sidechain.capture(p, Where("cross:*", tokens=drawn(SAMPLES, TOKENS) > 0), reduce="moments")
     ],
-    "tokens": lambda p: [sidechain.capture(p, "cross:*", reduce="tokens", tokens=slice(1, 60, 3))],
+    "tokens": lambda p: [
+        sidechain.capture(p, Where("cross:*", tokens=slice(1, 60, 3)), reduce="tokens")
+    ],
     "context": lambda p: [sidechain.capture(p, "cross:*", reduce="context")],
     "patched context": lambda p: [_swapped(p, rows=[True, False])],
     "patched output": lambda p: [
-        sidechain.patch(p, "cross:1", output=on(_place(p), drawn(2, SAMPLES, TOKENS, WIDTH)),
-                        steps=(1, 3))
+        sidechain.patch(p, Where("cross:1", steps=(1, 3)),
+                        output=on(_place(p), drawn(2, SAMPLES, TOKENS, WIDTH)))
     ],
-    "ablated": lambda p: [sidechain.patch(p, "cross:2", ablate=True, steps=(0.5, 1.0))],
+    "ablated": lambda p: [sidechain.patch(p, Where("cross:2", steps=(0.5, 1.0)), ablate=True)],
     "steered": lambda p: [
-        sidechain.steer(p, {"cross:1": drawn(STEPS, WIDTH)}, strength=[2.0, -1.0], removal=0.5,
-                        renorm=True, tokens=drawn(TOKENS) > 0)
+        sidechain.steer(p, {"cross:1": drawn(STEPS, WIDTH)}, Where(tokens=drawn(TOKENS) > 0),
+                        strength=[2.0, -1.0], removal=0.5, renorm=True)
     ],
-    "shared": lambda p: [sidechain.share(p)],
+    "shared": lambda p: [sidechain.cache_context(p)],
     "all": lambda p: [
-        sidechain.share(p), _swapped(p, rows=[False, True]),
+        sidechain.cache_context(p), _swapped(p, rows=[False, True]),
         sidechain.steer(p, {"cross:1": drawn(WIDTH)}, strength=[0.0, 2.0]),
         sidechain.capture(p, "cross:*"),
     ],
@@ -129,7 +132,7 @@ class Denoiser:
 
     def begin(self, tap: Any) -> Tensor:
         """Announce a run and make its first call, which makes the buffers of the taps."""
-        tap.context.begin(SAMPLES, STEPS)
+        tap.tracker.begin(SAMPLES, STEPS)
         return self()
 
 
@@ -162,8 +165,8 @@ class TestGraph:
     def test_a_mask_keeps_its_memory_over_runs(self, device: str) -> None:
         call = Denoiser(device)
         tokens = drawn(SAMPLES, TOKENS) > 0
-        steer = sidechain.steer(call.pipe, {"cross:1": drawn(WIDTH)}, tokens=tokens)
-        capture = sidechain.capture(call.pipe, "cross:1", tokens=tokens)
+        steer = sidechain.steer(call.pipe, {"cross:1": drawn(WIDTH)}, Where(tokens=tokens))
+        capture = sidechain.capture(call.pipe, Where("cross:1", tokens=tokens))
         with attached(steer), attached(capture):
             first = call.begin(steer).clone()
             replay = captured(device, call)
@@ -209,13 +212,13 @@ class TestGraph:
         """The graph of one run serves the next, with other texts."""
         call = Denoiser(device)
         plain = call().clone()
-        with attached(sidechain.share(call.pipe)) as tap:
+        with attached(sidechain.cache_context(call.pipe)) as tap:
             call.begin(tap)
             with side_stream(device):
                 replay = captured(device, call)
             error = (replay() - plain).norm() / plain.norm()
             assert error <= 2e-5
-            shared = tap._shared()[0]
+            shared = tap._cached_at(tap.sites[0])[0]
             held = [shared._keys, shared._values, shared._entry, shared._seen]
             addresses = [t.data_ptr() for t in held]
             call.see(["drums loop", "flute"])
@@ -229,7 +232,7 @@ class TestGraph:
         if device == "cpu":
             pytest.skip("on the CPU the bank is made anew at once")
         call = Denoiser(device)
-        tap = sidechain.share(call.pipe).attach()
+        tap = sidechain.cache_context(call.pipe).attach()
         call.begin(tap)
         replay = captured(device, call)
         call.see(["drums loop", "flute"])
@@ -244,12 +247,12 @@ class TestGraph:
         """Buffers made within a capture belong to the graph and would be filled by each replay."""
         call = Denoiser(device)
         tap = TAPS[name](call.pipe)[0].attach()
-        tap.context.begin(SAMPLES, STEPS)
+        tap.tracker.begin(SAMPLES, STEPS)
         match = "expected an eager denoiser call of these shapes at this step before a CUDA graph"
         with capture_begun(device, monkeypatch), pytest.raises(RuntimeError, match=match):
             call()
         call()
-        tap.context.next_step()
+        tap.tracker.next_step()
         with capture_begun(device, monkeypatch), pytest.raises(RuntimeError, match=match):
             call()
         call()
@@ -269,7 +272,7 @@ def test_a_call_waits_for_nothing(device: str, name: str) -> None:
         _to_meta(call, tap)
     with waits_of(device) as waits:
         for step in range(1, STEPS):
-            tap.context.next_step()
+            tap.tracker.next_step()
             if name == "steered":
                 tap.strength = [float(step), 0.5]
                 tap.removal = 1.0
@@ -283,7 +286,7 @@ def _to_meta(call: Denoiser, tap: Any) -> None:
     done: dict[int, Any] = {}
     call.pipe.transformer.to(META)
     call.args, call.kwargs = stand_in("cpu", (call.args, call.kwargs), done)
-    run = tap.context.run
+    run = tap.tracker.generation
     object.__setattr__(run, "shape", replace(run.shape, device=META))
     _place_in(run, done)
     _place_in(tap, done)

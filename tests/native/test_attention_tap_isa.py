@@ -13,7 +13,7 @@ from torch import Tensor
 from ops.support import clone, upcast
 from sidechain import _native
 from sidechain.ops import attention_tap
-from sidechain.testing.cases import ATTENTION_CASES, DTYPES, AttentionCase
+from sidechain.testing.cases import ATTENTION_CASES, DTYPES, AttentionCase, structured
 from sidechain.testing.tolerance import assert_close
 
 host: Any = _native.host()
@@ -49,8 +49,8 @@ def test_parity(case: AttentionCase, dtype: torch.dtype, isa: str) -> None:
     args = case.make(dtype)
     got = on_isa(args, isa)
     exact, eager = upcast(args), clone(args)
-    exact["out"] = attention_tap(**exact, backend="reference")
-    eager["out"] = attention_tap(**eager, backend="reference")
+    exact["out"] = attention_tap(**structured(exact), backend="reference")
+    eager["out"] = attention_tap(**structured(eager), backend="reference")
     for name, value in got.items():
         pick = slice(None) if name == "out" else 1
         assert_close(f"{isa} {name}", value, exact[name][pick], eager[name][pick])

@@ -17,7 +17,7 @@ from torch import Tensor
 from ops.support import upcast
 from sidechain import _native
 from sidechain.ops import tap_
-from sidechain.testing.cases import DTYPES, TAP_CASES, TapCase
+from sidechain.testing.cases import DTYPES, TAP_CASES, TapCase, structured
 from sidechain.testing.tolerance import assert_close
 
 host: Any = _native.host()
@@ -56,7 +56,6 @@ def on_isa(args: dict[str, Any], isa: str) -> dict[str, Tensor]:
             out[name] = kw[name] = array(args[name][slot])
     if "ring" in args:
         kw["ring_dtype"] = str(args["ring"].dtype).removeprefix("torch.")
-        kw["ring_stride"] = args["ring_stride"]
     host.tap(out["x"], renorm=args.get("renorm", False), **kw)
     return {k: tensor(v, args[k].dtype) for k, v in out.items()}
 
@@ -72,8 +71,8 @@ def test_parity(case: TapCase, dtype: torch.dtype, isa: str) -> None:
     got = on_isa(args, isa)
     exact, eager = upcast(args), {k: v.clone() if isinstance(v, Tensor) else v
                                   for k, v in args.items()}  # fmt: skip
-    tap_(**exact, backend="reference")
-    tap_(**eager, backend="reference")
+    tap_(**structured(exact), backend="reference")
+    tap_(**structured(eager), backend="reference")
     for name, value in got.items():
         pick = slice(None) if name == "x" else 1
         assert_close(f"{isa} {name}", value, exact[name][pick], eager[name][pick])

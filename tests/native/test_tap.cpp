@@ -56,7 +56,7 @@ Buffers random_buffers(const Shape& s) {
   fill(b.sums, s.rows * s.channels);
   fill(b.squares, s.rows * s.channels);
   b.counts.assign(s.rows, 2.0f);
-  b.ring.assign(s.rows * ((s.tokens + 2) / 3) * s.channels, -7.0f);
+  b.ring.assign(s.rows * s.tokens * s.channels, -7.0f);
   for (int64_t i = 0; i < s.rows * s.tokens; ++i) {
     b.steer.push_back(random() % 4 != 0);
     b.capture.push_back(random() % 3 != 0);
@@ -78,13 +78,12 @@ sidechain::TapParams params(Buffers& b, const Shape& s) {
   p.sums = {b.sums.data(), 1, 0, s.channels};
   p.squares = {b.squares.data(), 1, 0, s.channels};
   p.counts = {b.counts.data(), 1, 0, 1};
-  p.ring = {b.ring.data(), Dtype::kFloat32, 1, 0, (s.tokens + 2) / 3 * s.channels, s.channels, 3};
+  p.ring = {b.ring.data(), Dtype::kFloat32, 1, 0, s.tokens * s.channels, s.channels};
   p.capture_mask = {b.capture.data(), s.tokens, 1};
   return p;
 }
 
 void plain(Buffers& b, const Shape& s) {
-  const int64_t kept = (s.tokens + 2) / 3;
   for (int64_t r = 0; r < s.rows; ++r) {
     std::vector<double> sum(s.channels), square(s.channels);
     for (int64_t t = 0; t < s.tokens; ++t) {
@@ -99,7 +98,7 @@ void plain(Buffers& b, const Shape& s) {
         for (int64_t c = 0; c < s.channels; ++c) {
           sum[c] += x[c];
           square[c] += static_cast<double>(x[c]) * x[c];
-          if (t % 3 == 0) b.ring[(r * kept + t / 3) * s.channels + c] = x[c];
+          b.ring[(r * s.tokens + t) * s.channels + c] = x[c];
         }
       }
       if (!b.steer[r * s.tokens + t]) continue;
@@ -149,7 +148,7 @@ void test_conversions(Isa isa) {
     sidechain::TapParams p = {};
     p.x = x.data(), p.dtype = dtype;
     p.rows = p.tokens = 1, p.channels = 65536;
-    p.ring = {wide.data(), Dtype::kFloat32, 1, 0, 0, 0, 1};
+    p.ring = {wide.data(), Dtype::kFloat32, 1, 0, 0, 0};
     p.vectors = zero.data(), p.vector_count = p.vector_slots = 1;
     p.strength = one.data();
     sidechain::cpu::tap(p, isa, nullptr);
@@ -180,7 +179,7 @@ void test_rounding(Isa isa) {
     sidechain::TapParams p = {};
     p.x = copy.data(), p.dtype = Dtype::kFloat32;
     p.rows = p.tokens = 1, p.channels = n;
-    p.ring = {ring.data(), dtype, 1, 0, 0, 0, 1};
+    p.ring = {ring.data(), dtype, 1, 0, 0, 0};
     sidechain::cpu::tap(p, isa, nullptr);
     for (int i = 0; i < n; ++i) {
       EXPECT(ring[i] == want[i], "%s: rounding of %a: expected 0x%04x, got 0x%04x",

@@ -6,36 +6,20 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from torch import Tensor
 
-from ops.support import backend_params, clone, upcast
+from ops.harness import CAPTURES, Harness
 from sidechain.ops import tap_
-from sidechain.testing.cases import DTYPES
-from sidechain.testing.tolerance import assert_close
-
-BACKENDS = backend_params("tap_")
-OUTPUTS = ("x", "sums", "squares", "counts", "ring")
-dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
+from sidechain.testing.cases import structured
 
 
-def run(args: dict[str, Any], **more: Any) -> dict[str, Any]:
-    """Call tap_ on copies and return the copies."""
-    args = clone(args)
-    assert tap_(**args, **more) is args["x"]
-    return args
+def _call(args: dict[str, Any], **more: Any) -> dict[str, Tensor]:
+    assert tap_(**structured(args), **more) is args["x"]
+    return {name: args[name] for name in ("x", *CAPTURES) if name in args}
 
 
-def check(args: dict[str, Any], got: dict[str, Any]) -> None:
-    """Compare with the reference in float64, by what the reference errs in the dtype of x."""
-    exact = upcast(args)
-    tap_(**exact, backend="reference")
-    eager = run(args, backend="reference")
-    for name in OUTPUTS:
-        if name in args:
-            assert_close(name, got[name], exact[name], eager[name])
+TAP = Harness("tap_", _call)
 
 
 def plain(args: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -43,7 +27,7 @@ def plain(args: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
     x = args["x"].double().numpy()
     rows, tokens, _ = x.shape
     y = x.copy()
-    out = {k: args[k].double().numpy().copy() for k in OUTPUTS[1:] if k in args}
+    out = {k: args[k].double().numpy().copy() for k in CAPTURES if k in args}
     slot = int(args["capture_slot"][0]) if "capture_slot" in args else 0
 
     def on(mask: str, r: int, t: int) -> bool:
@@ -58,8 +42,8 @@ def plain(args: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
                     out["squares"][slot, r] += x[r, t] ** 2
                 if "counts" in out:
                     out["counts"][slot, r] += 1
-                if "ring" in out and t % args.get("ring_stride", 1) == 0:
-                    out["ring"][slot, r, t // args.get("ring_stride", 1)] = x[r, t]
+                if "ring" in out:
+                    out["ring"][slot, r, t] = x[r, t]
             a = float(args["strength"][r]) if "strength" in args else 0.0
             b = float(args["removal"][r]) if "removal" in args else 0.0
             which = int(args["index"][r]) if "index" in args else 0

@@ -12,31 +12,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ops.support import DEVICE, backend_params, clone, guarded, guards_intact, upcast
+from ops.harness import CAPTURES, Harness, capture_refusals, dtypes
+from ops.support import DEVICE, clone, guarded, guards_intact, upcast
 from sidechain.ops import attention_tap, backends
 from sidechain.reference import attention_tap as reference
-from sidechain.testing.cases import ATTENTION_CASES, DTYPES, AttentionCase
-from sidechain.testing.tolerance import assert_close
+from sidechain.testing.cases import ATTENTION_CASES, DTYPES, AttentionCase, structured
 
-CAPTURES = ("sums", "squares", "counts", "ring")
-dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
-every_backend = pytest.mark.parametrize("backend", backend_params("attention_tap"))
 EVERYTHING = next(c for c in ATTENTION_CASES if c.what == "everything")
 
 
-def run(args: dict[str, Any], **more: Any) -> dict[str, Tensor]:
-    """Call attention_tap on copies; return the output and the buffers."""
-    args = clone(args)
-    out = attention_tap(**args, **more)
+def _call(args: dict[str, Any], **more: Any) -> dict[str, Tensor]:
+    out = attention_tap(**structured(args), **more)
     return {"out": out} | {name: args[name] for name in CAPTURES if name in args}
 
 
-def check(args: dict[str, Any], got: dict[str, Tensor]) -> None:
-    """Compare with the reference in float64, by what the reference errs in the dtype of q."""
-    exact = run(upcast(args), backend="reference")
-    eager = run(args, backend="reference")
-    for name, value in got.items():
-        assert_close(name, value, exact[name], eager[name])
+ATTENTION = Harness("attention_tap", _call)
 
 
 def plain(args: dict[str, Any]) -> dict[str, Tensor]:
@@ -70,25 +60,22 @@ def plain(args: dict[str, Any]) -> dict[str, Tensor]:
         if "counts" in buffers:
             buffers["counts"][slot, r] += held.sum()
         if "ring" in buffers:
-            every = args["ring_stride"]
-            for t in np.flatnonzero(held):
-                if t % every == 0:
-                    buffers["ring"][slot, r, t // every] = flat[t]
+            buffers["ring"][slot, r, held] = flat[held]
     return {name: torch.from_numpy(value) for name, value in (result | buffers).items()}
 
 
 class TestNumerics:
-    @every_backend
+    @ATTENTION.every_backend
     @dtypes
     @pytest.mark.parametrize("case", ATTENTION_CASES, ids=lambda c: c.name)
     def test_against_float64(self, case: AttentionCase, dtype: torch.dtype, backend: str) -> None:
         args = case.make(dtype, device=DEVICE[backend])
-        check(args, run(args, backend=backend))
+        ATTENTION.check(args, ATTENTION.run(args, backend=backend))
 
     @pytest.mark.parametrize("case", ATTENTION_CASES, ids=lambda c: c.name)
     def test_reference_against_plain(self, case: AttentionCase) -> None:
         args = upcast(case.make(torch.float64))
-        got = run(args, backend="reference")
+        got = ATTENTION.run(args, backend="reference")
         for name, value in plain(args).items():
             torch.testing.assert_close(got[name], value, rtol=1e-10, atol=1e-10)
 
@@ -101,7 +88,6 @@ class TestNumerics:
         width=st.integers(1, 128),
         flags=st.tuples(*[st.booleans()] * 6),
         mask=st.sampled_from([None, 1, "R"]),
-        stride=st.integers(1, 5),
         scale=st.sampled_from([None, 0.0, -0.2, 1.5]),
         dtype=st.sampled_from(list(DTYPES.values())),
         seed=st.integers(0, 99),
@@ -115,7 +101,6 @@ class TestNumerics:
         width: int,
         flags: tuple[bool, ...],
         mask: int | str | None,
-        stride: int,
         scale: float | None,
         dtype: torch.dtype,
         seed: int,
@@ -124,23 +109,23 @@ class TestNumerics:
             rows, tokens, context, groups[0] * groups[1], width, kv_heads=groups[0],
             context_index=flags[0], context_mask=flags[1], scale=scale, packed=flags[2],
             sums=flags[3], squares=flags[4], counts=flags[5],
-            ring=dtype if flags[3] != flags[4] else None, ring_stride=stride,
+            ring=dtype if flags[3] != flags[4] else None,
             capture_mask=max(rows, 1) if mask == "R" else mask,
         )  # fmt: skip
         args = case.make(dtype, seed)
-        check(args, run(args))
+        ATTENTION.check(args, ATTENTION.run(args))
 
     def test_scores_far_apart(self) -> None:
         """Scores of hundreds overflow an exponential that does not subtract the largest."""
         args = AttentionCase(1, 3, 40, 1, 16, context_index=False).make(torch.float32)
         args["q"] *= 200.0
-        got = run(args)
+        got = ATTENTION.run(args)
         assert got["out"].isfinite().all()
-        check(args, got)
+        ATTENTION.check(args, got)
 
 
 class TestLayout:
-    @every_backend
+    @ATTENTION.every_backend
     @dtypes
     @pytest.mark.parametrize("offset", range(18))
     def test_offset_views_and_guards(self, offset: int, dtype: torch.dtype, backend: str) -> None:
@@ -148,62 +133,37 @@ class TestLayout:
             pytest.skip("guard bands are laid in host memory")
         args = AttentionCase(
             2, 9, 13, 2, 23, kv_heads=1, sums=True, squares=True, counts=True, ring=dtype,
-            ring_stride=2, capture_mask=2, context_mask=True,
+            capture_mask=2, context_mask=True,
         ).make(dtype)  # fmt: skip
-        moved, wholes = clone(args), {}
-        for name in (*CAPTURES, "q", "k_bank", "v_bank"):
-            moved[name], wholes[name] = guarded(args[name], offset)
-        out = attention_tap(**moved, backend=backend)
-        check(args, {"out": out} | {name: moved[name] for name in CAPTURES})
-        for name, whole in wholes.items():
-            assert guards_intact(whole, moved[name], offset), name
+        names = (*CAPTURES, "q", "k_bank", "v_bank")
+        ATTENTION.check_guarded(args, names, offset, backend=backend)
 
-    @every_backend
+    @ATTENTION.every_backend
     def test_output_stays_inside(self, backend: str) -> None:
         if DEVICE[backend] != "cpu" or backend == "reference":
             pytest.skip("guard bands are laid in host memory, and torch minds its own")
         args = AttentionCase(2, 7, 5, 3, 9).make(torch.float32)
         out, whole = guarded(torch.zeros(2, 7, 3, 9), 3)
-        rest = (args["q"], args["k_bank"], args["v_bank"], args["context_index"], *[None] * 8, 1)
+        rest = (args["q"], args["k_bank"], args["v_bank"], args["context_index"], *[None] * 8)
         torch.ops.sidechain.attention_tap.default(out, *rest)
         assert guards_intact(whole, out, 3)
-        check(args, {"out": out})
+        ATTENTION.check(args, {"out": out})
 
-    @every_backend
+    @ATTENTION.every_backend
     @dtypes
     def test_strided_outer_dims(self, dtype: torch.dtype, backend: str) -> None:
         args = EVERYTHING.make(dtype, device=DEVICE[backend])
-        strided: dict[str, Any] = {}
-        for name, value in args.items():
-            if not isinstance(value, Tensor):
-                strided[name] = value
-                continue
-            # Every dim but the last becomes a step of 2; that of masks and indices too.
-            keep = value.dim() - (value.is_floating_point() and name != "counts")
-            wide = value.new_zeros([n * 2 if d < keep else n for d, n in enumerate(value.shape)])
-            steps = [slice(None, None, 2 if d < keep else None) for d in range(value.dim())]
-            strided[name] = wide[tuple(steps)].copy_(value)
-        out = attention_tap(**strided, backend=backend)
-        check(args, {"out": out} | {name: strided[name] for name in CAPTURES})
+        ATTENTION.check_strided(args, backend=backend)
 
     def test_determinism_over_threads(self) -> None:
         args = AttentionCase(
             3, 700, 33, 2, 40, sums=True, squares=True, counts=True
         ).make(torch.float32)  # fmt: skip
-        before, seen = torch.get_num_threads(), []
-        try:
-            for threads in (1, 2, 3, 7):
-                torch.set_num_threads(threads)
-                seen.append(run(args))
-        finally:
-            torch.set_num_threads(before)
-        for other in seen[1:]:
-            for name, value in seen[0].items():
-                assert torch.equal(value, other[name]), name
+        ATTENTION.check_threads(args)
 
 
 class TestEdges:
-    @every_backend
+    @ATTENTION.every_backend
     @dtypes
     def test_dead_rows_read_nothing(self, dtype: torch.dtype, backend: str) -> None:
         args = AttentionCase(
@@ -213,34 +173,34 @@ class TestEdges:
         args["context_mask"][2] = False
         for name in ("q", "k_bank", "v_bank"):
             args[name].fill_(math.nan)
-        got = run(args, backend=backend)
+        got = ATTENTION.run(args, backend=backend)
         assert torch.equal(got["out"], torch.zeros_like(got["out"]))
         assert torch.equal(got["sums"], args["sums"])
         assert torch.equal(got["counts"][1], args["counts"][1] + 20)
         assert torch.equal(got["ring"][1], torch.zeros_like(got["ring"][1]))
 
-    @every_backend
+    @ATTENTION.every_backend
     @dtypes
     def test_masked_context_is_not_read(self, dtype: torch.dtype, backend: str) -> None:
         args = AttentionCase(2, 20, 40, 2, 16, context_mask=True).make(
             dtype, device=DEVICE[backend]
         )
-        expected = run(args, backend=backend)["out"]
+        expected = ATTENTION.run(args, backend=backend)["out"]
         for name in ("k_bank", "v_bank"):
             args[name][~args["context_mask"]] = math.nan
-        assert torch.equal(run(args, backend=backend)["out"], expected)
+        assert torch.equal(ATTENTION.run(args, backend=backend)["out"], expected)
         assert expected.isfinite().all()
 
-    @every_backend
+    @ATTENTION.every_backend
     @pytest.mark.parametrize("slot", [-1, 3, 2**40])
     def test_capture_slot_outside(self, slot: int, backend: str) -> None:
         args = EVERYTHING.make(torch.float16, device=DEVICE[backend])
         args["capture_slot"].fill_(slot)
-        got = run(args, backend=backend)
+        got = ATTENTION.run(args, backend=backend)
         for name in CAPTURES:
             assert torch.equal(got[name], args[name]), name
 
-    @every_backend
+    @ATTENTION.every_backend
     @dtypes
     def test_not_finite_values(self, dtype: torch.dtype, backend: str) -> None:
         args = AttentionCase(2, 40, 33, 2, 20, sums=True, squares=True, capture_mask=1).make(
@@ -249,15 +209,15 @@ class TestEdges:
         args["q"][0, 3, 1, 5] = math.nan
         args["v_bank"][1, 4, 0, 7] = math.inf
         args["capture_mask"][0, 3] = False  # a masked NaN must not reach the sums
-        got = run(args, backend=backend)
-        check(args, got)
+        got = ATTENTION.run(args, backend=backend)
+        ATTENTION.check(args, got)
         assert got["out"][0, 3, 1].isnan().all()
         assert got["sums"][1, 0].isfinite().all()
 
     @dtypes
     def test_float64_is_served_by_the_reference(self, dtype: torch.dtype) -> None:
         args = upcast(AttentionCase(2, 6, 5, 2, 8, sums=True).make(dtype))
-        got, expected = run(args), run(args, backend="reference")
+        got, expected = ATTENTION.run(args), ATTENTION.run(args, backend="reference")
         for name, value in expected.items():
             assert torch.equal(got[name], value)
 
@@ -273,13 +233,12 @@ class TestGradients:
     def test_functional_form_writes_nothing(self) -> None:
         args = EVERYTHING.make(torch.float32)
         before = clone(args)
-        out, captures = reference.attention_tap(**args)
+        out, captured = reference.attention_tap(**structured(args))
+        inplace = ATTENTION.run(before, backend="reference")
+        assert torch.equal(out, inplace["out"])
         for name in CAPTURES:
             assert torch.equal(args[name], before[name])
-        inplace = run(args, backend="reference")
-        assert torch.equal(out, inplace["out"])
-        for name, value in captures._asdict().items():
-            assert torch.equal(value, inplace[name])
+            assert torch.equal(getattr(captured, name), inplace[name])
 
     @pytest.mark.parametrize("name", ["q", "k_bank", "v_bank"])
     def test_refused(self, name: str) -> None:
@@ -294,7 +253,7 @@ class TestGradients:
         w = torch.ones(4, requires_grad=True)
         args = AttentionCase(1, 2, 3, 1, 4, sums=True).make(torch.float32)
         loss = (args["sums"] * w).sum()
-        attention_tap(**args)
+        ATTENTION.call(args)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
 
@@ -303,21 +262,14 @@ needs_compiler = pytest.mark.skipif(
     shutil.which("g++") is None, reason="Inductor needs a C++ compiler on the CPU"
 )
 OPCHECK = [c for c in ATTENTION_CASES if c.what in ("plain", "gqa", "everything", "no-rows")]
-ORDER = (
-    "q", "k_bank", "v_bank", "context_index", "context_mask", "scale", *CAPTURES, "capture_slot",
-    "capture_mask", "ring_stride",
-)  # fmt: skip
 
 
 class TestTorch:
     @dtypes
     @pytest.mark.parametrize("case", OPCHECK, ids=lambda c: c.name)
     def test_opcheck(self, case: AttentionCase, dtype: torch.dtype) -> None:
-        args = {"ring_stride": 1} | case.make(dtype)
-        out = torch.zeros(args["q"].shape, dtype=dtype)
-        torch.library.opcheck(
-            torch.ops.sidechain.attention_tap.default, (out, *(args.get(k) for k in ORDER))
-        )
+        args = case.make(dtype)
+        ATTENTION.opcheck(args | {"out": torch.zeros(args["q"].shape, dtype=dtype)})
 
     @needs_compiler
     @pytest.mark.parametrize("backend", ["auto", "cpu"])
@@ -329,21 +281,21 @@ class TestTorch:
         )
         args = EVERYTHING.make(torch.float32)
         got = clone(args)
-        doubled = compiled(**got)
-        check(args, {"out": doubled / 2} | {name: got[name] for name in CAPTURES})
+        doubled = compiled(**structured(got))
+        ATTENTION.check(args, {"out": doubled / 2} | {name: got[name] for name in CAPTURES})
 
     @needs_compiler
     def test_changed_values_recompile_nothing(self) -> None:
         compiled = torch.compile(lambda **kw: attention_tap(**kw), fullgraph=True, dynamic=False)
         args = AttentionCase(2, 5, 6, 2, 8, context_mask=True, sums=True).make(torch.float32)
-        compiled(**clone(args))
+        compiled(**structured(clone(args)))
         with torch.compiler.set_stance("fail_on_recompile"):
             for n in range(-1, 4):
                 args["context_index"].fill_(n)
                 args["context_mask"][:, n] = False
                 args["capture_slot"].fill_(n)
                 got = clone(args)
-                check(args, {"out": compiled(**got), "sums": got["sums"]})
+                ATTENTION.check(args, {"out": compiled(**structured(got)), "sums": got["sums"]})
 
 
 BAD = [
@@ -367,14 +319,7 @@ BAD = [
     ({"context_mask": torch.ones(3, 5).bool()}, ValueError, r"context_mask of shape \[3, 6\]"),
     ({"context_mask": torch.ones(3, 6)}, TypeError, "context_mask of bool, got float32"),
     ({"scale": "big"}, TypeError, "expected scale to be a number, got str"),
-    ({"sums": torch.zeros(3, 2, 8)}, ValueError, r"sums of shape \[S, 2, 32\]"),
-    ({"squares": torch.zeros(3, 2, 32).double()}, TypeError, "squares of float32, got float64"),
-    ({"counts": torch.zeros(3, 2, 1)}, ValueError, r"counts of shape \[S, 2\]"),
-    ({"ring": torch.zeros(3, 2, 4, 32)}, ValueError, r"ring of shape \[S, 2, 3, 32\]"),
-    ({"ring_stride": 0}, ValueError, "expected ring_stride >= 1, got 0"),
-    ({"capture_slot": torch.zeros(2).long()}, ValueError, r"capture_slot of shape \[1\]"),
-    ({"capture_mask": torch.ones(3, 5).bool()}, ValueError, r"capture_mask of shape \[2, 5\]"),
-    ({"capture_slot": torch.zeros(1, device="meta").long()}, RuntimeError, "capture_slot on cpu"),
+    *capture_refusals(2, 5, 32),
 ]  # fmt: skip
 
 
@@ -386,21 +331,8 @@ class TestContract:
     ) -> None:
         args = AttentionCase(
             2, 5, 6, 4, 8, kv_heads=2, sums=True, squares=True, counts=True, ring=torch.float32,
-            ring_stride=2,
         ).make(torch.float32)  # fmt: skip
-        before = clone(args)
-        with pytest.raises(error, match="^attention_tap: .*" + match):
-            attention_tap(**(args | change), backend=backend)
-        for name in CAPTURES:
-            assert torch.equal(args[name], before[name]), f"{name} was written"
+        ATTENTION.check_refused(args, change, error, match, backend=backend)
 
-    @pytest.mark.parametrize("backend", ["fast", "", None])
-    def test_unknown_backend(self, backend: Any) -> None:
-        args = AttentionCase(1, 1, 1, 1, 1).make(torch.float32)
-        with pytest.raises(ValueError, match="expected backend to be one of auto, reference"):
-            attention_tap(**args, backend=backend)
-
-    def test_absent_backend(self) -> None:
-        args = AttentionCase(1, 1, 1, 1, 1).make(torch.float32)
-        with pytest.raises(RuntimeError, match="expected backend 'cuda' to be available, got:"):
-            attention_tap(**args, backend="cuda")
+    def test_backends(self) -> None:
+        ATTENTION.check_backends(AttentionCase(1, 1, 1, 1, 1).make(torch.float32), "cuda")

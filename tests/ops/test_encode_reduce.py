@@ -9,33 +9,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ops.support import DEVICE, backend_params, clone, upcast
-from sidechain.ops import CodeSums, code_sums_, encode_reduce
+from ops.harness import Harness
+from ops.support import DEVICE, upcast
+from sidechain.ops import CodeSums, Encoder, code_sums_, encode_reduce
 from sidechain.testing.cases import SUMS_CASES, SumsCase
-from sidechain.testing.tolerance import assert_close
 
-BACKENDS = backend_params("code_sums_")
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
 every_case = pytest.mark.parametrize("case", SUMS_CASES, ids=lambda c: c.name)
 OUTPUTS = CodeSums._fields
 
 
-def run(args: dict[str, Any], **more: Any) -> dict[str, Any]:
-    """Call code_sums_ on copies and return the copies."""
-    args = clone(args)
+def _call(args: dict[str, Any], **more: Any) -> dict[str, Tensor]:
     out = CodeSums(*(args[k] for k in OUTPUTS))
-    rest = {k: v for k, v in args.items() if k not in OUTPUTS}
-    assert code_sums_(out, **rest, **more) is out
-    return args
+    assert code_sums_(out, **{k: v for k, v in args.items() if k not in OUTPUTS}, **more) is out
+    return out._asdict()
 
 
-def check(args: dict[str, Any], backend: str) -> None:
-    exact, eager = run(upcast(args)), run(args, backend="reference")
-    got = run(args, backend=backend)
-    for name in ("sums", "squares"):
-        assert_close(name, got[name], exact[name], eager[name])
-    for name in ("counts", "rows"):
-        assert torch.equal(got[name], exact[name]), name
+SUMS = Harness("code_sums_", _call)
 
 
 def plain(args: dict[str, Any]) -> dict[str, Tensor]:
@@ -63,15 +52,16 @@ def plain(args: dict[str, Any]) -> dict[str, Tensor]:
 
 
 class TestNumerics:
-    @every_backend
+    @SUMS.every_backend
     @every_case
     def test_against_float64(self, case: SumsCase, backend: str) -> None:
-        check(case.make(device=DEVICE[backend]), backend)
+        args = case.make(device=DEVICE[backend])
+        SUMS.check(args, SUMS.run(args, backend=backend))
 
     @every_case
     def test_reference_against_plain(self, case: SumsCase) -> None:
         args = upcast(case.make())
-        got = run(args, backend="reference")
+        got = SUMS.run(args, backend="reference")
         for name, value in plain(args).items():
             torch.testing.assert_close(got[name], value, rtol=1e-12, atol=1e-12)
 
@@ -88,9 +78,10 @@ class TestNumerics:
         self, rows: int, features: int, k: int, labels: int, flags: tuple[bool, bool], seed: int
     ) -> None:
         case = SumsCase(rows, features, min(k, features), labels, *flags)
-        check(case.make(seed), "auto")
+        args = case.make(seed)
+        SUMS.check(args, SUMS.run(args))
 
-    @every_backend
+    @SUMS.every_backend
     def test_moments_of_a_dense_matrix(self, backend: str) -> None:
         """Means and second moments by label, accumulated over two calls."""
         args = SumsCase(50, 20, 6, labels=3, label=True).make(device=DEVICE[backend])
@@ -111,38 +102,32 @@ class TestNumerics:
 
     def test_determinism_over_threads(self) -> None:
         args = SumsCase(2000, 300, 16, labels=3, label=True).make()
-        before, seen = torch.get_num_threads(), []
-        try:
-            for threads in (1, 2, 5):
-                torch.set_num_threads(threads)
-                seen.append(run(args))
-        finally:
-            torch.set_num_threads(before)
-        for other in seen[1:]:
-            for name in OUTPUTS:
-                assert torch.equal(seen[0][name], other[name]), name
+        SUMS.check_threads(args)
 
 
 class TestEncode:
     """`encode_reduce` against the dense encoder."""
 
-    def problem(self, dtype: torch.dtype) -> dict[str, Tensor]:
+    def problem(self, dtype: torch.dtype) -> tuple[Tensor, Encoder]:
         g = torch.Generator().manual_seed(0)
-        shapes = {"x": (60, 24), "w_enc": (50, 24), "b_enc": (50,), "b_pre": (24,)}
-        return {k: torch.randn(s, generator=g).to(dtype) for k, s in shapes.items()}
+        shapes = ((60, 24), (50, 24), (50,), (24,))
+        x, *weights = (torch.randn(s, generator=g).to(dtype) for s in shapes)
+        return x, Encoder(*weights)
 
     @pytest.mark.parametrize("form", [{"k": 5}, {"threshold": 0.0}, {"threshold": 3.0}],
                              ids=["topk", "relu", "threshold"])  # fmt: skip
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
     def test_against_dense(self, form: dict[str, Any], dtype: torch.dtype) -> None:
-        p = self.problem(dtype)
+        x, encoder = self.problem(dtype)
         label = torch.arange(60) % 4 - 1
-        z = torch.relu((p["x"] - p["b_pre"]) @ p["w_enc"].mT + p["b_enc"])
+        z = torch.relu((x - encoder.b_pre) @ encoder.w_enc.mT + encoder.b_enc)
         if "k" in form:
             z = torch.where(z >= z.sort(1).values[:, -5:-4], z, 0.0)
         else:
             z = torch.where(z > form["threshold"], z, 0.0)
-        got = encode_reduce(**p, **form, label=label, labels=3)
+        sums = CodeSums.zeros(3, 50, dtype=dtype)
+        got = encode_reduce(x, encoder, **form, label=label, out=sums)
+        assert got is sums
         assert got.rows.tolist() == [15, 15, 15]
         for g in range(3):
             rows = z[label == g]
@@ -151,12 +136,11 @@ class TestEncode:
             assert torch.equal(got.counts[g], (rows > 0).sum(0))
 
     def test_calls_add_up(self) -> None:
-        p = self.problem(torch.float32)
-        whole = encode_reduce(**p, k=5)
+        x, encoder = self.problem(torch.float32)
+        whole = encode_reduce(x, encoder, k=5)
         out = None
         for rows in (slice(0, 20), slice(20, 60)):
-            part = {**p, "x": p["x"][rows]}
-            more = encode_reduce(**part, k=5, out=out)
+            more = encode_reduce(x[rows], encoder, k=5, out=out)
             assert out is None or more is out
             out = more
         assert out is not None
@@ -166,19 +150,17 @@ class TestEncode:
     @pytest.mark.parametrize(("form", "match"), [
         ({}, "expected either k or threshold, got neither"),
         ({"k": 3, "threshold": 0.0}, "expected either k or threshold, got both"),
-        ({"k": 3, "labels": 0}, "expected labels >= 1, got 0"),
+        ({"k": 3, "label": torch.zeros(60).long()}, r"expected out beside label .*, got None"),
     ])  # fmt: skip
     def test_bad_calls(self, form: dict[str, Any], match: str) -> None:
         with pytest.raises(ValueError, match=f"^encode_reduce: {match}"):
-            encode_reduce(**self.problem(torch.float32), **form)
+            encode_reduce(*self.problem(torch.float32), **form)
 
 
 class TestTorch:
     @pytest.mark.parametrize("case", SUMS_CASES[:3], ids=lambda c: c.name)
     def test_opcheck(self, case: SumsCase) -> None:
-        args = case.make()
-        order = ("values", "indices", "offsets", "label", *OUTPUTS)
-        torch.library.opcheck(torch.ops.sidechain.code_sums_.default, tuple(args[k] for k in order))
+        SUMS.opcheck(case.make())
 
     def test_gradient_does_not_flow(self) -> None:
         args = SUMS_CASES[0].make()
@@ -209,11 +191,7 @@ class TestContract:
     def test_bad_calls(
         self, change: dict[str, Any], error: type[Exception], match: str, backend: str
     ) -> None:
-        args = SUMS_CASES[1].make() | change
-        out = CodeSums(*(args[k] for k in OUTPUTS))
-        rest = {k: v for k, v in args.items() if k not in OUTPUTS}
-        with pytest.raises(error, match="^code_sums_: .*" + match):
-            code_sums_(out, **rest, backend=backend)
+        SUMS.check_refused(SUMS_CASES[1].make(), change, error, match, backend=backend)
 
     def test_out_of_another_type(self) -> None:
         args = SUMS_CASES[0].make()

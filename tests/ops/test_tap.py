@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -12,19 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ops.support import DEVICE, clone, guarded, guards_intact, upcast
-from ops.tap_calls import check, dtypes, every_backend, plain, run
-from sidechain.ops import tap_
+from ops.harness import dtypes
+from ops.support import DEVICE, upcast
+from ops.tap_calls import TAP, plain
 from sidechain.testing.cases import DTYPES, TAP_CASES, TAP_LIMITS, TapCase
 
 
 class TestNumerics:
-    @every_backend
+    @TAP.every_backend
     @dtypes
     @pytest.mark.parametrize("case", TAP_CASES + TAP_LIMITS, ids=lambda c: c.name)
     def test_against_float64(self, case: TapCase, dtype: torch.dtype, backend: str) -> None:
         args = case.make(dtype, device=DEVICE[backend])
-        check(args, run(args, backend=backend))
+        TAP.check(args, TAP.run(args, backend=backend))
 
     @pytest.mark.parametrize(
         "case", [c for c in TAP_CASES if c.tokens <= 257], ids=lambda c: c.name
@@ -32,7 +31,7 @@ class TestNumerics:
     def test_reference_against_plain(self, case: TapCase) -> None:
         args = upcast(case.make(torch.float64))
         y, captures = plain(args)
-        got = run(args, backend="reference")
+        got = TAP.run(args, backend="reference")
         torch.testing.assert_close(got["x"], y, rtol=1e-10, atol=1e-10)
         for name, value in captures.items():
             torch.testing.assert_close(got[name], value, rtol=1e-10, atol=1e-10)
@@ -44,7 +43,6 @@ class TestNumerics:
         channels=st.integers(1, 70),
         flags=st.tuples(*[st.booleans()] * 7),
         masks=st.tuples(st.integers(0, 2), st.integers(0, 2)),
-        stride=st.integers(1, 5),
         dtype=st.sampled_from(list(DTYPES.values())),
         seed=st.integers(0, 99),
     )
@@ -55,7 +53,6 @@ class TestNumerics:
         channels: int,
         flags: tuple[bool, ...],
         masks: tuple[int, int],
-        stride: int,
         dtype: torch.dtype,
         seed: int,
     ) -> None:
@@ -64,11 +61,11 @@ class TestNumerics:
             strength=flags[0], removal=flags[1], renorm=flags[2], index=flags[3] and any(flags[:2]),
             steer_mask=(None, 1, max(rows, 1))[masks[0]] if any(flags[:2]) and rows else None,
             sums=flags[4], squares=flags[5], counts=flags[6],
-            ring=dtype if flags[4] != flags[5] else None, ring_stride=stride,
+            ring=dtype if flags[4] != flags[5] else None,
             capture_mask=(None, 1, max(rows, 1))[masks[1]] if rows else None,
         )  # fmt: skip
         args = case.make(dtype, seed)
-        check(args, run(args))
+        TAP.check(args, TAP.run(args))
 
     def test_cancelling_renorm(self) -> None:
         """The norm of y is exact where y is much shorter than its parts."""
@@ -77,43 +74,37 @@ class TestNumerics:
         noise -= (noise * v).sum(-1, keepdim=True) * v
         x = 100.0 * v.expand(1, 9, 512) + 1e-2 * noise
         args = {"x": x, "vectors": v, "strength": torch.tensor([-100.0]), "renorm": True}
-        got = run(args)["x"]
+        got = TAP.run(args)["x"]
         torch.testing.assert_close(got.norm(dim=-1), x.norm(dim=-1), rtol=1e-5, atol=0)
 
 
 class TestLayout:
-    @every_backend
+    @TAP.every_backend
     @dtypes
     @pytest.mark.parametrize("offset", range(18))
     def test_offset_views_and_guards(self, offset: int, dtype: torch.dtype, backend: str) -> None:
         """Every buffer, read or written, lies between sentinels."""
         args = TapCase(
             2, 5, 23, removal=True, renorm=True, index=True, steer_mask=2, sums=True, squares=True,
-            counts=True, ring=dtype, ring_stride=2, capture_mask=2,
+            counts=True, ring=dtype, capture_mask=2,
         ).make(dtype, device=DEVICE[backend])  # fmt: skip
-        moved, wholes = clone(args), {}
-        for name, value in args.items():
-            if isinstance(value, Tensor):
-                moved[name], wholes[name] = guarded(value, offset)
-        tap_(**moved, backend=backend)
-        check(args, moved)
-        for name, whole in wholes.items():
-            assert guards_intact(whole, moved[name], offset), name
+        tensors = [name for name, value in args.items() if isinstance(value, Tensor)]
+        TAP.check_guarded(args, tensors, offset, backend=backend)
 
-    @every_backend
+    @TAP.every_backend
     @dtypes
     @pytest.mark.parametrize("channels", [1, 7, 64, 1280, 2560, 3072])
     @pytest.mark.parametrize("tokens", [0, 1, 18])
     def test_channels(self, tokens: int, channels: int, dtype: torch.dtype, backend: str) -> None:
         case = TapCase(
             1, tokens, channels, removal=True, renorm=True, sums=True, squares=True, counts=True,
-            ring=torch.float16, ring_stride=3,
+            ring=torch.float16,
         )  # fmt: skip
         for rows in (1, 2):
             args = replace(case, rows=rows).make(dtype, device=DEVICE[backend])
-            check(args, run(args, backend=backend))
+            TAP.check(args, TAP.run(args, backend=backend))
 
-    @every_backend
+    @TAP.every_backend
     @dtypes
     @pytest.mark.parametrize("channels", [32, 36])
     @pytest.mark.parametrize("name", ["x", "vectors", "sums", "squares", "ring"])
@@ -123,50 +114,25 @@ class TestLayout:
         """What the others allow is not taken for granted of one."""
         args = TapCase(
             2, 21, channels, removal=True, renorm=True, sums=True, squares=True, counts=True,
-            ring=dtype, ring_stride=2,
+            ring=dtype,
         ).make(dtype, device=DEVICE[backend])  # fmt: skip
         for offset in (1, 2, 4):
-            moved = clone(args)
-            moved[name], whole = guarded(args[name], offset)
-            tap_(**moved, backend=backend)
-            check(args, moved)
-            assert guards_intact(whole, moved[name], offset), offset
+            TAP.check_guarded(args, [name], offset, backend=backend)
 
-    @every_backend
+    @TAP.every_backend
     @dtypes
     def test_strided_outer_dims(self, dtype: torch.dtype, backend: str) -> None:
         case = TapCase(
             3, 10, 48, renorm=True, index=True, steer_mask=3, sums=True, squares=True, counts=True,
-            ring=torch.float32, ring_stride=3, capture_mask=3,
+            ring=torch.float32, capture_mask=3,
         )  # fmt: skip
         args = case.make(dtype, device=DEVICE[backend])
-        strided: dict[str, Any] = {}
-        for name, value in args.items():
-            if not isinstance(value, Tensor):
-                strided[name] = value
-                continue
-            # Every dim but the last becomes a step of 2; one-dim arguments too.
-            keep = value.dim() - 1 if value.dim() > 1 and name not in ("counts",) else value.dim()
-            wide = value.new_zeros([n * 2 if d < keep else n for d, n in enumerate(value.shape)])
-            view = wide[tuple(slice(None, None, 2) if d < keep else slice(None)
-                              for d in range(value.dim()))]  # fmt: skip
-            strided[name] = view.copy_(value)
-        transposed = strided["x"].new_empty(10, 3, 48).transpose(0, 1)
-        strided["x"] = transposed.copy_(args["x"])
-        tap_(**strided, backend=backend)
-        check(args, strided)
+        TAP.check_strided(args, backend=backend)
+        transposed = args["x"].new_empty(10, 3, 48).transpose(0, 1).copy_(args["x"])
+        TAP.check(args, TAP.run(args | {"x": transposed}, backend=backend))
 
     def test_determinism_over_threads(self) -> None:
         args = TapCase(
             3, 700, 96, removal=True, renorm=True, sums=True, squares=True, counts=True
         ).make(torch.float32)
-        before, seen = torch.get_num_threads(), []
-        try:
-            for threads in (1, 2, 3, 7):
-                torch.set_num_threads(threads)
-                seen.append(run(args))
-        finally:
-            torch.set_num_threads(before)
-        for other in seen[1:]:
-            for name in ("x", "sums", "squares", "counts"):
-                assert torch.equal(seen[0][name], other[name]), name
+        TAP.check_threads(args)

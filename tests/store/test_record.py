@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import sidechain
+from sidechain import Where
 from sidechain.store import ActivationStore, record
 from sidechain.taps.stream import StreamTap
 from sidechain.testing import tiny_pipeline
@@ -32,8 +33,11 @@ def recorded(pipe: Any, folder: Path, **options: Any) -> dict[str, ActivationSto
     return record(pipe, sites, prompts, folder, progress=False, **options)
 
 
-def captured(pipe: Any, **options: Any) -> tuple[dict[str, Tensor], Any]:
-    with sidechain.capture(pipe, "cross:*", reduce="tokens", **options) as cap:
+def captured(
+    pipe: Any, dtype: torch.dtype = torch.float32, **place: Any
+) -> tuple[dict[str, Tensor], Any]:
+    where = Where("cross:*", **place)
+    with sidechain.capture(pipe, where, reduce="tokens", dtype=dtype) as cap:
         generate(pipe, PROMPTS, steps=STEPS)
     return {alias: cap[alias] for alias in cap.sites.aliases}, cap.labels
 
@@ -44,13 +48,13 @@ class TestContent:
     def test_is_what_capture_sees(self, tmp_path: Path, name: str, passes: str) -> None:
         pipe = tiny_pipeline(name)
         stores = recorded(pipe, tmp_path / "s", passes=passes)
-        wanted, axes = captured(pipe, passes=passes)
+        wanted, axes = captured(pipe, branches=passes)
         assert list(stores) == list(wanted)
         for alias, store in stores.items():
             found, labels = store.read(range(len(store))), store.labels(range(len(store)))
             assert len(store) == wanted[alias].flatten(0, 3).shape[0]
             for step in range(STEPS):
-                for place, branch in enumerate(axes.passes):
+                for place, branch in enumerate(axes.branches):
                     for prompt in range(3):
                         here = (
                             (labels.step == step)
@@ -98,8 +102,8 @@ class TestContent:
 
     def test_device_memory_does_not_grow_with_steps(self, pipe: Any) -> None:
         seen = []
-        options = ("all", None, 1, None, torch.float16)
-        tap = StreamTap(pipe, "cross:*", *options, lambda rows: seen.append(rows.step))
+        where = Where("cross:*", "all")
+        tap = StreamTap(pipe, where, 1, torch.float16, lambda rows: seen.append(rows.step))
         for steps in (2, 9):
             with tap:
                 generate(pipe, PROMPTS, steps=steps)
@@ -157,7 +161,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"sites": "cross:9"}, ValueError, "expected one of"),
     ({"batch_size": 0}, ValueError, "expected batch_size >= 1, got 0"),
     ({"every": 0}, ValueError, "expected every >= 1, got 0"),
-    ({"passes": "both"}, ValueError, "record: expected passes to be one of cond, uncond, all"),
+    ({"passes": "both"}, ValueError, "record: expected branches to be one of cond, uncond, all"),
     ({"steps": (3, 1)}, ValueError, "record: expected 0 <= start < stop"),
     ({"tokens": torch.ones(9, dtype=torch.bool)}, NotImplementedError, "got a mask"),
     ({"generator": 1}, ValueError, r"expected no generator \[set by record\]"),

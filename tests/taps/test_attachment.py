@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import sidechain
+from sidechain import Where
 from sidechain.testing import generate, tiny_pipeline
 
 PROMPTS = ["piano song", "drums loop"]
@@ -153,7 +154,7 @@ class TestHandles:
 
     def test_context_of_a_loose_tap(self, pipe: Any) -> None:
         with pytest.raises(RuntimeError, match="expected an attached tap"):
-            _ = sidechain.capture(pipe).context
+            _ = sidechain.capture(pipe).tracker
 
 
 class TestWrapper:
@@ -347,13 +348,13 @@ class TestCompile:
         pipe = tiny_pipeline()
         context = sidechain.contexts(pipe, ["violin", "flute"])
         with (
-            sidechain.patch(pipe, "cross:0-1", context=context, steps=(1, 3)),
+            sidechain.patch(pipe, Where("cross:0-1", steps=(1, 3)), context=context),
             sidechain.patch(pipe, "cross:2", value=context, rows=[True, False]),
         ):
             expected = generate(pipe, PROMPTS)
         self.compile(pipe, "in place")
         with (
-            sidechain.patch(pipe, "cross:0-1", context=context, steps=(1, 3)),
+            sidechain.patch(pipe, Where("cross:0-1", steps=(1, 3)), context=context),
             sidechain.patch(pipe, "cross:2", value=context, rows=[True, False]),
         ):
             torch.testing.assert_close(generate(pipe, PROMPTS), expected)
@@ -368,3 +369,40 @@ class TestCompile:
         with sidechain.steer(pipe, {"cross:0": direction}), sidechain.capture(pipe) as cap:
             torch.testing.assert_close(generate(pipe, PROMPTS), expected, rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(cap["cross:0"], eager["cross:0"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (
+            lambda p: sidechain.capture(p, passes="all"),
+            r"^capture: .*=Where\(branches=\.\.\.\), got p",
+        ),
+        (
+            lambda p: sidechain.patch(p, "*", ablate=True, steps=(0, 1)),
+            r"^patch: .*Where\(steps=\.\.\.\)",
+        ),
+        (
+            lambda p: sidechain.steer(p, {}, sites="*", tokens=None),
+            r"^steer: .*\(sites=.*, tokens=",
+        ),
+    ],
+)
+def test_keywords_of_earlier_versions(pipe: Any, call: Any, match: str) -> None:
+    with pytest.raises(TypeError, match=match):
+        call(pipe)
+
+
+def test_one_place_for_several_taps(pipe: Any, direction: torch.Tensor) -> None:
+    """What was captured somewhere can be put back there."""
+    where = Where("cross:1", "all", steps=(1, 3))
+    with sidechain.capture(pipe, where, reduce="tokens") as cap:
+        expected = generate(pipe, PROMPTS)
+    with sidechain.patch(pipe, where, output=cap):
+        assert torch.equal(generate(pipe, PROMPTS), expected)
+    with (
+        sidechain.steer(pipe, {"cross:1": direction}, where) as tap,
+        sidechain.patch(pipe, where, output=cap),
+    ):
+        assert tap.mode == "separate"
+        assert not torch.equal(generate(pipe, PROMPTS), expected)

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import sidechain
+from sidechain import Where
 from sidechain.taps import options
 from sidechain.testing import generate, tiny_pipeline
+from taps.support import placed
 
 PROMPTS = ["piano song", "drums loop"]
 Hook = Callable[[Any, str, Callable[[Tensor], Tensor | None]], Any]
@@ -29,14 +31,14 @@ def outputs(pipe: Any, hooked: Hook, site: str, **call: Any) -> Tensor:
 
 
 class TestNumerics:
-    @pytest.mark.parametrize("passes", ["cond", "uncond", "all"])
-    def test_mean_equals_a_plain_hook(self, pipe: Any, hooked: Hook, passes: str) -> None:
-        plain = outputs(pipe, hooked, "cross:1").unflatten(1, (2, 2))  # [steps, passes, B, T, C]
-        with sidechain.capture(pipe, "cross:*", passes=passes) as cap:
+    @pytest.mark.parametrize("branches", ["cond", "uncond", "all"])
+    def test_mean_equals_a_plain_hook(self, pipe: Any, hooked: Hook, branches: str) -> None:
+        plain = outputs(pipe, hooked, "cross:1").unflatten(1, (2, 2))  # [steps, branches, B, T, C]
+        with sidechain.capture(pipe, Where("cross:*", branches=branches)) as cap:
             generate(pipe, PROMPTS)
-        chosen = {"uncond": slice(0, 1), "cond": slice(1, 2), "all": slice(0, 2)}[passes]
+        chosen = {"uncond": slice(0, 1), "cond": slice(1, 2), "all": slice(0, 2)}[branches]
         torch.testing.assert_close(cap["cross:1"], plain[:, chosen].mean(3))
-        assert cap.passes == ("uncond", "cond")[chosen]
+        assert cap.branches == ("uncond", "cond")[chosen]
 
     def test_moments(self, pipe: Any, hooked: Hook) -> None:
         plain = outputs(pipe, hooked, "self:2")[:, None, 2:]
@@ -51,7 +53,9 @@ class TestNumerics:
         self, pipe: Any, hooked: Hook, tokens: slice | None, dtype: torch.dtype
     ) -> None:
         plain = outputs(pipe, hooked, "cross:0")[:, None, 2:]
-        with sidechain.capture(pipe, "cross:0", reduce="tokens", tokens=tokens, dtype=dtype) as cap:
+        with sidechain.capture(
+            pipe, Where("cross:0", tokens=tokens), reduce="tokens", dtype=dtype
+        ) as cap:
             generate(pipe, PROMPTS)
         assert torch.equal(cap["cross:0"], plain[:, :, :, tokens or slice(None)].to(dtype))
 
@@ -60,9 +64,9 @@ class TestNumerics:
         mask = torch.arange(9) >= 1
         per_sample = torch.stack([mask, torch.arange(9) < 4])
         with (
-            sidechain.capture(pipe, "cross:0", tokens=slice(1, None)) as by_slice,
-            sidechain.capture(pipe, "cross:0", tokens=mask) as by_mask,
-            sidechain.capture(pipe, "cross:0", tokens=per_sample) as by_sample,
+            sidechain.capture(pipe, Where("cross:0", tokens=slice(1, None))) as by_slice,
+            sidechain.capture(pipe, Where("cross:0", tokens=mask)) as by_mask,
+            sidechain.capture(pipe, Where("cross:0", tokens=per_sample)) as by_sample,
         ):
             generate(pipe, PROMPTS)
         torch.testing.assert_close(by_slice["cross:0"], plain[:, :, :, 1:].mean(3))
@@ -73,8 +77,8 @@ class TestNumerics:
     def test_step_window(self, pipe: Any) -> None:
         with (
             sidechain.capture(pipe, "cross:0") as every,
-            sidechain.capture(pipe, "cross:0", steps=(1, 3)) as some,
-            sidechain.capture(pipe, "cross:0", steps=(0.5, 1.0)) as late,
+            sidechain.capture(pipe, Where("cross:0", steps=(1, 3))) as some,
+            sidechain.capture(pipe, Where("cross:0", steps=(0.5, 1.0))) as late,
         ):
             generate(pipe, PROMPTS)
         assert torch.equal(some["cross:0"], every["cross:0"][1:3])
@@ -86,13 +90,13 @@ class TestNumerics:
 
     def test_guidance_off(self, pipe: Any, hooked: Hook) -> None:
         plain = outputs(pipe, hooked, "cross:1", guidance_scale=1.0)
-        with sidechain.capture(pipe, "cross:1", passes="all") as cap:
+        with sidechain.capture(pipe, Where("cross:1", branches="all")) as cap:
             generate(pipe, PROMPTS, guidance_scale=1.0)
-        assert cap.passes == ("cond",)
+        assert cap.branches == ("cond",)
         torch.testing.assert_close(cap["cross:1"], plain.mean(2)[:, None])
 
     def test_uncond_rows_are_zero_without_a_negative_prompt(self, pipe: Any) -> None:
-        with sidechain.capture(pipe, "cross:*", passes="all") as cap:
+        with sidechain.capture(pipe, Where("cross:*", branches="all")) as cap:
             generate(pipe, PROMPTS)
         assert not cap["cross:0"][:, 0].any() and cap["cross:0"][:, 1].any()
 
@@ -127,7 +131,7 @@ class TestNumerics:
     def test_capture_reads_before_steering(self, pipe: Any, direction: Tensor) -> None:
         for outer_first in (True, False):
             cap = sidechain.capture(pipe, "cross:2")
-            tap = sidechain.steer(pipe, {"cross:2": direction}, strength=5.0, steps=(0, 1))
+            tap = sidechain.steer(pipe, {"cross:2": direction}, Where(steps=(0, 1)), strength=5.0)
             first, second = (cap, tap) if outer_first else (tap, cap)
             with first, second:
                 generate(pipe, PROMPTS)
@@ -161,7 +165,7 @@ class TestSeveralRuns:
         with sidechain.capture(pipe, "cross:0") as cap:
             generate(pipe, PROMPTS, steps=2)
             generate(pipe, PROMPTS, steps=3)
-        with pytest.raises(ValueError, match="expected runs with equal steps"):
+        with pytest.raises(ValueError, match="expected generations with equal steps"):
             cap["cross:0"]
 
     def test_a_run_that_raised_is_dropped_with_a_warning(self, pipe: Any) -> None:
@@ -184,7 +188,7 @@ class TestSeveralRuns:
 
 class TestContext:
     def test_context_is_what_the_projection_gives(self, pipe: Any) -> None:
-        with sidechain.capture(pipe, "cross:*", reduce="context", passes="all") as cap:
+        with sidechain.capture(pipe, Where("cross:*", branches="all"), reduce="context") as cap:
             generate(pipe, PROMPTS)
         assert cap["cross:0"].shape == (2, 2, 10, 12)
         assert not cap["cross:0"][0].any()
@@ -222,7 +226,7 @@ class TestContract:
         [
             ({"sites": "cross:8"}, ValueError, "sites: expected one of"),
             ({"reduce": "median"}, ValueError, "expected reduce"),
-            ({"passes": "both"}, ValueError, "expected passes"),
+            ({"branches": "both"}, ValueError, "expected branches"),
             ({"dtype": torch.int32}, TypeError, "expected dtype"),
             ({"steps": (3, 1)}, ValueError, "expected 0 <= start < stop"),
             ({"steps": (0.5, 1.5)}, ValueError, "expected fractions"),
@@ -240,13 +244,17 @@ class TestContract:
         self, pipe: Any, arguments: dict[str, Any], error: type[Exception], match: str
     ) -> None:
         with pytest.raises(error, match=match):
-            sidechain.capture(pipe, **arguments)
+            sidechain.capture(pipe, **placed(arguments))
 
     @pytest.mark.parametrize(
         ("arguments", "call", "match"),
         [
             ({"steps": (7, 9)}, {}, "expected a window that holds at least one of 4 steps"),
-            ({"passes": "uncond"}, {"guidance_scale": 1.0}, "expected a run with the uncond pass"),
+            (
+                {"branches": "uncond"},
+                {"guidance_scale": 1.0},
+                "expected a generation with the uncond",
+            ),
             ({"tokens": slice(20, None)}, {}, r"expected tokens within \[0, 9\)"),
             ({"tokens": torch.ones(5) > 0}, {}, "expected a token mask of shape"),
         ],
@@ -255,7 +263,7 @@ class TestContract:
         self, pipe: Any, arguments: dict[str, Any], call: dict[str, Any], match: str
     ) -> None:
         before = [s.module.processor for s in sidechain.sites(pipe)]
-        with pytest.raises(ValueError, match=match), sidechain.capture(pipe, **arguments):
+        with pytest.raises(ValueError, match=match), sidechain.capture(pipe, **placed(arguments)):
             generate(pipe, PROMPTS, **call)
         assert all(
             s.module.processor is b for s, b in zip(sidechain.sites(pipe), before, strict=True)

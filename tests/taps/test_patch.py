@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 import sidechain
+from sidechain import Where
 from sidechain.testing import generate, tiny_pipeline
+from taps.support import placed
 
 CLEAN = ["violin song", "flute loop"]
 CORRUPTED = ["piano song", "drums loop"]
@@ -61,7 +63,7 @@ class TestContext:
             return lambda step, timestep, latents: into.append(latents.clone())
 
         generate(pipe, CORRUPTED, callback=keep(expected))
-        with sidechain.patch(pipe, "cross:*", context=clean, steps=(2, 3)):
+        with sidechain.patch(pipe, Where("cross:*", steps=(2, 3)), context=clean):
             generate(pipe, CORRUPTED, callback=keep(seen))
         same = [torch.equal(a, b) for a, b in zip(seen, expected, strict=True)]
         assert same == [True, True, False, False]
@@ -72,12 +74,12 @@ class TestContext:
             torch.testing.assert_close(generate(pipe, CORRUPTED), first)
             torch.testing.assert_close(generate(pipe, CORRUPTED[:1] * 3), second)
 
-    def test_passes(self, pipe: Any, clean: Tensor) -> None:
+    def test_branches(self, pipe: Any, clean: Tensor) -> None:
         negative = ["rock", "jazz"]
-        with sidechain.patch(pipe, "cross:*", context=clean, passes="uncond"):
+        with sidechain.patch(pipe, Where("cross:*", branches="uncond"), context=clean):
             out = generate(pipe, CORRUPTED, negative_prompt=negative)
         assert torch.equal(out, generate(pipe, CORRUPTED, negative_prompt=CLEAN))
-        with sidechain.patch(pipe, "cross:*", context=clean, passes="all"):
+        with sidechain.patch(pipe, Where("cross:*", branches="all"), context=clean):
             out = generate(pipe, CORRUPTED, negative_prompt=negative)
         assert torch.equal(out, generate(pipe, CLEAN, negative_prompt=CLEAN))
 
@@ -152,17 +154,19 @@ class TestOutput:
 
     def test_clean_outputs_everywhere_give_the_clean_run(self, pipe: Any) -> None:
         expected = generate(pipe, CLEAN)
-        with sidechain.capture(pipe, "*", reduce="tokens", passes="all") as cap:
+        with sidechain.capture(pipe, Where("*", branches="all"), reduce="tokens") as cap:
             generate(pipe, CLEAN)
-        with sidechain.patch(pipe, "*", output=cap, passes="all"):
+        with sidechain.patch(pipe, Where("*", branches="all"), output=cap):
             assert torch.equal(generate(pipe, CORRUPTED), expected)
 
     def test_rows_and_window(self, pipe: Any) -> None:
-        with sidechain.capture(pipe, "cross:1", reduce="tokens", steps=(0, 2)) as cap:
+        with sidechain.capture(pipe, Where("cross:1", steps=(0, 2)), reduce="tokens") as cap:
             generate(pipe, CLEAN)
         corrupted = generate(pipe, CORRUPTED)
         outputs = {"cross:1": cap["cross:1"]}
-        with sidechain.patch(pipe, "cross:1", output=outputs, rows=[True, False], steps=(0, 2)):
+        with sidechain.patch(
+            pipe, Where("cross:1", steps=(0, 2)), output=outputs, rows=[True, False]
+        ):
             out = generate(pipe, CORRUPTED)
         assert torch.equal(out[1], corrupted[1]) and not torch.equal(out[0], corrupted[0])
 
@@ -202,7 +206,8 @@ class TestContract:
             ({"ablate": True, "rows": [1, 0]}, TypeError, "expected True or False in rows"),
             ({"ablate": True, "rows": {"cross:0": [True]}}, ValueError, "expected rows for every"),
             ({"ablate": True, "rows": {"cross:9": [True]}}, ValueError, "got 'cross:9'"),
-            ({"ablate": True, "passes": "none"}, ValueError, "expected passes"),
+            ({"ablate": True, "branches": "none"}, ValueError, "expected branches"),
+            ({"ablate": True, "tokens": slice(1)}, NotImplementedError, "expected no tokens"),
             ({"ablate": True, "steps": (2, 2)}, ValueError, "expected 0 <= start < stop"),
         ],
     )
@@ -210,7 +215,7 @@ class TestContract:
         self, pipe: Any, arguments: dict[str, Any], error: type[Exception], match: str
     ) -> None:
         with pytest.raises(error, match=match):
-            sidechain.patch(pipe, "cross:*", **arguments)
+            sidechain.patch(pipe, **placed(arguments, "cross:*"))
 
     @pytest.mark.parametrize(
         ("arguments", "match"),
@@ -218,7 +223,7 @@ class TestContract:
             ({"context": torch.zeros(3, 10, 12)}, r"expected context of shape \[2, 10, 12\]"),
             ({"context": torch.zeros(2, 7, 12)}, r"expected context of shape \[2, 10, 12\]"),
             ({"output": torch.zeros(9, 2, 9, 16)}, r"expected output of shape \[4, 2, 9, 16\]"),
-            ({"output": torch.zeros(4, 5, 2, 9, 16)}, "expected output with 1 or 1 passes"),
+            ({"output": torch.zeros(4, 5, 2, 9, 16)}, "expected output with 1 or 1 branches"),
             ({"ablate": True, "rows": [True] * 3}, "expected rows .* length 1 or 2"),
             ({"ablate": True, "steps": (8, 9)}, "expected a window"),
         ],
@@ -226,7 +231,10 @@ class TestContract:
     def test_options_that_do_not_fit_the_run(
         self, pipe: Any, arguments: dict[str, Any], match: str
     ) -> None:
-        with pytest.raises(ValueError, match=match), sidechain.patch(pipe, "cross:*", **arguments):
+        with (
+            pytest.raises(ValueError, match=match),
+            sidechain.patch(pipe, **placed(arguments, "cross:*")),
+        ):
             generate(pipe, CORRUPTED)
 
     def test_self_attention_has_no_context(self, pipe: Any, clean: Tensor) -> None:

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 
 import sidechain
+from sidechain import Where
+from sidechain.ops import Steering
 from sidechain.reference.tap import tap as reference_tap
 from sidechain.testing import generate, tiny_pipeline
 from sidechain.vectors import SteeringVector
+from taps.support import placed
 
 PROMPTS = ["piano song", "drums loop"]
 COND, UNCOND = slice(2, 4), slice(0, 2)
@@ -55,13 +58,13 @@ class TestNumerics:
     @pytest.mark.parametrize("tokens", [slice(1, None), slice(2, 7, 2)])
     def test_token_slice(self, pipe: Any, direction: Tensor, tokens: slice) -> None:
         expected = by_hook(pipe, "cross:1", added(COND, direction, tokens))
-        with sidechain.steer(pipe, {"cross:1": direction}, tokens=tokens):
+        with sidechain.steer(pipe, {"cross:1": direction}, Where(tokens=tokens)):
             torch.testing.assert_close(generate(pipe, PROMPTS), expected)
         mask = torch.zeros(9, dtype=torch.bool)
         mask[tokens] = True
-        with sidechain.steer(pipe, {"cross:1": direction}, tokens=mask):
+        with sidechain.steer(pipe, {"cross:1": direction}, Where(tokens=mask)):
             torch.testing.assert_close(generate(pipe, PROMPTS), expected)
-        with sidechain.steer(pipe, {"cross:1": direction}, tokens=torch.stack([mask, mask])):
+        with sidechain.steer(pipe, {"cross:1": direction}, Where(tokens=torch.stack([mask, mask]))):
             torch.testing.assert_close(generate(pipe, PROMPTS), expected)
 
     @pytest.mark.parametrize(
@@ -73,9 +76,12 @@ class TestNumerics:
             ("both_uncond", "uncond", "uncond"),
             ("separate", "cond", "uncond"),
             ("uncond_for_cond", "uncond", None),
+            ("cond", "cond", None),
+            ("uncond", None, "uncond"),
+            ("all", "cond", "uncond"),
         ],
     )
-    def test_pass_modes(self, pipe: Any, mode: str, cond: str | None, uncond: str | None) -> None:
+    def test_branch_modes(self, pipe: Any, mode: str, cond: str | None, uncond: str | None) -> None:
         vectors = {"cond": torch.randn(4, 16), "uncond": torch.randn(4, 16)}
 
         def edit(out: Tensor, step: int) -> Tensor:
@@ -87,7 +93,7 @@ class TestNumerics:
 
         expected = by_hook(pipe, "cross:1", edit)
         tensors = {("cross:1", branch): value for branch, value in vectors.items()}
-        with sidechain.steer(pipe, tensors, passes=mode):
+        with sidechain.steer(pipe, tensors, Where(branches=mode)):
             torch.testing.assert_close(generate(pipe, PROMPTS), expected)
 
     @pytest.mark.parametrize("steps", [(1, 3), (0.25, 0.75)])
@@ -96,7 +102,7 @@ class TestNumerics:
             return added(COND, direction)(out, step) if 1 <= step < 3 else out
 
         expected = by_hook(pipe, "cross:1", edit)
-        with sidechain.steer(pipe, {"cross:1": direction}, steps=steps):
+        with sidechain.steer(pipe, {"cross:1": direction}, Where(steps=steps)):
             torch.testing.assert_close(generate(pipe, PROMPTS), expected)
 
     def test_heun(self, direction: Tensor) -> None:
@@ -161,12 +167,14 @@ class TestNumerics:
     ) -> None:
         with sidechain.steer(pipe, {"cross:1": direction}):
             expected = generate(pipe, PROMPTS)
-        for passes in ("cond", "uncond", "all"):
+        for branches in ("cond", "uncond", "all"):
             for mode in ("cond_only", "both_cond"):
                 with (
-                    sidechain.steer(pipe, {"cross:1": direction}, passes=mode),
-                    sidechain.capture(pipe, "cross:1", passes=passes),
-                    sidechain.capture(pipe, "cross:*", passes=passes, tokens=slice(1, None)),
+                    sidechain.steer(pipe, {"cross:1": direction}, Where(branches=mode)),
+                    sidechain.capture(pipe, Where("cross:1", branches=branches)),
+                    sidechain.capture(
+                        pipe, Where("cross:*", branches=branches, tokens=slice(1, None))
+                    ),
                 ):
                     out = generate(pipe, PROMPTS)
                 if mode == "cond_only":
@@ -179,7 +187,7 @@ class TestIdentity:
         pipe = tiny_pipeline(dtype=dtype)
         plain = generate(pipe, PROMPTS, steps=2)
         vectors = {f"cross:{i}": direction for i in range(3)}
-        with sidechain.steer(pipe, vectors, strength=0.0, passes="both_cond", renorm=True):
+        with sidechain.steer(pipe, vectors, Where(branches="both_cond"), strength=0.0, renorm=True):
             assert torch.equal(generate(pipe, PROMPTS, steps=2), plain)
         with sidechain.steer(pipe, vectors, strength=5.0, which=[-1, -1]):
             assert torch.equal(generate(pipe, PROMPTS, steps=2), plain)
@@ -278,10 +286,10 @@ class TestLiveChange:
         with sidechain.steer(pipe, {"cross:1": direction}) as tap:
             generate(pipe, PROMPTS)
             (operation,) = tap._operations[CROSS_1]
-            before = {k: v.data_ptr() for k, v in operation.buffers.items() if k != "renorm"}
+            before = [t.data_ptr() for t in operation.buffers if isinstance(t, Tensor)]
             tap.strength = [1.0, 2.0]
             generate(pipe, PROMPTS)
-            after = {k: v.data_ptr() for k, v in operation.buffers.items() if k != "renorm"}
+            after = [t.data_ptr() for t in operation.buffers if isinstance(t, Tensor)]
         assert before == after
 
     def test_inference_mode(self, pipe: Any, direction: Tensor) -> None:
@@ -329,11 +337,10 @@ class TestGradients:
 
         latents = torch.randn(2, 3, 8)
         v = direction / direction.norm()
+        steering = Steering(v[None, None], strength=torch.tensor([2.0, 2.0]), renorm=True)
         module = sidechain.sites(pipe)["cross:1"].module
         handle = module.register_forward_hook(
-            lambda m, a, out: reference_tap(
-                out, vectors=v[None, None], strength=torch.tensor([2.0, 2.0]), renorm=True
-            )[0]
+            lambda m, a, out: reference_tap(out, steering=steering)[0]
         )
         plain = latents.clone().requires_grad_()
         (expected,) = torch.autograd.grad(run(plain), plain)
@@ -343,7 +350,7 @@ class TestGradients:
             sidechain.steer(pipe, {"cross:1": v}, strength=2.0, renorm=True) as tap,
             sidechain.capture(pipe, "cross:1") as cap,
         ):
-            tap.context.begin(samples=2)
+            tap.tracker.begin(samples=2)
             (got,) = torch.autograd.grad(run(leaf), leaf)
         torch.testing.assert_close(got, expected)
         assert cap["cross:1"].shape == (1, 1, 2, 16) and not cap["cross:1"].requires_grad
@@ -372,7 +379,7 @@ class TestContract:
             (None, {"strength": True}, TypeError, "expected numbers in strength"),
             (None, {"strength": []}, ValueError, "expected strength"),
             (None, {"removal": float("nan")}, ValueError, "expected finite removal"),
-            (None, {"passes": "cond"}, ValueError, "expected passes to be one of"),
+            (None, {"branches": "both"}, ValueError, "expected branches to be one of"),
             (None, {"sites": "cross:0"}, ValueError, "expected a vector for transformer_blocks.0"),
             (None, {"steps": (1.0, 0.5)}, ValueError, "expected fractions"),
             (None, {"tokens": "all"}, TypeError, "expected tokens"),
@@ -388,14 +395,14 @@ class TestContract:
     ) -> None:
         vector = {"cross:1": torch.ones(16)} if vector is None else vector
         with pytest.raises(error, match=match):
-            sidechain.steer(pipe, vector, **arguments)
+            sidechain.steer(pipe, vector, **placed(arguments))
 
     @pytest.mark.parametrize(
         ("arguments", "call", "match"),
         [
             ({"strength": [1.0, 2.0, 3.0]}, {}, "strength of length 1 or 2 .* got 3"),
             ({"which": [0, 0, 0]}, {}, "which of length 1 or 2"),
-            ({"passes": "uncond_only"}, {"guidance_scale": 1.0}, "with the uncond pass"),
+            ({"branches": "uncond_only"}, {"guidance_scale": 1.0}, "with the uncond branch"),
             ({"steps": (4, 5)}, {}, "at least one of 4 steps"),
             ({"tokens": slice(9, None)}, {}, r"within \[0, 9\)"),
         ],
@@ -409,7 +416,7 @@ class TestContract:
         )
         with (
             pytest.raises(ValueError, match=match),
-            sidechain.steer(pipe, {"cross:1": torch.ones(16)}, **arguments),
+            sidechain.steer(pipe, {"cross:1": torch.ones(16)}, **placed(arguments)),
         ):
             generate(pipe, PROMPTS, **call)
         handle.remove()

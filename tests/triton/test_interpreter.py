@@ -11,7 +11,13 @@ import torch
 from ops.topk_encode_codes import assert_same_codes, dense, plain, plain_nan
 from sidechain import _triton
 from sidechain.ops import attention_tap, topk_encode_fallbacks
-from sidechain.testing.cases import ATTENTION_CASES, AttentionCase, TopkEncodeCase, encode_case
+from sidechain.testing.cases import (
+    ATTENTION_CASES,
+    AttentionCase,
+    TopkEncodeCase,
+    encode_case,
+    structured,
+)
 from triton_support import CALLS, Call, ran
 
 pytestmark = pytest.mark.skipif(_triton.absent() is not None, reason=str(_triton.absent()))
@@ -33,7 +39,7 @@ class TestAttentionTap:
         args = case.make(torch.float16)
         args["capture_slot"].fill_(slot)
         before = {k: args[k].clone() for k in ("sums", "squares", "counts", "ring")}
-        out = attention_tap(**args, backend="triton")
+        out = attention_tap(**structured(args), backend="triton")
         assert out.isfinite().all()
         for name, value in before.items():
             assert torch.equal(args[name], value), name
@@ -45,15 +51,17 @@ class TestAttentionTap:
         for name in ("q", "k_bank", "v_bank"):
             args[name].fill_(math.nan)
         before = args["sums"].clone()
-        assert torch.equal(attention_tap(**args, backend="triton"), torch.zeros(3, 20, 2, 16))
+        assert torch.equal(
+            attention_tap(**structured(args), backend="triton"), torch.zeros(3, 20, 2, 16)
+        )
         assert torch.equal(args["sums"], before)
 
     def test_masked_context_is_not_read(self) -> None:
         args = AttentionCase(2, 20, 40, 2, 16, context_mask=True).make(torch.float32)
-        expected = attention_tap(**args, backend="triton")
+        expected = attention_tap(**structured(args), backend="triton")
         for name in ("k_bank", "v_bank"):
             args[name][~args["context_mask"]] = math.nan
-        assert torch.equal(attention_tap(**args, backend="triton"), expected)
+        assert torch.equal(attention_tap(**structured(args), backend="triton"), expected)
         assert expected.isfinite().all()
 
     def test_arrivals_are_left_as_zeros(self) -> None:
@@ -65,11 +73,11 @@ class TestAttentionTap:
             patch.setattr(kernels, "arrival_counters", lambda n, device: shared)
             args = AttentionCase(2, 70, 9, 2, 16, sums=True).make(torch.float32)
             fresh = args["sums"].clone()
-            attention_tap(**args, backend="triton")
+            attention_tap(**structured(args), backend="triton")
             once = args["sums"] - fresh
             assert int(shared.abs().sum()) == 0
             args["sums"].zero_()
-            attention_tap(**args, backend="triton")
+            attention_tap(**structured(args), backend="triton")
         torch.testing.assert_close(args["sums"], once, rtol=1e-4, atol=1e-4)
 
 

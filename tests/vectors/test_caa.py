@@ -152,7 +152,7 @@ class TestContract:
             (["a"], ["b"], {"batch_size": 0}, ValueError, "expected batch_size >= 1"),
             (["a"], ["b"], {"sites": "cross:9"}, ValueError, "sites: expected one of"),
             (["a"], ["b"], {"generator": None}, ValueError, "expected no generator"),
-            (["a"], ["b"], {"passes": "none"}, ValueError, "expected passes"),
+            (["a"], ["b"], {"passes": "none"}, ValueError, "expected branches"),
         ],
     )
     def test_bad_calls(

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import sidechain
+from sidechain import Where
 from sidechain.pipelines import config_hash
 from sidechain.testing import generate, tiny_pipeline
 from sidechain.vectors import Provenance, SteeringVector
@@ -249,4 +250,4 @@ class TestSteering:
         with sidechain.steer(pipe, made, strength=2.0):
             assert torch.equal(generate(pipe, prompts), expected)
         with pytest.raises(ValueError, match=r"expected a vector for .* the uncond pass"):
-            sidechain.steer(pipe, made, passes="uncond_only")
+            sidechain.steer(pipe, made, Where(branches="uncond_only"))

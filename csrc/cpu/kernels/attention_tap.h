@@ -26,7 +26,7 @@ struct PackedContext {
 struct AttentionHead {
   int64_t row, head;
   const PackedContext* context;  // nullptr = the output is zero
-  void* ring;                    // [ceil(T / every), D] of this head, nullptr = no copy
+  void* ring;                    // [T, D] of this head, nullptr = no copy
   float* scratch;                // kQueries * (2 padded(D) + padded(S))
   float* partial;                // sums [padded(D)] and squares of a chunk, nullptr = not summed
 };

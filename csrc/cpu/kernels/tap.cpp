@@ -139,8 +139,7 @@ void copy_row(T* to, const T* from, int64_t channels) {
 
 template <class T>
 void copy_to_ring(const TapParams& p, const TapRow& plan, int64_t token, const T* x) {
-  if (token % p.ring.every != 0) return;
-  const int64_t offset = token / p.ring.every * p.ring.token;
+  const int64_t offset = token * p.ring.token;
   switch (p.ring.dtype) {
     case Dtype::kFloat32:
       return copy_row(static_cast<float*>(plan.ring) + offset, x, p.channels);

@@ -10,7 +10,7 @@ namespace sidechain::cpu {
 struct TapRow {
   const float* v;  // [C], nullptr = this row is not steered
   float a, b;
-  void* ring;  // [ceil(T / every), C], nullptr = no copy
+  void* ring;  // [T, C], nullptr = no copy
 };
 
 // Rows are padded to this many floats in the partial sums, the widest vector of any ISA.

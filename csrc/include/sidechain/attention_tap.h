@@ -34,7 +34,7 @@ struct AttentionTapParams {
 
   SumBuffer sums, squares;  // [slots, R, H D]
   CountBuffer counts;
-  RingBuffer ring;  // [slots, R, ceil(T / every), H D]
+  RingBuffer ring;  // [slots, R, T, H D]
   const int64_t* capture_slot;
   TokenMask capture_mask;
 };

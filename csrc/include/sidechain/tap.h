@@ -27,10 +27,9 @@ struct CountBuffer {
   int64_t slots, slot, row;
 };
 struct RingBuffer {
-  void* data;  // [S, R, ceil(T / every), C], or nullptr
+  void* data;  // [S, R, T, C], or nullptr
   Dtype dtype;
   int64_t slots, slot, row, token;
-  int64_t every;  // token t is copied where t % every == 0
 };
 
 // All pointers lie on the device of x; strides count elements. Formulas:

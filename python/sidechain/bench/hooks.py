@@ -56,7 +56,7 @@ def start(pipe: Any, tap: Any, samples: int, tokens: int, context: int) -> None:
     """Bind the taps to a generation, as the first denoiser call of a pipeline does."""
     config, device = pipe.transformer.config, pipe.transformer.device
     width = config.cross_attention_input_dim
-    tap.context.begin(samples, 1000)
+    tap.tracker.begin(samples, 1000)
     pipe.transformer(
         torch.zeros(2 * samples, config.in_channels, tokens - 1, device=device),
         torch.ones(1, device=device),

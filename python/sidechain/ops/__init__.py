@@ -2,6 +2,7 @@
 """Ops of sidechain: one public function each, one reference, and native kernels where built."""
 
 from .. import _native
+from ..reference.tap_structs import Capture, Steering
 from ._library import backends, note_kernels, register_triton
 from .attention_tap import attention_tap
 from .encode_reduce import CodeSums, code_sums_, encode_reduce
@@ -20,6 +21,7 @@ register_triton()
 __all__ = [
     "AdamOptions",
     "AdamState",
+    "Capture",
     "CodeEdit",
     "CodeGroup",
     "CodeSums",
@@ -28,6 +30,7 @@ __all__ = [
     "Encoder",
     "GradientInputs",
     "SaeWeights",
+    "Steering",
     "attention_tap",
     "backends",
     "code_sums_",

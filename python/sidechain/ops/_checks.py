@@ -6,6 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..reference.tap_structs import Capture
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 ANY_FLOAT = (*FLOATS, torch.float64)
 SINGLE = (torch.float32,)
@@ -16,7 +18,7 @@ BOOL = (torch.bool,)
 
 
 def names(dtypes: tuple[torch.dtype, ...]) -> str:
-    """The dtypes as they are written in a message."""
+    """Write dtypes as a message names them."""
     return " | ".join(str(d).removeprefix("torch.") for d in dtypes)
 
 
@@ -90,42 +92,43 @@ def last_contiguous(op: str, name: str, t: Tensor) -> None:
         )
 
 
+def struct(op: str, name: str, value: object, kind: type) -> None:
+    """Check that an argument is None or a struct of the kind it must be."""
+    if value is not None and not isinstance(value, kind):
+        raise TypeError(
+            f"{op}: expected {name} to be a {kind.__name__} or None, got {type(value).__name__}"
+        )
+
+
 def captures(
     op: str,
+    capture: Capture,
     device: torch.device,
     sizes: tuple[int, int, int],
     wide: bool,
-    sums: Tensor | None,
-    squares: Tensor | None,
-    counts: Tensor | None,
-    ring: Tensor | None,
-    capture_slot: Tensor | None,
-    capture_mask: Tensor | None,
-    ring_stride: int,
     *,
     like: str = "x",
     channels_of: str = "R, C of x",
 ) -> None:
     """Check the capture buffers of rows, tokens, channels = `sizes`; float64 ones where `wide`."""
     rows, tokens, channels = sizes
+    sums, squares, counts, ring, slot, mask = capture
     table = DOUBLES if wide else SINGLE
-    for name, moments in (("sums", sums), ("squares", squares)):
-        if moments is not None:
-            tensor(op, name, moments, device, table, ("S", rows, channels), channels_of, like=like)
-            last_contiguous(op, name, moments)
+    for name, buffer, dtypes, shape in (
+        ("capture.sums", sums, table, ("S", rows, channels)),
+        ("capture.squares", squares, table, ("S", rows, channels)),
+        ("capture.ring", ring, ANY_FLOAT if wide else FLOATS, ("S", rows, tokens, channels)),
+    ):
+        if buffer is not None:
+            tensor(op, name, buffer, device, dtypes, shape, channels_of, like=like)
+            last_contiguous(op, name, buffer)
     if counts is not None:
-        tensor(op, "counts", counts, device, table, ("S", rows), f"R={like}.size(0)", like=like)
-    if ring is not None:
-        if ring_stride < 1:
-            raise ValueError(f"{op}: expected ring_stride >= 1, got {ring_stride}")
-        shape = ("S", rows, -(-tokens // ring_stride), channels)
-        why = f"ceil(T / ring_stride), {channels_of}"
-        tensor(op, "ring", ring, device, ANY_FLOAT if wide else FLOATS, shape, why, like=like)
-        last_contiguous(op, "ring", ring)
-    if capture_slot is not None:
-        tensor(op, "capture_slot", capture_slot, device, INT64, (1,), "one S index", like=like)
-    if capture_mask is not None:
-        token_mask(op, "capture_mask", capture_mask, device, rows, tokens, like=like)
+        why = f"R={like}.size(0)"
+        tensor(op, "capture.counts", counts, device, table, ("S", rows), why, like=like)
+    if slot is not None:
+        tensor(op, "capture.slot", slot, device, INT64, (1,), "one S index", like=like)
+    if mask is not None:
+        token_mask(op, "capture.mask", mask, device, rows, tokens, like=like)
 
 
 def count_writes(*tensors: Tensor | None) -> None:

@@ -43,7 +43,7 @@ def define(
 
 
 def unavailable(op: str, backend: str) -> str | None:
-    """Why a backend of an op cannot run here; None when it can."""
+    """Say why a backend of an op cannot run here; None when it can."""
     if backend == "reference":
         return None
     if backend in _ops[op]:
@@ -67,7 +67,7 @@ def note_kernels() -> None:
 
 
 def has_kernel(op: str, device: str) -> bool:
-    """Whether a type of device has a kernel of an op, or the reference serves it."""
+    """Tell whether a type of device has a kernel of an op, or the reference serves it."""
     backends = ("cuda", "triton") if device == "cuda" else (device,)
     return any((op, backend) in _kernels for backend in backends)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..reference import attention_tap as _reference
+from ..reference.tap_structs import NO_CAPTURE, Capture
 from . import _checks, _library
 
 WIDEST_HEAD = 128
@@ -22,13 +23,7 @@ def attention_tap(
     context_index: Tensor | None = None,
     context_mask: Tensor | None = None,
     scale: float | None = None,
-    sums: Tensor | None = None,
-    squares: Tensor | None = None,
-    counts: Tensor | None = None,
-    ring: Tensor | None = None,
-    capture_slot: Tensor | None = None,
-    capture_mask: Tensor | None = None,
-    ring_stride: int = 1,
+    capture: Capture | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """Attend to one cached context per row and capture the output of every head.
@@ -41,11 +36,9 @@ def attention_tap(
     reads neither keys nor values: index -1 is the row of a model whose unconditional context
     projects to zero keys and values.
 
-    Capture is that of `tap_` with C = H D, fed with the output (its zero rows too): with
-    s = capture_slot and over the tokens t where capture_mask holds, sums[s, r] += sum_t out[r, t];
-    squares[s, r] += sum_t out[r, t]^2; counts[s, r] += number of tokens;
-    ring[s, r, j] = out[r, j * ring_stride]. The projection that follows attention is linear, so
-    the mean of its output is the projection of the captured mean.
+    Capture is that of `tap_` with C = H D, fed with the output (its zero rows too). The projection
+    that follows attention is linear, so the mean of its output is the projection of the captured
+    mean.
 
     Everything that decides what happens is a tensor on the device of q, so that changing a
     context, a mask or a slot recompiles nothing and waits for nothing.
@@ -60,14 +53,7 @@ def attention_tap(
         context_mask: tokens of each context that may be read [M, S] bool; what is masked is not
             read. None = all.
         scale: factor of the scores. None = 1 / sqrt(D).
-        sums: [slots, R, H D] float32, last dim contiguous. Accumulated into.
-        squares: [slots, R, H D] float32, last dim contiguous. Accumulated into.
-        counts: [slots, R] float32. Accumulated into.
-        ring: [slots, R, ceil(T / ring_stride), H D], float32 | float16 | bfloat16, last dim
-            contiguous. Masked tokens keep what was there.
-        capture_slot: slot to write [1] int64; outside a buffer nothing is captured. None = 0.
-        capture_mask: tokens to capture [R | 1, T] bool. None = all.
-        ring_stride: distance of the tokens copied to `ring`, at least 1.
+        capture: buffers for the output [R, T, H D]. None = no capture.
         backend: "auto" | "reference" | "cpu" | "triton"; others than "auto" are for tests and
             benches and bypass the choice made by device.
 
@@ -88,32 +74,31 @@ def attention_tap(
     Source: Vaswani et al. 2017, arXiv:1706.03762, eq. 1; softmax over blocks of the context as in
     Dao et al. 2022, arXiv:2205.14135.
     """
-    rest = (
-        q, k_bank, v_bank, context_index, context_mask, scale,
-        sums, squares, counts, ring, capture_slot, capture_mask, ring_stride,
-    )  # fmt: skip
+    _checks.struct("attention_tap", "capture", capture, Capture)
     _checks.is_tensor("attention_tap", "q", q, _checks.ANY_FLOAT)
+    given = NO_CAPTURE if capture is None else capture
+    inputs = (q, k_bank, v_bank, context_index, context_mask, scale)
     grad = torch.is_grad_enabled()
     if grad:
         _refuse_gradient(q, k_bank, v_bank)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if backend == "auto" and not torch.compiler.is_compiling():
         try:
-            torch.ops.sidechain.attention_tap.default(out, *rest)
+            torch.ops.sidechain.attention_tap.default(out, *inputs, *given)
         except RuntimeError:
             # The kernels refuse a bad call before they write; see tap_.
-            _check(out, *rest)
+            _check(out, *inputs, given)
             if q.dtype != torch.float64:
                 raise
-            _reference.attention_tap_(out, *rest)
+            _reference.attention_tap_(out, *inputs, given)
     else:
-        _check(out, *rest)
+        _check(out, *inputs, given)
         if backend not in ("auto", "reference"):
-            _library.run("attention_tap", backend, q.device, (out, *rest))
+            _library.run("attention_tap", backend, q.device, (out, *inputs, *given))
         else:
-            _reference.attention_tap_(out, *rest)
+            _reference.attention_tap_(out, *inputs, given)
     if grad and not torch.compiler.is_compiling():
-        _checks.count_writes(sums, squares, counts, ring)
+        _checks.count_writes(*given[:4])
     return out
 
 
@@ -127,9 +112,18 @@ def _refuse_gradient(*tensors: Tensor) -> None:
             )
 
 
-def _checked_reference(*args: Any) -> None:
-    _check(*args)
-    _reference.attention_tap_(*args)
+def _gathered(flat: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Gather the capture among the arguments of the schema."""
+    return (*flat[:7], Capture(*flat[7:]))
+
+
+def _checked_reference(*flat: Any) -> None:
+    _check(*_gathered(flat))
+    _reference.attention_tap_(*_gathered(flat))
+
+
+def _fake(*flat: Any) -> None:
+    _check(*_gathered(flat))
 
 
 def _check(
@@ -140,13 +134,7 @@ def _check(
     context_index: Tensor | None,
     context_mask: Tensor | None,
     scale: float | None,
-    sums: Tensor | None,
-    squares: Tensor | None,
-    counts: Tensor | None,
-    ring: Tensor | None,
-    capture_slot: Tensor | None,
-    capture_mask: Tensor | None,
-    ring_stride: int,
+    capture: Capture,
 ) -> None:
     op = "attention_tap"
     _checks.is_tensor(op, "q", q, _checks.ANY_FLOAT)
@@ -189,20 +177,17 @@ def _check(
         _checks.tensor(op, "context_mask", context_mask, device, _checks.BOOL, fits, why, like="q")
     if scale is not None and not isinstance(scale, int | float):
         raise TypeError(f"{op}: expected scale to be a number, got {type(scale).__name__}")
-    _checks.captures(
-        op, device, (rows, tokens, heads * width), q.dtype == torch.float64,
-        sums, squares, counts, ring, capture_slot, capture_mask, ring_stride,
-        like="q", channels_of="R, H D of q",
-    )  # fmt: skip
+    sizes, wide = (rows, tokens, heads * width), q.dtype == torch.float64
+    _checks.captures(op, capture, device, sizes, wide, like="q", channels_of="R, H D of q")
 
 
 _library.define(
     "attention_tap(Tensor(a!) out, Tensor q, Tensor k_bank, Tensor v_bank, "
     "Tensor? context_index, Tensor? context_mask, float? scale, Tensor(b!)? sums, "
     "Tensor(c!)? squares, Tensor(d!)? counts, Tensor(e!)? ring, Tensor? capture_slot, "
-    "Tensor? capture_mask, int ring_stride) -> ()",
+    "Tensor? capture_mask) -> ()",
     reference=_checked_reference,
-    fake=_check,
+    fake=_fake,
     without={"cuda": "attention_tap is attention-shaped: the Triton kernel covers the GPU"},
 )
 # The public function refuses gradients; below it autograd has nothing to do.

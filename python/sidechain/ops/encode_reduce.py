@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``encode_reduce``: moments and firing counts of encoded features for each label."""
+"""``encode_reduce``: sums, sums of squares and firing counts of encoded features for each label."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from torch import Tensor
 from ..reference import encode_reduce as _reference
 from . import _checks, _library
 from ._code_checks import INT64, SINGLE, first_tensor
-from .encoder_structs import Encoder
 from .topk_encode import topk_encode
 
 
@@ -31,7 +30,7 @@ class CodeSums(NamedTuple):
         device: Any = None,
         dtype: torch.dtype = torch.float32,
     ) -> CodeSums:
-        """Empty sums."""
+        """Return empty sums."""
         shape = (labels, features)
         return cls(
             torch.zeros(shape, device=device, dtype=dtype),
@@ -43,14 +42,11 @@ class CodeSums(NamedTuple):
 
 def encode_reduce(
     x: Tensor,
-    w_enc: Tensor,
-    b_enc: Tensor | None = None,
-    b_pre: Tensor | None = None,
+    encoder: Encoder,
     *,
     k: int | None = None,
     threshold: float | Tensor | None = None,
     label: Tensor | None = None,
-    labels: int = 1,
     out: CodeSums | None = None,
     precision: str = "fp32",
     backend: str = "auto",
@@ -63,41 +59,38 @@ def encode_reduce(
 
     Args:
         x: activations [N, d], float32 | float16 | bfloat16.
-        w_enc: [F, d], as in `topk_encode`.
-        b_enc: [F]. None = 0.
-        b_pre: [d], subtracted from x. None = 0.
+        encoder: weights, dtype of x.
         k: features kept of every row; or
         threshold: a number or [F], features above it are kept.
-        label: [N] int64; rows of labels outside [0, G) are left out. None = 0.
-        labels: G, where `out` is not given.
-        out: sums to add to. None = new ones.
+        label: [N] int64; rows of labels that `out` does not have are left out. None = 0.
+        out: sums to add to. None = new ones of one label.
         precision: "fp32" | "bf16" | "int8", as in `topk_encode`.
         backend: as in `topk_encode`; what encodes in Triton is added up by `code_sums_` of its
             own choice.
 
     Returns:
-        out, or new `CodeSums` of G labels and F features.
+        out, or new `CodeSums` of one label and F features.
 
     Raises:
         TypeError, ValueError, RuntimeError: as in `topk_encode` and `code_sums_`.
-        ValueError: both or neither of k and threshold are given.
+        ValueError: both or neither of k and threshold are given, or a label without `out`.
 
     Differentiable in: nothing. Deterministic: yes, for any number of threads.
-    Backends: those of `topk_encode`. Source: the moments that TADA's feature scores are made of
+    Backends: those of `topk_encode`. Source: the sums that TADA's feature scores are made of
     (arXiv:2602.11910).
     """
     if (k is None) == (threshold is None):
         got = "neither" if k is None else "both"
         raise ValueError(f"encode_reduce: expected either k or threshold, got {got}")
+    if label is not None and out is None:
+        raise ValueError("encode_reduce: expected out beside label [it says how many], got None")
     with torch.no_grad():
         codes = topk_encode(
-            x, Encoder(w_enc, b_enc, b_pre), k=k, mode="threshold" if k is None else "topk",
+            x, encoder, k=k, mode="threshold" if k is None else "topk",
             threshold=threshold, precision=precision, backend=backend,
         )  # fmt: skip
         if out is None:
-            if labels < 1:
-                raise ValueError(f"encode_reduce: expected labels >= 1, got {labels}")
-            out = CodeSums.zeros(labels, w_enc.shape[0], x.device, codes.values.dtype)
+            out = CodeSums.zeros(1, encoder.w_enc.shape[0], x.device, codes.values.dtype)
         # One GPU backend encodes, another adds up.
         adds = "auto" if backend == "triton" else backend
         return code_sums_(

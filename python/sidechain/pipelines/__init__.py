@@ -4,14 +4,14 @@
 from . import families as families
 from .adapter import Adapter, CallShape, config_hash, execution_device, register_adapter
 from .sites import Site, SiteList, SitePattern, sites
-from .tracker import Observer, Run, RunContext, observe, release
+from .tracker import Generation, GenerationTracker, Observer, observe, release
 
 __all__ = [
     "Adapter",
     "CallShape",
+    "Generation",
+    "GenerationTracker",
     "Observer",
-    "Run",
-    "RunContext",
     "Site",
     "SiteList",
     "SitePattern",

@@ -43,15 +43,15 @@ class Adapter:
     Attributes:
         family: name for messages and metadata.
         components: attributes of the pipeline that may hold the denoiser.
-        passes: rows per sample -> the CFG branch of each block of rows, in batch order.
+        branches: rows per sample -> the guidance branch of each block of rows, in batch order.
         shape: reads a `CallShape` from the positional and keyword arguments of the denoiser.
-        verify: checks the first call of a run against what is known of the branches
-            (arguments: args, kwargs, samples, passes) and raises on contradiction.
+        verify: checks the first call of a generation against what is known of the branches
+            (arguments: args, kwargs, samples, branches) and raises on contradiction.
     """
 
     family: str
     components: tuple[str, ...]
-    passes: Mapping[int, tuple[str, ...]]
+    branches: Mapping[int, tuple[str, ...]]
     shape: Callable[[tuple[Any, ...], Mapping[str, Any]], CallShape]
     verify: Callable[[tuple[Any, ...], Mapping[str, Any], int, tuple[str, ...]], None] | None = None
 

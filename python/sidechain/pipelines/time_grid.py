@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def same_grid(a: Tensor, b: Tensor) -> bool:
-    """Whether two time grids are equal up to the rounding of float32."""
+    """Tell whether two time grids are equal up to the rounding of float32."""
     return a.shape == b.shape and torch.allclose(
         a.to("cpu", torch.float64), b.to("cpu", torch.float64), rtol=1e-4, atol=1e-6
     )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which step, which CFG branch, which sample: what a site cannot see by itself.
+"""Tracking of a generation: the step, guidance branch and sample that a site cannot see itself.
 
 The step comes from `scheduler.step`, the number of samples from `prepare_latents`, the branch of
 each row from the adapter's table. Everything is watched on instances and put back afterwards.
@@ -20,59 +20,59 @@ from .adapter import Adapter, CallShape, find_denoiser
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
+class Generation:
     """One generation, as it is known at its first denoiser call.
 
     Attributes:
-        number: counts the runs of the RunContext.
+        number: counts the generations of the GenerationTracker.
         samples: B.
         steps: number of scheduler steps announced.
-        passes: CFG branch of each block of B rows.
+        branches: guidance branch of each block of B rows.
         shape: of the denoiser call.
         timesteps: [steps] float64 on the CPU.
         sigmas: [steps] float64 on the CPU; None where the scheduler has none.
         sample_of_row: [R] int64 on the device.
-        pass_of_row: [R] int64 on the device, index into `passes`.
+        branch_of_row: [R] int64 on the device, index into `branches`.
     """
 
     number: int
     samples: int
     steps: int
-    passes: tuple[str, ...]
+    branches: tuple[str, ...]
     shape: CallShape
     timesteps: Tensor
     sigmas: Tensor | None
     sample_of_row: Tensor
-    pass_of_row: Tensor
+    branch_of_row: Tensor
 
     def rows_of(self, branch: str) -> slice:
-        """Return the block of rows of one CFG branch."""
-        start = self.passes.index(branch) * self.samples
+        """Return the block of rows of one guidance branch."""
+        start = self.branches.index(branch) * self.samples
         return slice(start, start + self.samples)
 
 
 class Observer(Protocol):
-    """What a tap offers to its RunContext."""
+    """What a tap offers to its GenerationTracker."""
 
-    def bind(self, run: Run) -> None:
-        """Size and fill device buffers; called before the first denoiser call of a run."""
+    def bind(self, generation: Generation) -> None:
+        """Size and fill device buffers; called before the first denoiser call of a generation."""
 
     def advance(self, step: int) -> None:
         """Point the device buffers at a step; called before the first denoiser call of it."""
 
 
-class RunContext:
-    """Follows the runs of one pipeline and tells its observers; exists while it has any."""
+class GenerationTracker:
+    """Follows the generations of one pipeline and tells its observers; exists while it has any."""
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
         self.scheduler = pipe.scheduler
         self.samples: int | None = None
         self.step = 0
-        self.run: Run | None = None
+        self.generation: Generation | None = None
         self.observers: list[Observer] = []
         self._number = 0
-        self._timesteps: Tensor | None = None  # None: no run has begun
+        self._timesteps: Tensor | None = None  # None: no generation has begun
         self._published = -1
         self._undo: list[Callable[[], None]] = []
         self._watched: tuple[nn.Module, bool] | None = None
@@ -157,7 +157,7 @@ class RunContext:
         def prepare_latents(*args: Any, **kwargs: Any) -> Any:
             result = inner(*args, **kwargs)
             latents = result if isinstance(result, Tensor) else result[0]
-            self.samples, self.run = latents.shape[0], None
+            self.samples, self.generation = latents.shape[0], None
             return result
 
         return prepare_latents
@@ -177,7 +177,7 @@ class RunContext:
         return step
 
     def begin(self, samples: int, timesteps: Tensor | int = 1) -> None:
-        """Announce a run by hand, for calling the denoiser without its pipeline.
+        """Announce a generation by hand, for calling the denoiser without its pipeline.
 
         Args:
             samples: B of the calls to come.
@@ -194,14 +194,14 @@ class RunContext:
 
     def invalidate(self) -> None:
         """Have every observer bound again at the next denoiser call."""
-        self.run = None
+        self.generation = None
 
     def _start(self, timesteps: Tensor) -> None:
         if len(timesteps) == 0:
             raise ValueError("sites: expected at least one step [num_inference_steps], got 0")
         self._watch_denoiser()
         self._number += 1
-        self.step, self._timesteps, self.run = 0, timesteps, None
+        self.step, self._timesteps, self.generation = 0, timesteps, None
 
     def _before_denoiser(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -213,16 +213,16 @@ class RunContext:
             )
         if self._timesteps is None:
             raise RuntimeError(
-                "sites: expected a run [scheduler.set_timesteps, or context.begin(samples, "
+                "sites: expected a generation [scheduler.set_timesteps, or tracker.begin(samples, "
                 "timesteps) to call the denoiser by hand], got a denoiser call outside of one"
             )
         if self.step >= len(self._timesteps):
             raise RuntimeError(
-                f"sites: expected at most {len(self._timesteps)} scheduler steps in this run, got "
-                "a denoiser call after the last: start a new one with context.begin"
+                f"sites: expected at most {len(self._timesteps)} scheduler steps in this "
+                "generation, got a denoiser call after the last: start a new one with tracker.begin"
             )
         shape = self._adapter.shape(args, kwargs)
-        known = self.run is not None and shape == self.run.shape
+        known = self.generation is not None and shape == self.generation.shape
         if _device.capturing() and not (known and self._published == self.step):
             raise RuntimeError(
                 "sites: expected an eager denoiser call of these shapes at this step before a CUDA "
@@ -239,10 +239,10 @@ class RunContext:
     def _bind(
         self, shape: CallShape, timesteps: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        samples, table = self.samples, self._adapter.passes
+        samples, table = self.samples, self._adapter.branches
         if samples is None:
             raise RuntimeError(
-                "sites: expected the number of samples [pipe.prepare_latents, or context.begin], "
+                "sites: expected the number of samples [pipe.prepare_latents, or tracker.begin], "
                 "got a denoiser call before it was known"
             )
         per_sample, rest = divmod(shape.rows, samples)
@@ -252,26 +252,26 @@ class RunContext:
                 f"sites: expected {expected} rows in the denoiser [B={samples} from "
                 f"prepare_latents], got {shape.rows}"
             )
-        passes = table[per_sample]
+        branches = table[per_sample]
         if self._adapter.verify is not None:
-            self._adapter.verify(args, kwargs, samples, passes)
+            self._adapter.verify(args, kwargs, samples, branches)
         rows = torch.arange(shape.rows, device=shape.device)
-        self.run = Run(
+        self.generation = Generation(
             number=self._number,
             samples=samples,
             steps=len(timesteps),
-            passes=passes,
+            branches=branches,
             shape=shape,
             timesteps=timesteps.detach().to("cpu", torch.float64),
             sigmas=self._sigmas(len(timesteps)),
             sample_of_row=rows % samples,
-            pass_of_row=rows // samples,
+            branch_of_row=rows // samples,
         )
         try:
             for observer in self.observers:
-                observer.bind(self.run)
+                observer.bind(self.generation)
         except BaseException:
-            self.run = None
+            self.generation = None
             raise
         self._published = -1
 
@@ -282,37 +282,37 @@ class RunContext:
         return sigmas[:steps].detach().to("cpu", torch.float64)
 
 
-_OPEN: dict[int, RunContext] = {}
+_OPEN: dict[int, GenerationTracker] = {}
 
 
-def observe(pipe: Any, observer: Observer) -> RunContext:
-    """Register an observer with the RunContext of a pipeline, opening it if need be.
+def observe(pipe: Any, observer: Observer) -> GenerationTracker:
+    """Register an observer with the GenerationTracker of a pipeline, opening it if need be.
 
     Raises:
         ValueError: another pipeline that shares the denoiser is being observed.
     """
     _, denoiser, _ = find_denoiser(pipe)
-    context = _OPEN.get(id(denoiser))
-    if context is None:
-        context = RunContext(pipe)
-        context.open()
-        _OPEN[id(denoiser)] = context
-    elif context.pipe is not pipe:
+    tracker = _OPEN.get(id(denoiser))
+    if tracker is None:
+        tracker = GenerationTracker(pipe)
+        tracker.open()
+        _OPEN[id(denoiser)] = tracker
+    elif tracker.pipe is not pipe:
         raise ValueError(
             f"sites: expected one pipeline per denoiser, got {type(pipe).__name__} sharing the "
-            f"denoiser of a {type(context.pipe).__name__} that has taps attached"
+            f"denoiser of a {type(tracker.pipe).__name__} that has taps attached"
         )
-    context.observers.append(observer)
-    context.invalidate()
-    return context
+    tracker.observers.append(observer)
+    tracker.invalidate()
+    return tracker
 
 
 def release(pipe: Any, observer: Observer) -> None:
-    """Take an observer out; the last one closes the RunContext."""
-    for key, context in list(_OPEN.items()):
-        if context.pipe is pipe and observer in context.observers:
-            context.observers.remove(observer)
-            if not context.observers:
+    """Take an observer out; the last one closes the GenerationTracker."""
+    for key, tracker in list(_OPEN.items()):
+        if tracker.pipe is pipe and observer in tracker.observers:
+            tracker.observers.remove(observer)
+            if not tracker.observers:
                 del _OPEN[key]
-                context.close()
+                tracker.close()
             return

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .tap import Captures, capture, capture_
+from .tap import capture_, captured
+from .tap_structs import Capture
 
 
 def attend(
@@ -70,21 +71,14 @@ def attention_tap(
     context_index: Tensor | None = None,
     context_mask: Tensor | None = None,
     scale: float | None = None,
-    sums: Tensor | None = None,
-    squares: Tensor | None = None,
-    counts: Tensor | None = None,
-    ring: Tensor | None = None,
-    capture_slot: Tensor | None = None,
-    capture_mask: Tensor | None = None,
-    ring_stride: int = 1,
-) -> tuple[Tensor, Captures]:
+    capture: Capture | None = None,
+) -> tuple[Tensor, Capture]:
     """Return the output of `attend` and the updated capture buffers; no argument is written.
 
     The buffers are those of `sidechain.reference.tap.tap` with C = H D, fed with the output.
     """
     out = attend(q, k_bank, v_bank, context_index, context_mask, scale)
-    where = (capture_slot, capture_mask, ring_stride)
-    return out, capture(out.flatten(2), sums, squares, counts, ring, *where)
+    return out, captured(out.flatten(2), capture or Capture())
 
 
 def attention_tap_(
@@ -92,18 +86,11 @@ def attention_tap_(
     q: Tensor,
     k_bank: Tensor,
     v_bank: Tensor,
-    context_index: Tensor | None = None,
-    context_mask: Tensor | None = None,
-    scale: float | None = None,
-    sums: Tensor | None = None,
-    squares: Tensor | None = None,
-    counts: Tensor | None = None,
-    ring: Tensor | None = None,
-    capture_slot: Tensor | None = None,
-    capture_mask: Tensor | None = None,
-    ring_stride: int = 1,
+    context_index: Tensor | None,
+    context_mask: Tensor | None,
+    scale: float | None,
+    capture: Capture,
 ) -> None:
     """Do the same as `attention_tap`, writing `out` and the capture buffers in place."""
     out.copy_(attend(q, k_bank, v_bank, context_index, context_mask, scale))
-    where = (capture_slot, capture_mask, ring_stride)
-    capture_(out.flatten(2), sums, squares, counts, ring, *where)
+    capture_(out.flatten(2), capture)

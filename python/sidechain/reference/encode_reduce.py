@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reference of ``code_sums_``: moments and firing counts of sparse codes for each label."""
+"""Reference of ``code_sums_``: sums, sums of squares and firing counts of codes for each label."""
 
 from __future__ import annotations
 

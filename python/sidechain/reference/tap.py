@@ -7,143 +7,62 @@ Source: steering and projection removal as in TADA (arXiv 2602.11910); capture i
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-
-class Captures(NamedTuple):
-    """Capture buffers after a tap; an entry is None where no buffer was given."""
-
-    sums: Tensor | None
-    squares: Tensor | None
-    counts: Tensor | None
-    ring: Tensor | None
+from .tap_structs import Capture, Steering
 
 
 def tap(
-    x: Tensor,
-    *,
-    vectors: Tensor | None = None,
-    steer_slot: Tensor | None = None,
-    index: Tensor | None = None,
-    strength: Tensor | None = None,
-    removal: Tensor | None = None,
-    steer_mask: Tensor | None = None,
-    renorm: bool = False,
-    sums: Tensor | None = None,
-    squares: Tensor | None = None,
-    counts: Tensor | None = None,
-    ring: Tensor | None = None,
-    capture_slot: Tensor | None = None,
-    capture_mask: Tensor | None = None,
-    ring_stride: int = 1,
-) -> tuple[Tensor, Captures]:
+    x: Tensor, capture: Capture | None = None, steering: Steering | None = None
+) -> tuple[Tensor, Capture]:
     """Return the steered activations and the updated capture buffers; no argument is written.
 
-    The formulas and shapes are those of `sidechain.ops.tap_`, which does the same in place.
+    The formulas and shapes are those of `Capture` and `Steering`; `sidechain.ops.tap_` does the
+    same in place.
 
     Args:
         x: activations [R, T, C], any float dtype.
-        vectors: steering table [V, S, C], or None for no steering.
-        steer_slot: S index of `vectors` [1] int64; outside [0, S) nothing is steered. None = 0.
-        index: V index for each row of x [R] int32; outside [0, V) the row stays. None = 0.
-        strength: a [R]. None = 0.
-        removal: b [R]. None = 0.
-        steer_mask: tokens to steer [R | 1, T] bool. None = all.
-        renorm: keep the norm of every steered token.
-        sums: token sums [S, R, C].
-        squares: token sums of squares [S, R, C].
-        counts: token counts [S, R].
-        ring: token copies [S, R, ceil(T / ring_stride), C], any float dtype.
-        capture_slot: S index to write [1] int64; outside [0, S) nothing is captured. None = 0.
-        capture_mask: tokens to capture [R | 1, T] bool. None = all.
-        ring_stride: distance of the tokens copied to `ring`.
+        capture: buffers to update, which see x before it is steered. None = no capture.
+        steering: what to add. None = no steering.
 
     Returns:
-        y [R, T, C], dtype of x, and the updated `Captures`.
+        y [R, T, C], dtype of x, and the capture with its new buffers.
 
-    Differentiable in: x, vectors, strength, removal. Accumulates in float32 (float64 where x or
-    the buffer is float64).
+    Differentiable in: x, and vectors, strength and removal of steering. Accumulates in float32
+    (float64 where x or the buffer is float64).
     """
-    captures = capture(x, sums, squares, counts, ring, capture_slot, capture_mask, ring_stride)
-    y = _steered(x, vectors, steer_slot, index, strength, removal, steer_mask, renorm)
-    return y, captures
+    return _steered(x, steering), captured(x, capture or Capture())
 
 
-def tap_(
-    x: Tensor,
-    vectors: Tensor | None = None,
-    steer_slot: Tensor | None = None,
-    index: Tensor | None = None,
-    strength: Tensor | None = None,
-    removal: Tensor | None = None,
-    steer_mask: Tensor | None = None,
-    renorm: bool = False,
-    sums: Tensor | None = None,
-    squares: Tensor | None = None,
-    counts: Tensor | None = None,
-    ring: Tensor | None = None,
-    capture_slot: Tensor | None = None,
-    capture_mask: Tensor | None = None,
-    ring_stride: int = 1,
-) -> None:
+def tap_(x: Tensor, capture: Capture | None = None, steering: Steering | None = None) -> None:
     """Do the same as `tap`, writing x and the capture buffers in place."""
-    capture_(x, sums, squares, counts, ring, capture_slot, capture_mask, ring_stride)
-    if vectors is not None:
-        x.copy_(_steered(x, vectors, steer_slot, index, strength, removal, steer_mask, renorm))
+    if capture is not None:
+        capture_(x, capture)
+    if steering is not None:
+        x.copy_(_steered(x, steering))
 
 
-def capture(
-    x: Tensor,
-    sums: Tensor | None,
-    squares: Tensor | None,
-    counts: Tensor | None,
-    ring: Tensor | None,
-    capture_slot: Tensor | None,
-    capture_mask: Tensor | None,
-    ring_stride: int,
-) -> Captures:
-    """Return the capture buffers of `tap` after x [R, T, C]; no argument is written."""
-    buffers = (sums, squares, counts, ring)
-    updates = _captured(x, *buffers, capture_slot, capture_mask, ring_stride)
-    new: list[Tensor | None] = [None] * len(buffers)
-    for n, (buffer, update) in enumerate(zip(buffers, updates, strict=True)):
-        if buffer is not None and update is not None:
-            new[n] = buffer.index_copy(0, _slot(capture_slot, buffer)[1], update)
-    return Captures(*new)
+def captured(x: Tensor, capture: Capture) -> Capture:
+    """Return a capture whose buffers have seen x [R, T, C]; no argument is written."""
+    new = {
+        name: buffer.index_copy(0, _slot(capture.slot, buffer)[1], update)
+        for name, buffer, update in _updates(x, capture)
+    }
+    return capture._replace(**new)
 
 
-def capture_(
-    x: Tensor,
-    sums: Tensor | None,
-    squares: Tensor | None,
-    counts: Tensor | None,
-    ring: Tensor | None,
-    capture_slot: Tensor | None,
-    capture_mask: Tensor | None,
-    ring_stride: int,
-) -> None:
-    """Do the same as `capture`, writing the buffers in place."""
-    buffers = (sums, squares, counts, ring)
-    updates = _captured(x, *buffers, capture_slot, capture_mask, ring_stride)
-    for buffer, update in zip(buffers, updates, strict=True):
-        if buffer is not None and update is not None:
-            buffer.index_copy_(0, _slot(capture_slot, buffer)[1], update)
+def capture_(x: Tensor, capture: Capture) -> None:
+    """Do the same as `captured`, writing the buffers in place."""
+    for _, buffer, update in _updates(x, capture):
+        buffer.index_copy_(0, _slot(capture.slot, buffer)[1], update)
 
 
-def _steered(
-    x: Tensor,
-    vectors: Tensor | None,
-    steer_slot: Tensor | None,
-    index: Tensor | None,
-    strength: Tensor | None,
-    removal: Tensor | None,
-    steer_mask: Tensor | None,
-    renorm: bool,
-) -> Tensor:
-    if vectors is None or (strength is None and removal is None) or x.numel() == 0:
+def _steered(x: Tensor, steering: Steering | None) -> Tensor:
+    if steering is None or x.numel() == 0:
+        return x
+    vectors, steer_slot, index, strength, removal, mask, renorm = steering
+    if strength is None and removal is None:
         return x
     acc = torch.float64 if x.dtype == torch.float64 else torch.float32
     rows = x.shape[0]
@@ -174,50 +93,39 @@ def _steered(
         norm_y = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
         # The inner where keeps 0 / 0 out of the gradient as well.
         y = y * torch.where(norm_y == 0, 1.0, norm_x / torch.where(norm_y == 0, 1.0, norm_y))
-    written = touched[:, None] if steer_mask is None else touched[:, None] & steer_mask  # [R, T|1]
+    written = touched[:, None] if mask is None else touched[:, None] & mask  # [R, T|1]
     return torch.where(written[..., None], y.to(x.dtype), x)
 
 
-def _captured(
-    x: Tensor,
-    sums: Tensor | None,
-    squares: Tensor | None,
-    counts: Tensor | None,
-    ring: Tensor | None,
-    capture_slot: Tensor | None,
-    capture_mask: Tensor | None,
-    ring_stride: int,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """New contents [1, R, ...] of the addressed slot of each buffer."""
+def _updates(x: Tensor, capture: Capture) -> list[tuple[str, Tensor, Tensor]]:
+    """Return (field, buffer, new contents [1, R, ...] of the addressed slot) of each buffer."""
     rows, tokens, _ = x.shape
-    mask = None if capture_mask is None else capture_mask.expand(rows, tokens)[..., None]
-
-    def add(buffer: Tensor | None, power: int) -> Tensor | None:
+    mask = None if capture.mask is None else capture.mask.expand(rows, tokens)[..., None]
+    found = []
+    for name, power in (("sums", 1), ("squares", 2), ("counts", 0), ("ring", None)):
+        buffer: Tensor | None = getattr(capture, name)
         if buffer is None:
-            return None
-        valid, slot = _slot(capture_slot, buffer)
+            continue
+        valid, slot = _slot(capture.slot, buffer)
         old = buffer.index_select(0, slot)
-        if power == 0:
+        if power is None:
+            keep = valid if mask is None else valid & mask
+            new = torch.where(keep, x.to(old.dtype)[None], old)
+        elif power == 0:
             n = torch.full((rows,), float(tokens), dtype=old.dtype, device=x.device)
             total = n if mask is None else mask[..., 0].sum(1, dtype=old.dtype)
+            new = torch.where(valid, old + total, old)
         else:
             xf = x.to(torch.promote_types(x.dtype, old.dtype))
             xf = xf if power == 1 else xf.square()
             xf = xf if mask is None else torch.where(mask, xf, 0.0)
-            total = xf.sum(1).to(old.dtype)
-        return torch.where(valid, old + total, old)
-
-    copied = None
-    if ring is not None:
-        valid, slot = _slot(capture_slot, ring)
-        copied = x[:, ::ring_stride].to(ring.dtype)[None]
-        keep = valid if mask is None else valid & mask[:, ::ring_stride]
-        copied = torch.where(keep, copied, ring.index_select(0, slot))
-    return add(sums, 1), add(squares, 2), add(counts, 0), copied
+            new = torch.where(valid, old + xf.sum(1).to(old.dtype), old)
+        found.append((name, buffer, new))
+    return found
 
 
 def _slot(slot: Tensor | None, buffer: Tensor, dim: int = 0) -> tuple[Tensor, Tensor]:
-    """Whether the slot [1] lies inside `buffer`, and the slot clamped into it."""
+    """Return whether the slot [1] lies inside `buffer`, and the slot clamped into it."""
     if slot is None:
         slot = torch.zeros(1, dtype=torch.int64, device=buffer.device)
     size = buffer.shape[dim]

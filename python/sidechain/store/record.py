@@ -17,7 +17,7 @@ from ..io.same import difference
 from ..pipelines import SiteList, SitePattern, config_hash
 from ..pipelines import sites as list_sites
 from ..pipelines.generate import generate, model_name, quiet_settings, spread_seeds
-from ..taps.options import BRANCHES, Steps
+from ..taps.options import BRANCHES, Steps, Where
 from ..taps.stream import StepRows, StreamTap
 from .manifest import MANIFEST, Manifest, read_prompts
 from .reader import ActivationStore
@@ -81,7 +81,8 @@ def record(
     settings = quiet_settings("record", pipe, call)
     recorder = _Recorder()
     ring_dtype = torch.float32 if dtype == torch.int8 else dtype
-    tap = StreamTap(pipe, chosen, passes, steps, every, tokens, ring_dtype, recorder.take)
+    where = Where(chosen, passes, steps, tokens)
+    tap = StreamTap(pipe, where, every, ring_dtype, recorder.take)
     facts = _facts(pipe, chosen, call, passes=passes, steps=steps, every=every, tokens=tokens)
     folder = Path(folder)
     _check_same(folder, facts, texts, all_seeds)
@@ -123,8 +124,8 @@ class _Recorder:
 
     def take(self, found: StepRows) -> None:
         """Write one step."""
-        run = found.run
-        self.writer.set_grid(run.timesteps, run.sigmas)
+        generation = found.generation
+        self.writer.set_grid(generation.timesteps, generation.sigmas)
         prompt = self.first + np.arange(found.samples)
         length = len(found.tokens)
         branch = np.array([BRANCHES.index(name) for name in found.branches])

@@ -17,7 +17,7 @@ from torch import Tensor
 from .._errors import InputError
 from ..io.atomic import write_atomic
 from ..io.run_folder import RunFolder, digest
-from ..taps import share
+from ..taps import cache_context
 from ..zoo.checksums import CHECKSUMS, WEIGHTS
 from ..zoo.music.attributes import ATTRIBUTES
 from .config import MODEL
@@ -92,7 +92,7 @@ def generate(
     values of a text are computed once, whatever else is attached to the pipeline.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    with share(pipe):
+    with cache_context(pipe):
         latents: Tensor = pipe(
             prompt_embeds=contexts,
             generator=generators,

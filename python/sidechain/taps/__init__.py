@@ -2,23 +2,25 @@
 """What happens at a site: record it, replace it, steer it."""
 
 from .base import Tap
-from .cache_context import Share, share
+from .cache_context import CachedContext, cache_context
 from .capture import Capture, Labels, capture, contexts
+from .options import Where
 from .patch import Patch, patch
 from .steer import MODES, Steer, VectorLike, steer
 
 __all__ = [
     "MODES",
+    "CachedContext",
     "Capture",
     "Labels",
     "Patch",
-    "Share",
     "Steer",
     "Tap",
     "VectorLike",
+    "Where",
+    "cache_context",
     "capture",
     "contexts",
     "patch",
-    "share",
     "steer",
 ]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What capture, patch and steer have in common: attach, follow the run, detach, notice silence."""
+"""What all taps have in common: attach, follow the generation, detach, notice silence."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from ..pipelines import Run, RunContext, Site, SiteList, observe, release
+from ..pipelines import Generation, GenerationTracker, Site, SiteList, observe, release
 from . import processor
 from .options import Steps, Window, same_device
 from .processor import Operation
@@ -29,8 +29,8 @@ class Tap:
         self.sites = sites
         self.window = Window.parse(self.name, steps)
         self._operations: dict[str, list[Operation]] = {}
-        self._context: RunContext | None = None
-        self._run: Run | None = None
+        self._tracker: GenerationTracker | None = None
+        self._generation: Generation | None = None
         self._span = (0, 0)
         self._ever_active = False
 
@@ -38,19 +38,19 @@ class Tap:
 
     @property
     def attached(self) -> bool:
-        """Whether the tap is in place."""
-        return self._context is not None
+        """Tell whether the tap is in place."""
+        return self._tracker is not None
 
     @property
-    def context(self) -> RunContext:
-        """The RunContext this tap follows.
+    def tracker(self) -> GenerationTracker:
+        """The GenerationTracker this tap follows.
 
         Raises:
             RuntimeError: the tap is not attached.
         """
-        if self._context is None:
+        if self._tracker is None:
             raise RuntimeError(f"{self.name}: expected an attached tap, got one that is not")
-        return self._context
+        return self._tracker
 
     def attach(self) -> Self:
         """Put the tap in place.
@@ -58,11 +58,11 @@ class Tap:
         Raises:
             RuntimeError: it is there already.
         """
-        if self._context is not None:
+        if self._tracker is not None:
             raise RuntimeError(f"{self.name}: expected a tap that is not attached, got an attached")
         self._operations = {site.name: self._operations_at(site) for site in self.sites}
-        self._run, self._ever_active = None, False
-        self._context = observe(self.pipe, self)
+        self._generation, self._ever_active = None, False
+        self._tracker = observe(self.pipe, self)
         done: list[tuple[Site, Operation]] = []
         try:
             for site in self.sites:
@@ -78,7 +78,7 @@ class Tap:
 
     def remove(self) -> None:
         """Take the tap out and put every processor back; warns if the tap never fired."""
-        if self._context is None:
+        if self._tracker is None:
             return
         self._take_out()
         silent = self._silence()
@@ -95,7 +95,7 @@ class Tap:
 
     def _leave(self) -> None:
         release(self.pipe, self)
-        self._context = None
+        self._tracker = None
 
     def __enter__(self) -> Self:
         return self.attach()
@@ -106,7 +106,7 @@ class Tap:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._context is None:
+        if self._tracker is None:
             return
         self._take_out()
         silent = self._silence()
@@ -127,17 +127,17 @@ class Tap:
             f"{', '.join(quiet)}"
         )
 
-    # -- following the run --------------------------------------------------------------------
+    # -- following the generation -------------------------------------------------------------
 
-    def bind(self, run: Run) -> None:
-        """Size and fill the device buffers for a run."""
+    def bind(self, generation: Generation) -> None:
+        """Size and fill the device buffers for a generation."""
         # Buffers made in inference mode could not be filled outside of it later.
         with torch.inference_mode(False), torch.no_grad():
-            if self._run is not None and run.number != self._run.number:
+            if self._generation is not None and generation.number != self._generation.number:
                 self._finish()
-            self._span = self.window.resolve(self.name, run.steps)
-            self._bind(run)
-            self._run = run
+            self._span = self.window.resolve(self.name, generation.steps)
+            self._bind(generation)
+            self._generation = generation
         for site in self.sites:
             processor.arrange(site.module)
 
@@ -152,9 +152,9 @@ class Tap:
         raise NotImplementedError
 
     def _finish(self) -> None:
-        """Put away what the finished run left in the buffers."""
+        """Put away what the finished generation left in the buffers."""
 
-    def _bind(self, run: Run) -> None:
+    def _bind(self, generation: Generation) -> None:
         raise NotImplementedError
 
     def _advance(self, step: int, inside: bool) -> None:
@@ -162,24 +162,24 @@ class Tap:
 
     # -- helpers ------------------------------------------------------------------------------
 
-    def _branches(self, run: Run, wanted: tuple[str, ...] | None) -> tuple[str, ...]:
-        """Return the wanted CFG branches of a run in batch order."""
+    def _branches(self, generation: Generation, wanted: tuple[str, ...] | None) -> tuple[str, ...]:
+        """Return the wanted guidance branches of a generation in batch order."""
         if wanted is None:
-            return run.passes
-        missing = [b for b in wanted if b not in run.passes]
+            return generation.branches
+        missing = [b for b in wanted if b not in generation.branches]
         if missing:
             raise ValueError(
-                f"{self.name}: expected a run with the {' and '.join(missing)} pass, got passes "
-                f"{list(run.passes)} [guidance off?]"
+                f"{self.name}: expected a generation with the {' and '.join(missing)} branch, got "
+                f"{list(generation.branches)} [guidance off?]"
             )
-        return tuple(b for b in run.passes if b in wanted)
+        return tuple(b for b in generation.branches if b in wanted)
 
     @staticmethod
-    def _block(run: Run, branches: tuple[str, ...]) -> slice | None:
+    def _block(generation: Generation, branches: tuple[str, ...]) -> slice | None:
         """Return the rows of neighbouring branches as one block; None = all rows."""
-        if branches == run.passes:
+        if branches == generation.branches:
             return None
-        return slice(run.rows_of(branches[0]).start, run.rows_of(branches[-1]).stop)
+        return slice(generation.rows_of(branches[0]).start, generation.rows_of(branches[-1]).stop)
 
     def _check_device(self, option: str, value: Tensor, device: torch.device) -> None:
         if not same_device(value.device, device):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""share: keys and values of the context once a run, for all the rows that see the same text."""
+"""cache_context: keys and values of a text once a generation, for all rows that see that text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import _device
 from ..ops import attention_tap
-from ..pipelines import Run, Site, SitePattern, sites
+from ..pipelines import Generation, Site, SitePattern, sites
 from .base import Tap
 from .options import reuse
 from .processor import Attend, Operation, inner_processor
@@ -19,7 +19,7 @@ from .processor import Attend, Operation, inner_processor
 PLAIN_PROCESSORS = ("AttnProcessor2_0", "StableAudioAttnProcessor2_0")
 
 
-class SharedContext(Attend):
+class CachedAttention(Attend):
     """Cross-attention of one site over a bank of keys and values.
 
     The bank holds one entry for every different context among the rows, so rows of a sweep that
@@ -32,7 +32,7 @@ class SharedContext(Attend):
         super().__init__()
         self._attn = attn
         self._seen: Tensor | None = None  # [R, S, C] that the bank was made from
-        # Filled again by the next run where sizes stay, so that a CUDA graph finds them in place.
+        # Filled again by the next generation where sizes stay: a CUDA graph finds them in place.
         self._changed = torch.zeros(0)  # [1] bool on the device: `_seen` has gone stale
         self._context = torch.zeros(0)  # memory of `_seen`
         self._keys = torch.zeros(0)  # [M, S, Hkv, D]
@@ -41,12 +41,12 @@ class SharedContext(Attend):
         self._active: slice | Tensor | None  # rows that see any text; None = all
 
     def reset(self) -> None:
-        """Forget the bank: a new run begins."""
+        """Forget the bank: a new generation begins."""
         self._seen = None
 
     @property
     def stale(self) -> bool:
-        """Whether the contexts of a run changed unnoticed; reads one value back."""
+        """Tell whether the contexts of a generation changed unnoticed; reads one value back."""
         return self._seen is not None and bool(self._changed)
 
     def __call__(self, hidden: Tensor, context: Tensor) -> Tensor:
@@ -77,13 +77,13 @@ class SharedContext(Attend):
                 if torch.equal(seen, context):
                     return
             else:
-                # Nothing is read back here: the verdict is read once, when the run is over.
+                # Nothing is read back here: the verdict is read once, when the generation is over.
                 self._changed |= (seen != context).any()
                 return
         if _device.capturing():
             raise RuntimeError(
-                "share: expected one eager call of the run before a CUDA graph is captured [keys "
-                "and values are made there], got it within the capture"
+                "cache_context: expected one eager call of the generation before a CUDA graph is "
+                "captured [keys and values are made there], got it within the capture"
             )
         # Memory made in inference mode could not be filled outside of it later.
         with torch.inference_mode(False), torch.no_grad():
@@ -112,10 +112,10 @@ class SharedContext(Attend):
         self._values = reuse(self._values, attn.to_v(entries).unflatten(-1, (-1, width)))
 
 
-class Share(Tap):
-    """Sites that share keys and values of the context; made by `share`."""
+class CachedContext(Tap):
+    """Sites that share keys and values of the context; made by `cache_context`."""
 
-    name = "share"
+    name = "cache_context"
 
     def __init__(self, pipe: Any, sites_: SitePattern) -> None:
         super().__init__(pipe, sites(pipe, sites_, kind="cross"), None)
@@ -128,8 +128,8 @@ class Share(Tap):
         kind = type(inner_processor(attn)).__name__
         if kind not in PLAIN_PROCESSORS:
             raise NotImplementedError(
-                f"share: expected one of the processors {', '.join(PLAIN_PROCESSORS)} at {site} "
-                f"[whose arithmetic is known], got {kind}"
+                f"cache_context: expected one of the processors {', '.join(PLAIN_PROCESSORS)} at "
+                f"{site} [whose arithmetic is known], got {kind}"
             )
         odd = {
             "a context norm": attn.norm_cross is not None,
@@ -142,40 +142,39 @@ class Share(Tap):
         }
         for what, present in odd.items():
             if present:
-                raise NotImplementedError(f"share: expected plain attention at {site}, got {what}")
+                raise NotImplementedError(
+                    f"cache_context: expected plain attention at {site}, got {what}"
+                )
 
     def _operations_at(self, site: Site) -> list[Operation]:
-        return [SharedContext(site.module)]
+        return [CachedAttention(site.module)]
 
-    def _shared(self) -> list[SharedContext]:
-        found = [o for site in self.sites for o in self._operations[site.name]]
-        return [o for o in found if isinstance(o, SharedContext)]
-
-    def _bind(self, run: Run) -> None:
-        for shared in self._shared():
-            shared.reset()
+    def _bind(self, generation: Generation) -> None:
+        for site in self.sites:
+            for cached in self._cached_at(site):
+                cached.reset()
 
     def _advance(self, step: int, inside: bool) -> None:
         pass
 
     def _finish(self) -> None:
-        stale = [s.alias for s in self.sites for o in self._shared_at(s) if o.stale]
+        stale = [s.alias for s in self.sites for o in self._cached_at(s) if o.stale]
         if stale:
             raise RuntimeError(
-                f"share: expected the same context at every step of a run [keys and values are "
-                f"kept], got another one at {', '.join(stale)}"
+                f"cache_context: expected the same context at every step of a generation [keys and "
+                f"values are kept], got another one at {', '.join(stale)}"
             )
 
-    def _shared_at(self, site: Site) -> list[SharedContext]:
-        return [o for o in self._operations[site.name] if isinstance(o, SharedContext)]
+    def _cached_at(self, site: Site) -> list[CachedAttention]:
+        return [o for o in self._operations[site.name] if isinstance(o, CachedAttention)]
 
     def _take_out(self) -> None:
         super()._take_out()
         self._finish()
 
 
-def share(pipe: Any, sites: SitePattern = "cross:*") -> Share:
-    """Compute keys and values of the text once a run instead of once a step and row.
+def cache_context(pipe: Any, sites: SitePattern = "cross:*") -> CachedContext:
+    """Compute keys and values of the text once a generation instead of once a step and row.
 
     Results equal those of the model's own processors up to the rounding of their matrix products.
     Rows of a batch that see the same context share one entry; rows whose context is zero are
@@ -191,12 +190,12 @@ def share(pipe: Any, sites: SitePattern = "cross:*") -> Share:
 
     Raises:
         NotImplementedError: a processor whose arithmetic is not known, or an attention mask.
-        RuntimeError: a context that changed during a run on a device other than the CPU, where
-            this is found out at the end of the run; on the CPU the bank is simply made anew.
+        RuntimeError: a context that changed during a generation on a device other than the CPU,
+            where this is found out at the end; on the CPU the bank is made anew.
 
     Where gradients are wanted the model's own processors run.
 
-    A CUDA graph captured after an eager call of the run stays valid for later runs of the same
-    shapes, with as many different texts and the same rows without text.
+    A CUDA graph captured after an eager call of the generation stays valid for later ones of the
+    same shapes, with as many different texts and the same rows without text.
     """
-    return Share(pipe, sites)
+    return CachedContext(pipe, sites)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +13,12 @@ import torch
 from torch import Tensor
 
 from .._device import send
-from ..pipelines import Run, Site, SitePattern, sites
+from ..ops import Capture as Buffers
+from ..pipelines import Generation, Site, SitePattern
 from . import options
 from .base import Tap
-from .options import Steps
-from .processor import ContextRecord, Operation, Pass
+from .options import Where, placed
+from .processor import ContextRecord, Operation, Record
 
 REDUCTIONS = ("mean", "moments", "tokens", "context")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -30,24 +32,44 @@ class Labels:
         steps: step number of each entry of the first axis.
         timesteps: of these steps, [steps] float64.
         sigmas: of these steps, [steps] float64, or None.
-        passes: CFG branch of each entry of the second axis.
-        samples: B, all runs together.
+        branches: guidance branch of each entry of the second axis.
+        samples: B, all generations together.
     """
 
     steps: tuple[int, ...]
     timesteps: Tensor
     sigmas: Tensor | None
-    passes: tuple[str, ...]
+    branches: tuple[str, ...]
     samples: int
+
+
+_Recorded = tuple[Labels, dict[str, Buffers]]  # one generation, by name of the site
+
+
+def _tensors(buffers: Buffers) -> list[Tensor]:
+    """Return the buffers that are there, without slot and mask."""
+    return [t for t in buffers[:4] if t is not None]
+
+
+def _each(function: Callable[[Tensor], Tensor], buffers: Buffers) -> Buffers:
+    """Apply a function to every buffer that is there; slot and mask are left out."""
+    return Buffers(*(None if t is None else function(t) for t in buffers[:4]))
+
+
+def _mean(total: Tensor | None, counts: Tensor | None) -> Tensor:
+    """Divide sums over tokens by the number of tokens."""
+    if total is None or counts is None:
+        raise RuntimeError("capture: expected sums and counts of this reduction, got none")
+    return total / counts[..., None]
 
 
 class Capture(Tap):
     """Recorded activations; made by `capture`.
 
     `cap[site]` is, with several pipeline calls in one context joined along B:
-    - reduce="mean" and "moments": mean over tokens [steps, passes, B, C] float32;
-    - reduce="tokens": [steps, passes, B, T', C];
-    - reduce="context": what the site's keys and values are computed from, [passes, B, S, C].
+    - reduce="mean" and "moments": mean over tokens [steps, branches, B, C] float32;
+    - reduce="tokens": [steps, branches, B, T', C];
+    - reduce="context": what the site's keys and values are computed from, [branches, B, S, C].
     """
 
     name = "capture"
@@ -55,11 +77,8 @@ class Capture(Tap):
     def __init__(
         self,
         pipe: Any,
-        sites_: SitePattern,
+        where: Where,
         reduce: str,
-        passes: str,
-        steps: Steps,
-        tokens: Any,
         dtype: torch.dtype,
     ) -> None:
         if reduce not in REDUCTIONS:
@@ -68,30 +87,30 @@ class Capture(Tap):
             )
         if dtype not in _DTYPES:
             raise TypeError(f"capture: expected dtype float32 | float16 | bfloat16, got {dtype}")
-        super().__init__(pipe, sites(pipe, sites_), steps)
+        super().__init__(pipe, where.chosen(pipe, "cross:*"), where.steps)
         if reduce == "context":
             for site in self.sites:
                 if site.kind != "cross":
                     raise ValueError(
                         f"capture: expected cross-attention sites [reduce='context'], got {site}"
                     )
-            if tokens is not None or steps is not None:
+            if where.tokens is not None or where.steps is not None:
                 raise ValueError(
                     "capture: expected neither tokens nor steps with reduce='context', got "
-                    f"tokens={tokens!r}, steps={steps!r}"
+                    f"tokens={where.tokens!r}, steps={where.steps!r}"
                 )
         self.reduce = reduce
         self.dtype = dtype
-        self._wanted = options.parse_branches("capture", passes)
-        self._tokens = options.parse_tokens("capture", tokens)
+        self._wanted = options.parse_branches("capture", where.branches)
+        self._tokens = options.parse_tokens("capture", where.tokens)
         if reduce == "tokens" and isinstance(self._tokens, Tensor):
             raise NotImplementedError(
                 "capture: expected a slice of tokens with reduce='tokens', got a mask"
             )
         self._slot: Tensor | None = None
         self._kept_mask: Tensor | None = None
-        self._buffers: dict[str, dict[str, Tensor]] = {}
-        self._archive: list[tuple[Labels, dict[str, dict[str, Tensor]]]] = []
+        self._buffers: dict[str, Buffers] = {}
+        self._archive: list[_Recorded] = []
         self._number = -1
         self._reached = 0
 
@@ -103,17 +122,14 @@ class Capture(Tap):
         parts = []
         for labels, buffers in self._records():
             found = buffers[name]
-            if self.reduce in ("mean", "moments"):
-                value = found["sums"] / found["counts"][..., None]
-            else:
-                value = found["ring"]
+            value = _mean(found.sums, found.counts) if found.ring is None else found.ring
             parts.append(self._split_rows(value, labels))
         axis = 1 if self.reduce == "context" else 2
         joined = torch.cat(parts, axis) if len(parts) > 1 else parts[0]
         return joined.to(self.dtype)
 
     def second_moment(self, site: str | Site | int) -> Tensor:
-        """Return the mean over tokens of the squares, [steps, passes, B, C] (reduce="moments")."""
+        """Return the mean square over tokens, [steps, branches, B, C] (reduce="moments")."""
         if self.reduce != "moments":
             raise ValueError(
                 f"capture: expected reduce='moments' for second_moment, got {self.reduce!r}"
@@ -121,8 +137,8 @@ class Capture(Tap):
         name = self.sites[site].name
         return torch.cat(
             [
-                self._split_rows(b[name]["squares"] / b[name]["counts"][..., None], labels)
-                for labels, b in self._records()
+                self._split_rows(_mean(found[name].squares, found[name].counts), labels)
+                for labels, found in self._records()
             ],
             dim=2,
         )
@@ -136,7 +152,7 @@ class Capture(Tap):
             first.steps,
             first.timesteps,
             first.sigmas,
-            first.passes,
+            first.branches,
             sum(labels.samples for labels, _ in records),
         )
 
@@ -156,25 +172,25 @@ class Capture(Tap):
         return self.labels.sigmas
 
     @property
-    def passes(self) -> tuple[str, ...]:
-        """CFG branch of each entry of the second axis."""
-        return self.labels.passes
+    def branches(self) -> tuple[str, ...]:
+        """Guidance branch of each entry of the second axis."""
+        return self.labels.branches
 
     @property
     def nbytes(self) -> int:
-        """Bytes held on the device, archived runs included."""
+        """Bytes held on the device, archived generations included."""
         kept = [self._buffers, *(buffers for _, buffers in self._archive)]
-        return sum(t.nbytes for run in kept for site in run.values() for t in site.values())
+        return sum(t.nbytes for each in kept for found in each.values() for t in _tensors(found))
 
     def clear(self) -> None:
-        """Forget the finished runs and the current one."""
+        """Forget the finished generations and the current one."""
         self._archive.clear()
         self._reached = 0
         for buffers in self._buffers.values():
-            for buffer in buffers.values():
+            for buffer in _tensors(buffers):
                 buffer.zero_()
 
-    def _records(self) -> list[tuple[Labels, dict[str, dict[str, Tensor]]]]:
+    def _records(self) -> list[_Recorded]:
         records = list(self._archive)
         if self._reached:
             records.append(self._current())
@@ -185,42 +201,41 @@ class Capture(Tap):
             same_grid = labels.steps == first.steps and torch.equal(
                 labels.timesteps, first.timesteps
             )
-            if not same_grid or labels.passes != first.passes:
+            if not same_grid or labels.branches != first.branches:
                 raise ValueError(
-                    f"capture: expected runs with equal steps and passes in one capture, got "
-                    f"{len(first.steps)} steps {list(first.passes)} and {len(labels.steps)} "
-                    f"steps {list(labels.passes)}: use one capture for each, or clear()"
+                    f"capture: expected generations with equal steps and branches in one capture, "
+                    f"got {len(first.steps)} steps {list(first.branches)} and "
+                    f"{len(labels.steps)} steps {list(labels.branches)}: use one capture for each, "
+                    "or clear()"
                 )
         return records
 
-    def _current(self) -> tuple[Labels, dict[str, dict[str, Tensor]]]:
-        run = self._run
-        if run is None:
+    def _current(self) -> _Recorded:
+        generation = self._generation
+        if generation is None:
             raise RuntimeError("capture: expected at least one pipeline call, got none")
         start, stop = self._span
         steps = tuple(range(start, min(stop, self._reached)))
         labels = Labels(
             steps,
-            run.timesteps[list(steps)],
-            None if run.sigmas is None else run.sigmas[list(steps)],
-            self._branches(run, self._wanted),
-            run.samples,
+            generation.timesteps[list(steps)],
+            None if generation.sigmas is None else generation.sigmas[list(steps)],
+            self._branches(generation, self._wanted),
+            generation.samples,
         )
         if self.reduce == "context":
             return labels, self._buffers
-        # A run that stopped early has fewer steps than its buffers.
-        return labels, {
-            name: {k: v[: len(steps)] for k, v in buffers.items()}
-            for name, buffers in self._buffers.items()
-        }
+        # A generation that stopped early has fewer steps than its buffers.
+        count = len(steps)
+        return labels, {n: _each(lambda t: t[:count], b) for n, b in self._buffers.items()}
 
     def _split_rows(self, value: Tensor, labels: Labels) -> Tensor:
-        """[S, R', ...] -> [S, passes, B, ...], without S for a context."""
+        """Turn [S, R', ...] into [S, branches, B, ...], without S for a context."""
         rest = value.shape[2:]
-        split = value.reshape(len(value), len(labels.passes), labels.samples, *rest)
+        split = value.reshape(len(value), len(labels.branches), labels.samples, *rest)
         return split[0] if self.reduce == "context" else split
 
-    # -- following the run --------------------------------------------------------------------
+    # -- following the generation -------------------------------------------------------------
 
     def attach(self) -> Capture:
         """Put the tap in place; what an earlier use recorded is forgotten."""
@@ -228,61 +243,65 @@ class Capture(Tap):
         return super().attach()
 
     def _operations_at(self, site: Site) -> list[Operation]:
-        return [ContextRecord() if self.reduce == "context" else Pass(steers=False)]
+        return [ContextRecord() if self.reduce == "context" else Record()]
 
-    def _bind(self, run: Run) -> None:
-        fresh = run.number != self._number
-        branches = self._branches(run, self._wanted)
-        rows = self._block(run, branches)
-        device = run.shape.device
+    def _bind(self, generation: Generation) -> None:
+        branches = self._branches(generation, self._wanted)
+        rows = self._block(generation, branches)
+        device = generation.shape.device
         if self._slot is None or self._slot.device != device:
             self._slot = torch.full((1,), -1, dtype=torch.int64, device=device)
-        mask = self._mask(run, len(branches))
+        mask = self._mask(generation, len(branches))
         for site in self.sites:
-            shapes = self._shapes(site, run, len(branches) * run.samples)
-            old = self._buffers.get(site.name, {})
-            buffers = {}
-            for key, shape in shapes.items():
-                dtype = self.dtype if key == "ring" else torch.float32
-                kept = old.get(key)
-                if kept is None or kept.shape != shape or kept.device != device:
-                    if not fresh:
-                        raise NotImplementedError(
-                            "capture: expected a constant batch within a run, got a denoiser call "
-                            f"with {run.shape.rows} rows"
-                        )
-                    kept = torch.zeros(shape, dtype=dtype, device=device)
-                elif fresh:
-                    kept.zero_()
-                buffers[key] = kept
+            shapes = self._shapes(site, generation, len(branches) * generation.samples)
+            old = self._buffers.get(site.name, Buffers())._asdict()
+            kept = {
+                key: self._buffer(old[key], shape, key, generation) for key, shape in shapes.items()
+            }
+            buffers = Buffers(**kept, slot=self._slot, mask=mask)
             self._buffers[site.name] = buffers
             (operation,) = self._operations[site.name]
-            arguments: dict[str, Any] = {**buffers, "capture_slot": self._slot}
-            if mask is not None:
-                arguments["capture_mask"] = mask
             if isinstance(operation, ContextRecord):
-                operation.rows, operation.buffers = rows, arguments
-            elif isinstance(operation, Pass):
+                operation.rows, operation.buffers = rows, buffers
+            elif isinstance(operation, Record):
                 operation.rows = operation.active = rows
                 operation.tokens = None if isinstance(self._tokens, Tensor) else self._tokens
-                operation.buffers = arguments
-        self._number = run.number
+                operation.buffers = buffers
+        self._number = generation.number
 
-    def _mask(self, run: Run, branches: int) -> Tensor | None:
+    def _buffer(
+        self, old: Tensor | None, shape: tuple[int, ...], key: str, generation: Generation
+    ) -> Tensor:
+        """Return a buffer of zeros for a new generation, the one there is within a generation."""
+        device = generation.shape.device
+        fresh = generation.number != self._number
+        if old is None or old.shape != shape or old.device != device:
+            if not fresh:
+                raise NotImplementedError(
+                    "capture: expected a constant batch within a generation, got a denoiser call "
+                    f"with {generation.shape.rows} rows"
+                )
+            dtype = self.dtype if key == "ring" else torch.float32
+            return torch.zeros(shape, dtype=dtype, device=device)
+        return old.zero_() if fresh else old
+
+    def _mask(self, generation: Generation, branches: int) -> Tensor | None:
         if not isinstance(self._tokens, Tensor):
             return None
-        mask = options.token_mask("capture", self._tokens, run.shape.tokens, run.samples)
-        mask = send(mask, run.shape.device)
+        mask = options.token_mask(
+            "capture", self._tokens, generation.shape.tokens, generation.samples
+        )
+        mask = send(mask, generation.shape.device)
         mask = mask if mask.shape[0] == 1 else mask.repeat(branches, 1)
         self._kept_mask = options.reuse(self._kept_mask, mask)
         return self._kept_mask
 
-    def _shapes(self, site: Site, run: Run, rows: int) -> dict[str, tuple[int, ...]]:
+    def _shapes(self, site: Site, generation: Generation, rows: int) -> dict[str, tuple[int, ...]]:
         if self.reduce == "context":
-            return {"ring": (1, rows, run.shape.context_tokens, site.context_width)}
+            return {"ring": (1, rows, generation.shape.context_tokens, site.context_width)}
         steps = self._span[1] - self._span[0]
         tokens = None if isinstance(self._tokens, Tensor) else self._tokens
-        kept = options.count_tokens("capture", tokens, run.shape.tokens)
+        kept = options.count_tokens("capture", tokens, generation.shape.tokens)
         if self.reduce == "tokens":
             return {"ring": (steps, rows, kept, site.width)}
         shapes: dict[str, tuple[int, ...]] = {
@@ -294,19 +313,19 @@ class Capture(Tap):
         return shapes
 
     def _finish(self) -> None:
-        # Another run is about to use the buffers.
-        if not self._reached or self._run is None:
+        # Another generation is about to use the buffers.
+        if not self._reached or self._generation is None:
             return
         if self._reached < self._span[1] and self.reduce != "context":
             warnings.warn(
-                f"capture: a run that stopped after {self._reached} of {self._run.steps} steps "
-                "was dropped because another one followed",
+                f"capture: a generation that stopped after {self._reached} of "
+                f"{self._generation.steps} steps was dropped because another one followed",
                 RuntimeWarning,
                 stacklevel=2,
             )
         else:
             labels, buffers = self._current()
-            kept = {n: {k: v.clone() for k, v in b.items()} for n, b in buffers.items()}
+            kept = {name: _each(torch.clone, found) for name, found in buffers.items()}
             self._archive.append((labels, kept))
         self._reached = 0
 
@@ -314,21 +333,19 @@ class Capture(Tap):
         if self._slot is None:
             return
         if self.reduce == "context":
-            # One context for the whole run: it is the same at every step.
+            # One context for the whole generation: it is the same at every step.
             self._slot.fill_(0 if step == 0 else -1)
         else:
             self._slot.fill_(step - self._span[0] if inside else -1)
         self._reached = step + 1
 
 
+@placed
 def capture(
     pipe: Any,
-    sites: SitePattern = "cross:*",
+    where: SitePattern | Where = "cross:*",
     *,
     reduce: str = "mean",
-    passes: str = "cond",
-    steps: Steps = None,
-    tokens: slice | Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Capture:
     """Record what attention sites put out while the pipeline runs.
@@ -338,25 +355,21 @@ def capture(
 
     Args:
         pipe: diffusers pipeline.
-        sites: see `SiteList.select`.
+        where: sites, or a `Where`, which names branches, steps and tokens too.
         reduce: "mean" over tokens, "moments" (mean and mean square), "tokens" (all of them), or
-            "context" (the text that a cross-attention site sees, once for each run).
-        passes: "cond", "uncond" or "all".
-        steps: (start, stop) in scheduler steps, or in fractions of the run. None = all.
-        tokens: slice, or bool mask [T] or [B, T]. None = all; index 0 is the global token of
-            Stable Audio.
+            "context" (the text that a cross-attention site sees, once for each generation).
         dtype: of the results; sums are kept in float32.
 
     Returns:
         A context manager (or handle: attach, remove) that is indexed by site.
 
     Raises:
-        ValueError: unknown sites or options, or options that do not fit the run.
+        ValueError: unknown sites or options, or options that do not fit the generation.
         RuntimeError: on leaving the context, a site that never ran.
 
     Differentiable in: nothing; gradients flow through the site untouched.
     """
-    return Capture(pipe, sites, reduce, passes, steps, tokens, dtype)
+    return Capture(pipe, Where.of(where), reduce, dtype)
 
 
 class _Enough(Exception):
@@ -379,18 +392,18 @@ def contexts(
             the rows of a batch (`guidance_scale`): products of fewer rows may round otherwise.
 
     Returns:
-        [B, S, C] of the cond pass, float32, as `patch(context=...)` takes it.
+        [B, S, C] of the cond branch, float32, as `patch(context=...)` takes it.
     """
-    chosen = sites(pipe, "cross:0" if site is None else site)
     call.setdefault("generator", torch.Generator().manual_seed(0))
-    tap = _FirstStep(pipe, chosen, "context", "cond", None, None, torch.float32)
+    where = Where("cross:0" if site is None else site)
+    tap = _FirstStep(pipe, where, "context", torch.float32)
     bar = getattr(pipe, "_progress_bar_config", None)
     pipe.set_progress_bar_config(disable=True)
     try:
         with tap:
             with contextlib.suppress(_Enough):
                 pipe(prompts, **call)
-            return tap[chosen[0]][0]
+            return tap[tap.sites[0]][0]
     finally:
         if bar is None:
             del pipe._progress_bar_config

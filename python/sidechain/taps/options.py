@@ -1,28 +1,87 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reading of the options that capture, patch and steer share."""
+"""The options that capture, patch and steer share: where they act, and how options are read."""
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from .._device import send
+from ..pipelines import Generation, SiteList, SitePattern, sites
 
 BRANCHES = ("cond", "uncond")
-PASSES = (*BRANCHES, "all")
+BRANCH_CHOICES = (*BRANCHES, "all")
 
 Steps = tuple[int | float, int | float] | None
 Tokens = slice | Tensor | None
 
 
+@dataclass(frozen=True, eq=False)
+class Where:
+    """Where a tap acts: at which sites, in which branches and steps, on which tokens.
+
+    These four belong together: they are the coordinates of an activation, and the same place is
+    captured first and patched or steered later. So `capture`, `patch` and `steer` take one
+    argument for them, and a bare site pattern where sites are all there is to say::
+
+        capture(pipe, "cross:2-4")
+        early = Where("cross:2-4", steps=(0.0, 0.5))
+        capture(pipe, early)
+        steer(pipe, vector, early, strength=2)
+
+    Attributes:
+        sites: see `SiteList.select`. None = what the function says.
+        branches: guidance branches: "cond", "uncond" or "all"; `steer` knows more. None = "cond".
+        steps: (start, stop) in scheduler steps, or in fractions of the generation. None = all.
+        tokens: slice, or bool mask [T] or [B, T]. None = all; index 0 is the global token of
+            Stable Audio.
+    """
+
+    sites: SitePattern | None = None
+    branches: str | None = None
+    steps: Steps = None
+    tokens: Tokens = None
+
+    @classmethod
+    def of(cls, where: Where | SitePattern | None) -> Where:
+        """Return a place that may be given by its sites alone."""
+        return where if isinstance(where, Where) else cls(where)
+
+    def chosen(self, pipe: Any, default: SitePattern) -> SiteList:
+        """Return its sites in a pipeline."""
+        return sites(pipe, default if self.sites is None else self.sites)
+
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+_MOVED = {n: n for n in ("sites", "branches", "steps", "tokens")} | {"passes": "branches"}
+
+
+def placed(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Let a function answer keywords that stand in `Where` with one line that says so."""
+
+    @functools.wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _T:
+        old = [name for name in kwargs if name in _MOVED]
+        if old:
+            fields = ", ".join(f"{_MOVED[name]}=..." for name in old)
+            raise TypeError(
+                f"{function.__name__}: expected where=Where({fields}), got {', '.join(old)}"
+            )
+        return function(*args, **kwargs)
+
+    return call
+
+
 @dataclass(frozen=True)
 class Window:
-    """Steps in which a tap acts: [start, stop) in steps, or in fractions of the run."""
+    """Steps in which a tap acts: [start, stop) in steps, or in fractions of the generation."""
 
     start: int | float = 0
     stop: int | float = 1.0
@@ -51,7 +110,7 @@ class Window:
         return cls(start, stop)
 
     def resolve(self, name: str, steps: int) -> tuple[int, int]:
-        """Return the window in steps of a run of that length."""
+        """Return the window in steps of a generation of that length."""
         if isinstance(self.stop, float):
             start, stop = round(self.start * steps), round(self.stop * steps)
         else:
@@ -59,7 +118,7 @@ class Window:
         if start >= stop:
             raise ValueError(
                 f"{name}: expected a window that holds at least one of {steps} steps [of this "
-                f"run], got ({self.start}, {self.stop})"
+                f"generation], got ({self.start}, {self.stop})"
             )
         return start, stop
 
@@ -91,23 +150,24 @@ def count_tokens(name: str, tokens: slice | None, total: int) -> int:
 
 
 def token_mask(name: str, mask: Tensor, total: int, samples: int) -> Tensor:
-    """Check a mask against a run; return it as [1, T] or [B, T]."""
+    """Check a mask against a generation; return it as [1, T] or [B, T]."""
     wide = mask[None] if mask.dim() == 1 else mask
     if wide.shape[1] != total or wide.shape[0] not in (1, samples):
         raise ValueError(
             f"{name}: expected a token mask of shape [{total}] or [{samples}, {total}] [tokens and "
-            f"samples of this run], got {list(mask.shape)}"
+            f"samples of this generation], got {list(mask.shape)}"
         )
     return wide
 
 
-def parse_branches(name: str, passes: Any) -> tuple[str, ...] | None:
-    """Return the CFG branches meant by "cond", "uncond" or "all" (None)."""
-    if passes not in PASSES:
+def parse_branches(name: str, branches: str | None) -> tuple[str, ...] | None:
+    """Return the guidance branches meant by "cond", "uncond" or "all" (None)."""
+    branches = "cond" if branches is None else branches
+    if branches not in BRANCH_CHOICES:
         raise ValueError(
-            f"{name}: expected passes to be one of {', '.join(PASSES)}, got {passes!r}"
+            f"{name}: expected branches to be one of {', '.join(BRANCH_CHOICES)}, got {branches!r}"
         )
-    return None if passes == "all" else (passes,)
+    return None if branches == "all" else (branches,)
 
 
 def per_sample(name: str, option: str, value: Any, dtype: torch.dtype) -> Tensor:
@@ -142,11 +202,12 @@ def per_sample(name: str, option: str, value: Any, dtype: torch.dtype) -> Tensor
     return read.reshape(-1).to(dtype)
 
 
-def for_rows(name: str, option: str, value: Tensor, samples: int, sample_of_row: Tensor) -> Tensor:
-    """Expand [1] or [B] to the rows of a run, [R] on its device."""
+def for_rows(name: str, option: str, value: Tensor, generation: Generation) -> Tensor:
+    """Expand [1] or [B] to the rows of a generation, [R] on its device."""
+    samples, sample_of_row = generation.samples, generation.sample_of_row
     if value.shape[0] not in (1, samples):
         raise ValueError(
-            f"{name}: expected {option} of length 1 or {samples} [B of this run], got "
+            f"{name}: expected {option} of length 1 or {samples} [B of this generation], got "
             f"{value.shape[0]}"
         )
     return send(value.expand(samples), sample_of_row.device)[sample_of_row]
@@ -160,7 +221,7 @@ def reuse(old: Tensor | None, new: Tensor) -> Tensor:
 
 
 def same_device(a: torch.device, b: torch.device) -> bool:
-    """Whether two devices are one, "cuda" being its current index."""
+    """Tell whether two devices are one, "cuda" being its current index."""
 
     def number(device: torch.device) -> int:
         index: int | None = device.index  # the stubs forget that it may be None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""patch: give a site another input or output than the run it is in."""
+"""patch: give a site another input or output than the generation it is in."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..pipelines import Run, Site, SitePattern, execution_device, sites
+from ..pipelines import Generation, Site, SitePattern, execution_device, sites
 from . import options
 from .base import Tap
 from .capture import Capture
-from .options import Steps, reuse
+from .options import Where, placed, reuse
 from .processor import Ablate, Operation, Replace, Swap
 
 Rows = Any  # None | bool [B] | {site: bool [B]}
@@ -27,15 +27,17 @@ class Patch(Tap):
     def __init__(
         self,
         pipe: Any,
-        sites_: SitePattern,
+        where: Where,
         inputs: dict[str, Tensor],
         output: Mapping[str, Tensor] | None,
         rows: Rows,
-        passes: str,
-        steps: Steps,
     ) -> None:
-        super().__init__(pipe, sites(pipe, sites_), steps)
-        self._wanted = options.parse_branches("patch", passes)
+        if where.tokens is not None:
+            raise NotImplementedError(
+                f"patch: expected no tokens in where [every token is replaced], got {where.tokens}"
+            )
+        super().__init__(pipe, where.chosen(pipe, "*"), where.steps)
+        self._wanted = options.parse_branches("patch", where.branches)
         self._inputs = inputs
         self._output = output
         self._rows = self._parse_rows(rows)
@@ -101,11 +103,11 @@ class Patch(Tap):
         self._check_device("output", value, device)
         if value.dim() not in (4, 5) or value.shape[-1] != site.width:
             raise ValueError(
-                f"patch: expected output of shape [steps, B, T, {site.width}] or [steps, passes, "
+                f"patch: expected output of shape [steps, B, T, {site.width}] or [steps, branches, "
                 f"B, T, {site.width}] [width of {site}], got {list(value.shape)}"
             )
 
-    # -- following the run --------------------------------------------------------------------
+    # -- following the generation -------------------------------------------------------------
 
     def _operations_at(self, site: Site) -> list[Operation]:
         if self._output is not None:
@@ -116,19 +118,22 @@ class Patch(Tap):
             return [Swap(key=True, value=True)]
         return [Swap(key=option == "key", value=option == "value") for option in self._inputs]
 
-    def _bind(self, run: Run) -> None:
-        branches = self._branches(run, self._wanted)
-        in_branch = torch.tensor([p in branches for p in run.passes], device=run.shape.device)
-        in_branch = in_branch[run.pass_of_row]
+    def _bind(self, generation: Generation) -> None:
+        branches = self._branches(generation, self._wanted)
+        in_branch = torch.tensor(
+            [p in branches for p in generation.branches], device=generation.shape.device
+        )
+        in_branch = in_branch[generation.branch_of_row]
         for option, value in self._inputs.items():
-            self._banks[option] = reuse(self._banks.get(option), self._bank(option, value, run))
-        if self._slot is None or self._slot.device != run.shape.device:
-            self._slot = torch.zeros(1, dtype=torch.int64, device=run.shape.device)
+            self._banks[option] = reuse(
+                self._banks.get(option), self._bank(option, value, generation)
+            )
+        if self._slot is None or self._slot.device != generation.shape.device:
+            self._slot = torch.zeros(1, dtype=torch.int64, device=generation.shape.device)
         for site in self.sites:
             rows = options.for_rows(
-                "patch", f"rows at {site.alias}", self._rows[site.name], run.samples,
-                run.sample_of_row,
-            )  # fmt: skip
+                "patch", f"rows at {site.alias}", self._rows[site.name], generation
+            )
             self._base[site.name] = (rows & in_branch)[:, None, None]
             selected = reuse(self._selected.get(site.name), self._base[site.name])
             self._selected[site.name] = selected
@@ -140,43 +145,43 @@ class Patch(Tap):
                 if isinstance(operation, Swap):
                     operation.bank = self._banks[option]
                 elif isinstance(operation, Replace):
-                    bank = self._outputs(site, run, branches)
+                    bank = self._outputs(site, generation, branches)
                     operation.bank = reuse(getattr(operation, "bank", None), bank)
                     operation.slot = self._slot
         self._live = True
 
-    def _bank(self, option: str, value: Tensor, run: Run) -> Tensor:
-        """[B | 1, S, C] -> [R, S, C]."""
+    def _bank(self, option: str, value: Tensor, generation: Generation) -> Tensor:
+        """Spread [B | 1, S, C] over the rows: [R, S, C]."""
         value = value[None] if value.dim() == 2 else value
-        if value.shape[0] not in (1, run.samples) or value.shape[1] != run.shape.context_tokens:
+        samples, tokens = generation.samples, generation.shape.context_tokens
+        if value.shape[0] not in (1, samples) or value.shape[1] != tokens:
             raise ValueError(
-                f"patch: expected {option} of shape [{run.samples}, {run.shape.context_tokens}, "
-                f"{value.shape[2]}] [samples and context tokens of this run], got "
-                f"{list(value.shape)}"
+                f"patch: expected {option} of shape [{samples}, {tokens}, {value.shape[2]}] "
+                f"[samples and context tokens of this generation], got {list(value.shape)}"
             )
-        value = value.detach().to(run.shape.dtype)
-        return value.expand(run.samples, -1, -1)[run.sample_of_row]
+        value = value.detach().to(generation.shape.dtype)
+        return value.expand(generation.samples, -1, -1)[generation.sample_of_row]
 
-    def _outputs(self, site: Site, run: Run, branches: tuple[str, ...]) -> Tensor:
-        """[steps, passes | 1, B, T, C] -> [steps, R, T, C]; rows of other passes are zero."""
+    def _outputs(self, site: Site, generation: Generation, branches: tuple[str, ...]) -> Tensor:
+        """Spread [steps, branches | 1, B, T, C] over [steps, R, T, C]; other rows are 0."""
         value = (self._output or {})[site.name].detach()
         value = value[:, None] if value.dim() == 4 else value
-        steps, passes, samples, tokens, width = value.shape
-        span = self._span[1] - self._span[0]
-        if steps != span or samples != run.samples or tokens != run.shape.tokens:
+        steps, given, samples, tokens, width = value.shape
+        expected = [self._span[1] - self._span[0], generation.samples, generation.shape.tokens]
+        if [steps, samples, tokens] != expected:
             raise ValueError(
-                f"patch: expected output of shape [{span}, {run.samples}, {run.shape.tokens}, "
-                f"{width}] [steps, samples and tokens of this run], got {list(value.shape)}"
+                f"patch: expected output of shape {[*expected, width]} [steps, samples and tokens "
+                f"of this generation], got {list(value.shape)}"
             )
-        if passes not in (1, len(branches)):
+        if given not in (1, len(branches)):
             raise ValueError(
-                f"patch: expected output with 1 or {len(branches)} passes [{list(branches)}], got "
-                f"{passes}"
+                f"patch: expected output with 1 or {len(branches)} branches [{list(branches)}], "
+                f"got {given}"
             )
-        value = value.to(run.shape.dtype).expand(-1, len(branches), -1, -1, -1)
-        bank = value.new_zeros(steps, run.shape.rows, tokens, width)
+        value = value.to(generation.shape.dtype).expand(-1, len(branches), -1, -1, -1)
+        bank = value.new_zeros(steps, generation.shape.rows, tokens, width)
         for place, branch in enumerate(branches):
-            bank[:, run.rows_of(branch)] = value[:, place]
+            bank[:, generation.rows_of(branch)] = value[:, place]
         return bank
 
     def _advance(self, step: int, inside: bool) -> None:
@@ -192,9 +197,10 @@ class Patch(Tap):
             self._slot.fill_(step - self._span[0])
 
 
+@placed
 def patch(
     pipe: Any,
-    sites: SitePattern,
+    where: SitePattern | Where,
     *,
     context: Tensor | None = None,
     key: Tensor | None = None,
@@ -202,8 +208,6 @@ def patch(
     output: Tensor | Mapping[Any, Tensor] | Capture | None = None,
     ablate: bool = False,
     rows: Rows = None,
-    passes: str = "cond",
-    steps: Steps = None,
 ) -> Patch:
     """Replace what chosen sites see or put out, for chosen samples.
 
@@ -211,23 +215,21 @@ def patch(
 
     Args:
         pipe: diffusers pipeline.
-        sites: see `SiteList.select`.
+        where: sites, or a `Where`, which names branches and steps too.
         context: [B, S, C], [1, S, C] or [S, C], what keys and values are computed from instead;
             `contexts` makes it.
         key: the same for keys only.
         value: the same for values only.
-        output: [steps, B, T, C], or [steps, passes, B, T, C], in place of the module's output;
+        output: [steps, B, T, C], or [steps, branches, B, T, C], in place of the module's output;
             one tensor, one for each site, or a capture made with reduce="tokens".
         ablate: put out zeros.
         rows: samples to patch, bool [B], or {site: bool [B]}. None = all.
-        passes: "cond", "uncond" or "all".
-        steps: (start, stop) in scheduler steps, or in fractions of the run. None = all.
 
     Returns:
         A context manager (or handle: attach, remove).
 
     Raises:
-        TypeError, ValueError: options that do not fit each other, the sites or the run.
+        TypeError, ValueError: options that do not fit each other, the sites or the generation.
         RuntimeError: on leaving the context, a site that never ran.
 
     Differentiable in: the activations, not in what replaces them. Rows that are not selected stay
@@ -247,12 +249,13 @@ def patch(
             "patch: expected exactly one of context, key / value, output, ablate, got "
             f"{', '.join(given) or 'none'}"
         )
-    outputs = None if output is None else _outputs_by_name(pipe, sites, output)
-    return Patch(pipe, sites, inputs, outputs, rows, passes, steps)
+    place = Where.of(where)
+    outputs = None if output is None else _outputs_by_name(pipe, place, output)
+    return Patch(pipe, place, inputs, outputs, rows)
 
 
-def _outputs_by_name(pipe: Any, pattern: SitePattern, output: Any) -> dict[str, Tensor]:
-    chosen = sites(pipe, pattern)
+def _outputs_by_name(pipe: Any, where: Where, output: Any) -> dict[str, Tensor]:
+    chosen = where.chosen(pipe, "*")
     if isinstance(output, Tensor):
         return {site.name: output for site in chosen}
     if isinstance(output, Capture):

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..ops import tap_
+from ..ops import Capture, Steering, tap_
 from ..reference.tap import tap as reference_tap
 
 
@@ -33,13 +33,13 @@ class ContextRecord(Operation):
     def __init__(self) -> None:
         super().__init__()
         self.rows: slice | None = None
-        self.buffers: dict[str, Any] = {}
+        self.buffers = Capture()
 
     def __call__(self, context: Tensor) -> None:
         """Copy the context; changes nothing."""
         self.fired = True
         x = context.detach()
-        tap_(x if self.rows is None else x[self.rows], **self.buffers)
+        tap_(x if self.rows is None else x[self.rows], self.buffers)
 
 
 class Swap(Operation):
@@ -93,43 +93,47 @@ class Attend(Operation):
         raise NotImplementedError
 
 
-class Pass(Operation):
-    """One side of a `tap_` call: what to capture or how to steer.
+class OutputSide(Operation):
+    """One side of a `tap_` call on the output of a site.
 
     Attributes:
-        steers: whether it steers; otherwise it captures.
-        rows: block of rows that `buffers` describe; None = all.
-        tokens: slice of tokens that `buffers` describe; None = all.
+        rows: block of rows that the buffers describe; None = all.
+        tokens: slice of tokens that the buffers describe; None = all.
         active: block of rows that can be touched; None = all.
-        buffers: keyword arguments of `tap_`.
     """
 
-    def __init__(self, steers: bool) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.steers = steers
         self.rows: slice | None = None
         self.tokens: slice | None = None
         self.active: slice | None = None
-        self.buffers: dict[str, Any] = {}
 
 
-_ROW_BUFFERS = ("index", "strength", "removal")
+class Record(OutputSide):
+    """Captures the output."""
+
+    buffers = Capture()
+
+
+class Add(OutputSide):
+    """Adds directions to the output; does nothing until `buffers` are there."""
+
+    buffers: Steering | None = None
 
 
 class TapCall:
     """A capture and a steer, or one of them, as one `tap_` call."""
 
-    def __init__(self, capture: Pass | None, steer: Pass | None) -> None:
-        first = capture or steer
+    def __init__(self, record: Record | None, add: Add | None) -> None:
+        first = record or add
         if first is None:
             raise ValueError("TapCall: expected a capture or a steer, got neither")
-        self.parts = [p for p in (capture, steer) if p is not None]
+        self.parts = [p for p in (record, add) if p is not None]
         self.where: tuple[slice, slice] | None = None
         if first.rows is not None or first.tokens is not None:
             self.where = (first.rows or slice(None), first.tokens or slice(None))
-        self.capture = {} if capture is None else capture.buffers
-        self.steer = {} if steer is None else _cut(steer.buffers, first.rows)
-        self.both = {**self.capture, **self.steer}
+        self.capture = None if record is None else record.buffers
+        self.steering = None if add is None else _cut(add.buffers, first.rows)
 
     def __call__(self, out: Tensor) -> Tensor:
         """Capture from `out` and steer it, in place where no gradient is wanted."""
@@ -138,15 +142,15 @@ class TapCall:
         view = out if self.where is None else out[self.where]
         if torch.is_grad_enabled() and out.requires_grad:
             return self._differentiable(out, view)
-        tap_(view, **self.both)
+        tap_(view, self.capture, self.steering)
         return out
 
     def _differentiable(self, out: Tensor, view: Tensor) -> Tensor:
-        if self.capture:
-            tap_(view.detach(), **self.capture)
-        if not self.steer:
+        if self.capture is not None:
+            tap_(view.detach(), self.capture)
+        if self.steering is None:
             return out
-        steered, _ = reference_tap(view, **self.steer)
+        steered, _ = reference_tap(view, steering=self.steering)
         if self.where is None:
             return steered
         out = out.clone()
@@ -154,25 +158,31 @@ class TapCall:
         return out
 
 
-def _cut(buffers: dict[str, Any], rows: slice | None) -> dict[str, Any]:
-    """Narrow per-row steering buffers to a block of rows, as views."""
-    if rows is None:
-        return buffers
-    cut = {k: v[rows] if k in _ROW_BUFFERS and v is not None else v for k, v in buffers.items()}
-    mask = cut.get("steer_mask")
-    if mask is not None and mask.shape[0] > 1:
-        cut["steer_mask"] = mask[rows]
-    return cut
+def _cut(steering: Steering | None, rows: slice | None) -> Steering | None:
+    """Narrow what steering holds for each row to a block of rows, as views."""
+    if steering is None or rows is None:
+        return steering
+
+    def part(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values[rows]
+
+    mask = steering.mask
+    return steering._replace(
+        index=part(steering.index),
+        strength=part(steering.strength),
+        removal=part(steering.removal),
+        mask=mask if mask is None or mask.shape[0] == 1 else mask[rows],
+    )
 
 
-def _fits(capture: Pass, steer: Pass) -> bool:
-    """Whether both can share one call: same tokens, and no steered row outside the captured."""
-    if capture.tokens != steer.tokens:
+def _fits(record: Record, add: Add) -> bool:
+    """Tell whether both share one call: same tokens, and no steered row outside the captured."""
+    if record.tokens != add.tokens:
         return False
-    if capture.rows is None:
+    if record.rows is None:
         return True
-    rows = steer.active
-    return rows is not None and capture.rows.start <= rows.start and rows.stop <= capture.rows.stop
+    rows = add.active
+    return rows is not None and record.rows.start <= rows.start and rows.stop <= record.rows.stop
 
 
 class SplitAttention:
@@ -232,16 +242,13 @@ class Tapped:
         outputs: list[Callable[[Tensor], Tensor]] = [
             o for o in ops if isinstance(o, Replace | Ablate)
         ]
-        captures = [o for o in ops if isinstance(o, Pass) and not o.steers]
-        steers = [o for o in ops if isinstance(o, Pass) and o.steers]
-        if captures and steers and _fits(captures[-1], steers[0]):
-            outputs += [TapCall(c, None) for c in captures[:-1]]
-            outputs.append(TapCall(captures[-1], steers[0]))
-            steers = steers[1:]
-        else:
-            outputs += [TapCall(c, None) for c in captures]
-        outputs += [TapCall(None, s) for s in steers]
-        self._outputs = outputs
+        records = [o for o in ops if isinstance(o, Record)]
+        adds = [o for o in ops if isinstance(o, Add)]
+        together = bool(records and adds) and _fits(records[-1], adds[0])
+        outputs += [TapCall(r, None) for r in (records[:-1] if together else records)]
+        if together:
+            outputs.append(TapCall(records[-1], adds.pop(0)))
+        self._outputs = outputs + [TapCall(None, a) for a in adds]
 
     def _edit_context(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         named = "encoder_hidden_states" in kwargs
@@ -317,7 +324,7 @@ def _context_alone(names: list[str], args: tuple[Any, ...], kwargs: dict[str, An
     other = [name for name, value in given.items() if value is not None]
     if other:
         raise NotImplementedError(
-            f"share: expected cross-attention with a context alone, got {', '.join(other)}"
+            f"cache_context: expected cross-attention with a context alone, got {', '.join(other)}"
         )
     return context
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""steer: add directions to what sites put out, per sample, step and CFG branch."""
+"""steer: add directions to what sites put out, per sample, step and guidance branch."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from .._device import send
+from ..ops import Steering
 from ..pipelines import (
-    Run,
+    Generation,
     Site,
     SiteList,
     SitePattern,
@@ -23,10 +24,10 @@ from ..pipelines import (
 from ..pipelines.time_grid import resample, same_grid
 from . import options
 from .base import Tap
-from .options import BRANCHES, Steps, reuse, same_device
-from .processor import Operation, Pass
+from .options import BRANCHES, Where, placed, reuse, same_device
+from .processor import Add, Operation
 
-# mode -> for each CFG branch, the branch whose vector it gets
+# mode -> for each guidance branch, the branch whose vector it gets
 MODES: dict[str, dict[str, str]] = {
     "cond_only": {"cond": "cond"},
     "uncond_only": {"uncond": "uncond"},
@@ -35,6 +36,10 @@ MODES: dict[str, dict[str, str]] = {
     "separate": {"cond": "cond", "uncond": "uncond"},
     "uncond_for_cond": {"cond": "uncond"},
 }
+# What the words of a capture mean here.
+_OWN: dict[str | None, str] = {
+    None: "cond_only", "cond": "cond_only", "uncond": "uncond_only", "all": "separate"
+}  # fmt: skip
 
 
 @runtime_checkable
@@ -47,7 +52,7 @@ class VectorLike(Protocol):
 
     @property
     def timesteps(self) -> Tensor | None:
-        """[S], or None."""
+        """Time of each step [S], or None."""
 
     @property
     def config_hash(self) -> str:
@@ -126,8 +131,8 @@ class _Table:
         except KeyError:
             held = sorted(b for n, b in self.tensors if n == site.name)
             raise ValueError(
-                f"steer: expected a vector for {site} and the {branch} pass, got "
-                f"{'passes ' + str(held) if held else f'sites {self.names()}'}"
+                f"steer: expected a vector for {site} and the {branch} branch, got "
+                f"{'branches ' + str(held) if held else f'sites {self.names()}'}"
             ) from None
 
 
@@ -141,19 +146,18 @@ class Steer(Tap):
         pipe: Any,
         tables: list[_Table],
         chosen: SiteList,
-        mode: str,
-        steps: Steps,
-        tokens: Any,
+        where: Where,
         renorm: bool,
     ) -> None:
+        mode = _OWN.get(where.branches, where.branches)
         if mode not in MODES:
             raise ValueError(
-                f"steer: expected passes to be one of {', '.join(MODES)}, got {mode!r}"
+                f"steer: expected branches to be one of {', '.join(MODES)}, got {mode!r}"
             )
-        super().__init__(pipe, chosen, steps)
-        self.passes = mode
+        super().__init__(pipe, chosen, where.steps)
+        self.mode: str = mode
         self.renorm = bool(renorm)
-        self._tokens = options.parse_tokens("steer", tokens)
+        self._tokens = options.parse_tokens("steer", where.tokens)
         self._tables = tables
         # Branches whose vectors are needed, in the order of the table rows of each vector.
         self._sources = tuple(b for b in BRANCHES if b in MODES[mode].values())
@@ -167,7 +171,7 @@ class Steer(Tap):
         self._slot: Tensor | None = None
         self._row_buffers: dict[str, Tensor] = {}
         self._vectors: dict[str, Tensor] = {}
-        self._mask: Tensor | None = None
+        self._mask: Tensor | None = None  # [1 | R, T]
         self._built_for: Tensor | None = None
         self._warned = False
 
@@ -184,14 +188,14 @@ class Steer(Tap):
 
     @property
     def removal(self) -> Tensor:
-        """How much of the projection to take away for each sample, [1] or [B]."""
+        """Share of the projection to take away for each sample, [1] or [B]."""
         return self._removal
 
     @removal.setter
     def removal(self, value: Any) -> None:
         self._removal = self._changed("removal", value, torch.float32)
-        if self._context is not None and "removal" not in self._row_buffers:
-            self._context.invalidate()  # the kernel has to be told about one buffer more
+        if self._tracker is not None and "removal" not in self._row_buffers:
+            self._tracker.invalidate()  # the kernel has to be told about one buffer more
 
     @property
     def which(self) -> Tensor | None:
@@ -220,147 +224,150 @@ class Steer(Tap):
         self._refill_index()
 
     def _changed(self, option: str, value: Any, dtype: torch.dtype) -> Tensor:
-        """Read an option; while a run is under way, fill its buffer at once."""
+        """Read an option; while a generation is under way, fill its buffer at once."""
         read = options.per_sample("steer", option, value, dtype)
-        run = self._live_run()
-        if run is not None:
-            rows = options.for_rows("steer", option, read, run.samples, run.sample_of_row)
+        generation = self._live_generation()
+        if generation is not None:
+            rows = options.for_rows("steer", option, read, generation)
             if option in self._row_buffers:
                 with torch.inference_mode(False), torch.no_grad():
                     self._row_buffers[option].copy_(rows)
         return read
 
     def _refill_index(self) -> None:
-        run = self._live_run()
-        if run is not None:
+        generation = self._live_generation()
+        if generation is not None:
             with torch.inference_mode(False), torch.no_grad():
-                self._fill("index", run)
+                self._fill("index", generation)
 
-    def _live_run(self) -> Run | None:
-        """Return the run whose buffers are in use, None between runs."""
-        context, run = self._context, self._run
-        if context is None or run is None or context.run is not run or context.step >= run.steps:
+    def _live_generation(self) -> Generation | None:
+        """Return the generation whose buffers are in use, None between generations."""
+        tracker, generation = self._tracker, self._generation
+        if tracker is None or generation is None or tracker.generation is not generation:
             return None
-        return run
+        return generation if tracker.step < generation.steps else None
 
-    # -- following the run --------------------------------------------------------------------
+    # -- following the generation -------------------------------------------------------------
 
     def _operations_at(self, site: Site) -> list[Operation]:
-        return [Pass(steers=True)]
+        return [Add()]
 
-    def _bind(self, run: Run) -> None:
-        targets = MODES[self.passes]
-        touched = tuple(b for b in run.passes if b in targets)
+    def _bind(self, generation: Generation) -> None:
+        targets = MODES[self.mode]
+        touched = tuple(b for b in generation.branches if b in targets)
         if not touched:
             raise ValueError(
-                f"steer: expected a run with the {' or '.join(targets)} pass [passes="
-                f"{self.passes!r}], got passes {list(run.passes)} [guidance off?]"
+                f"steer: expected a generation with the {' or '.join(targets)} branch [branches="
+                f"{self.mode!r}], got branches {list(generation.branches)} [guidance off?]"
             )
-        device = run.shape.device
+        device = generation.shape.device
         if self._slot is None or self._slot.device != device:
             self._slot = torch.full((1,), -1, dtype=torch.int64, device=device)
-        self._build_tables(run)
+        self._build_tables(generation)
         for option in ("strength", "removal", "index"):
-            self._fill(option, run)
-        buffers: dict[str, Any] = {
-            "steer_slot": self._slot,
-            "index": self._row_buffers["index"],
-            "strength": self._row_buffers["strength"],
-            "renorm": self.renorm,
-        }
-        if "removal" in self._row_buffers:
-            buffers["removal"] = self._row_buffers["removal"]
-        if isinstance(self._tokens, Tensor):
-            mask = options.token_mask("steer", self._tokens, run.shape.tokens, run.samples)
-            mask = send(mask, device)
-            mask = mask if mask.shape[0] == 1 else mask[run.sample_of_row]
-            self._mask = buffers["steer_mask"] = reuse(self._mask, mask)
-        else:
-            options.count_tokens("steer", self._tokens, run.shape.tokens)
+            self._fill(option, generation)
+        mask = self._token_mask(generation)
         for site in self.sites:
             (operation,) = self._operations[site.name]
-            if isinstance(operation, Pass):
+            if isinstance(operation, Add):
                 operation.tokens = None if isinstance(self._tokens, Tensor) else self._tokens
-                operation.active = self._block(run, touched)
-                operation.buffers = {"vectors": self._vectors[site.name], **buffers}
+                operation.active = self._block(generation, touched)
+                operation.buffers = Steering(
+                    self._vectors[site.name],
+                    slot=self._slot,
+                    mask=mask,
+                    renorm=self.renorm,
+                    **self._row_buffers,
+                )
 
-    def _fill(self, option: str, run: Run) -> None:
+    def _token_mask(self, generation: Generation) -> Tensor | None:
+        shape = generation.shape
+        if not isinstance(self._tokens, Tensor):
+            options.count_tokens("steer", self._tokens, shape.tokens)
+            return None
+        mask = options.token_mask("steer", self._tokens, shape.tokens, generation.samples)
+        mask = send(mask, shape.device)
+        mask = mask if mask.shape[0] == 1 else mask[generation.sample_of_row]
+        self._mask = reuse(self._mask, mask)
+        return self._mask
+
+    def _fill(self, option: str, generation: Generation) -> None:
         old = self._row_buffers.get(option)
         if option == "index":
-            new = self._index(run)
+            new = self._index(generation)
         else:
             value = self._strength if option == "strength" else self._removal
             if option == "removal" and old is None and not bool(value.any()):
                 return  # without removal the kernel needs no dot products
-            new = options.for_rows("steer", option, value, run.samples, run.sample_of_row)
+            new = options.for_rows("steer", option, value, generation)
         self._row_buffers[option] = reuse(old, new)
 
-    def _index(self, run: Run) -> Tensor:
+    def _index(self, generation: Generation) -> Tensor:
         """Row of the table for each row of the batch, [R] int32, -1 for none."""
-        targets = MODES[self.passes]
+        targets = MODES[self.mode]
         which = torch.zeros(1, dtype=torch.int64) if self._which is None else self._which
-        vector = options.for_rows("steer", "which", which, run.samples, run.sample_of_row)
-        place = [self._sources.index(targets[p]) if p in targets else -1 for p in run.passes]
-        branch = torch.tensor(place, device=vector.device)[run.pass_of_row]
+        vector = options.for_rows("steer", "which", which, generation)
+        known = generation.branches
+        place = [self._sources.index(targets[b]) if b in targets else -1 for b in known]
+        branch = torch.tensor(place, device=vector.device)[generation.branch_of_row]
         index = vector * len(self._sources) + branch
         return torch.where((vector < 0) | (branch < 0), -1, index).to(torch.int32)
 
-    def _build_tables(self, run: Run) -> None:
-        """Stack the vectors of each site to [V x branches, S, C] on the grid of the run."""
-        if self._built_for is not None and torch.equal(self._built_for, run.timesteps):
-            self._vectors = {k: v.to(run.shape.device) for k, v in self._vectors.items()}
+    def _build_tables(self, generation: Generation) -> None:
+        """Stack the vectors of each site to [V x branches, S, C] on the grid of the generation."""
+        if self._built_for is not None and torch.equal(self._built_for, generation.timesteps):
+            self._vectors = {k: v.to(generation.shape.device) for k, v in self._vectors.items()}
             return
-        self._steps_of_table = 1 if all(t.steps == 1 for t in self._tables) else run.steps
+        self._steps_of_table = 1 if all(t.steps == 1 for t in self._tables) else generation.steps
         for site in self.sites:
             rows = [
-                self._on_grid(table, table.at(site, branch), run)
+                self._on_grid(table, table.at(site, branch), generation)
                 for table in self._tables
                 for branch in self._sources
             ]
-            stacked = torch.stack([r.to(run.shape.device) for r in rows])
+            stacked = torch.stack([r.to(generation.shape.device) for r in rows])
             self._vectors[site.name] = reuse(self._vectors.get(site.name), stacked)
-        self._built_for = run.timesteps
+        self._built_for = generation.timesteps
 
-    def _on_grid(self, table: _Table, value: Tensor, run: Run) -> Tensor:
+    def _on_grid(self, table: _Table, value: Tensor, generation: Generation) -> Tensor:
         steps = self._steps_of_table
         if table.steps == 1:
             return value.expand(steps, -1)
         if table.timesteps is None:
-            if table.steps != run.steps:
+            if table.steps != generation.steps:
                 raise ValueError(
-                    f"steer: expected a vector of 1 or {run.steps} steps [of this run; it has no "
-                    f"timesteps to interpolate over], got {table.steps}"
+                    f"steer: expected a vector of 1 or {generation.steps} steps [of this "
+                    "generation; it has no timesteps to interpolate over], got "
+                    f"{table.steps}"
                 )
             return value
-        if same_grid(table.timesteps, run.timesteps):
+        if same_grid(table.timesteps, generation.timesteps):
             return value
         if not self._warned:
             warnings.warn(
                 f"steer: a vector of {table.steps} steps is interpolated over timesteps to the "
-                f"{run.steps} steps of this run",
+                f"{generation.steps} steps of this generation",
                 RuntimeWarning,
                 stacklevel=2,
             )
             self._warned = True
-        return resample(value, table.timesteps, run.timesteps)
+        return resample(value, table.timesteps, generation.timesteps)
 
     def _advance(self, step: int, inside: bool) -> None:
         if self._slot is not None:
             self._slot.fill_(min(step, self._steps_of_table - 1) if inside else -1)
 
 
+@placed
 def steer(
     pipe: Any,
     vector: Vector | Sequence[Vector],
+    where: SitePattern | Where | None = None,
     *,
     strength: Any = 1.0,
     which: Any = None,
-    sites: SitePattern | None = None,
-    passes: str = "cond_only",
-    steps: Steps = None,
-    tokens: slice | Tensor | None = None,
-    renorm: bool = False,
     removal: Any = 0.0,
+    renorm: bool = False,
 ) -> Steer:
     """Add directions to what attention sites put out.
 
@@ -371,22 +378,21 @@ def steer(
     Args:
         pipe: diffusers pipeline.
         vector: `SteeringVector`, {site: [C] or [steps, C]}, or several of these.
+        where: sites, or a `Where`, which names branches, steps and tokens too. Its `branches` say
+            which guidance branch gets which branch's vector: "cond_only" (or "cond"),
+            "uncond_only" (or "uncond"), "both_cond", "both_uncond", "separate" (or "all"),
+            "uncond_for_cond". None = the sites of the vector, in the cond branch.
         strength: number, or one for each sample [B]. 0 is bit-identical to no steering.
         which: with several vectors, the number of each sample's vector [B]; -1 for none.
-        sites: see `SiteList.select`. None = the sites of the vector.
-        passes: which CFG branch gets which branch's vector: "cond_only", "uncond_only",
-            "both_cond", "both_uncond", "separate", "uncond_for_cond".
-        steps: (start, stop) in scheduler steps, or in fractions of the run. None = all.
-        tokens: slice, or bool mask [T] or [B, T]. None = all.
-        renorm: give every steered token the norm it had.
         removal: how much of the positive projection on v to take away, number or [B].
+        renorm: give every steered token the norm it had.
 
     Returns:
         A context manager (or handle: attach, remove) whose `strength`, `removal` and `which` can
         be set at any time.
 
     Raises:
-        TypeError, ValueError: options that do not fit each other, the sites or the run.
+        TypeError, ValueError: options that do not fit each other, the sites or the generation.
         RuntimeError: on leaving the context, a site that never ran.
 
     Differentiable in: the activations.
@@ -395,11 +401,7 @@ def steer(
     if not several:
         raise ValueError("steer: expected at least one vector, got none")
     tables = [_Table(pipe, one) for one in several]
-    chosen = _sites_of(pipe, sites, tables)
-    tap = Steer(pipe, tables, chosen, passes, steps, tokens, renorm)
+    place = Where.of(where)
+    tap = Steer(pipe, tables, place.chosen(pipe, tables[0].names()), place, renorm)
     tap.strength, tap.removal, tap.which = strength, removal, which
     return tap
-
-
-def _sites_of(pipe: Any, pattern: SitePattern | None, tables: list[_Table]) -> SiteList:
-    return sites(pipe, tables[0].names() if pattern is None else pattern)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tap that hands on what sites put out step by step, instead of keeping a whole run."""
+"""A tap that hands on what sites put out step by step, instead of keeping a whole generation."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..pipelines import Run, Site, SitePattern, sites
+from ..ops import Capture
+from ..pipelines import Generation, Site
 from . import options
 from .base import Tap
-from .options import Steps
-from .processor import Operation, Pass
+from .options import Where
+from .processor import Operation, Record
 
 
 @dataclass(frozen=True)
@@ -23,11 +24,11 @@ class StepRows:
 
     Attributes:
         step: number of the step.
-        rows: [R' x T', C] on the CPU by alias of the site; R' = passes x samples.
-        branches: CFG passes in the order of the rows.
+        rows: [R' x T', C] on the CPU by alias of the site; R' = branches x samples.
+        branches: guidance branches in the order of the rows.
         samples: B.
         tokens: numbers of the tokens kept, T' of them.
-        run: the generation.
+        generation: that the step belongs to.
         ready: waits until the rows are on the CPU; None where they are.
     """
 
@@ -36,23 +37,20 @@ class StepRows:
     branches: tuple[str, ...]
     samples: int
     tokens: Sequence[int]
-    run: Run
+    generation: Generation
     ready: Callable[[], None] | None
 
 
 class StreamTap(Tap):
     """Copies the outputs of sites into one slot for each step and gives them to a consumer.
 
-    Memory on the device is two steps, however long the run is. On CUDA the way to the CPU is a
-    stream of its own into pinned memory; nothing in the run waits for it.
+    Memory on the device is two steps, however long the generation is. On CUDA rows are copied to
+    pinned memory on a stream of their own; nothing in the generation waits for it.
 
     Args:
         pipe: diffusers pipeline.
-        sites_: see `SiteList.select`.
-        passes: "cond", "uncond" or "all".
-        steps: window of steps, see `capture`.
-        every: keep every so manieth step of the window, its first included.
-        tokens: slice of tokens. None = all.
+        where: sites, branches, steps and tokens (a slice) to copy.
+        every: distance of the steps that are kept; the first of the window is.
         dtype: of the rows.
         consumer: called with `StepRows` after each step that is kept.
     """
@@ -62,18 +60,15 @@ class StreamTap(Tap):
     def __init__(
         self,
         pipe: Any,
-        sites_: SitePattern,
-        passes: str,
-        steps: Steps,
+        where: Where,
         every: int,
-        tokens: slice | None,
         dtype: torch.dtype,
         consumer: Callable[[StepRows], None],
     ) -> None:
-        super().__init__(pipe, sites(pipe, sites_), steps)
+        super().__init__(pipe, where.chosen(pipe, "*"), where.steps)
         self.every, self.dtype, self.consumer = every, dtype, consumer
-        self._wanted = options.parse_branches(self.name, passes)
-        self._tokens = options.parse_tokens(self.name, tokens)
+        self._wanted = options.parse_branches(self.name, where.branches)
+        self._tokens = options.parse_tokens(self.name, where.tokens)
         if isinstance(self._tokens, Tensor):
             raise NotImplementedError("record: expected tokens as a slice, got a mask")
         self._slot: Tensor | None = None
@@ -84,34 +79,34 @@ class StreamTap(Tap):
         self._place = 0
 
     def end(self) -> None:
-        """Hand on the last step of a run that is over."""
+        """Hand on the last step of a generation that is over."""
         with torch.inference_mode(False), torch.no_grad():
             self._emit()
 
     def _operations_at(self, site: Site) -> list[Operation]:
-        return [Pass(steers=False)]
+        return [Record()]
 
     def _finish(self) -> None:
         self._emit()
 
-    def _bind(self, run: Run) -> None:
-        branches = self._branches(run, self._wanted)
-        device = run.shape.device
-        kept = options.count_tokens(self.name, self._slice(), run.shape.tokens)
+    def _bind(self, generation: Generation) -> None:
+        branches = self._branches(generation, self._wanted)
+        device = generation.shape.device
+        kept = options.count_tokens(self.name, self._slice(), generation.shape.tokens)
         if self._slot is None or self._slot.device != device:
             self._slot = torch.full((1,), -1, dtype=torch.int64, device=device)
             self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         for site in self.sites:
-            shape = (2, len(branches) * run.samples, kept, site.width)
+            shape = (2, len(branches) * generation.samples, kept, site.width)
             ring = self._rings.get(site.alias)
             if ring is None or ring.shape != shape or ring.device != device:
                 ring = torch.zeros(shape, dtype=self.dtype, device=device)
                 self._rings[site.alias] = ring
             (operation,) = self._operations[site.name]
-            if isinstance(operation, Pass):
-                operation.rows = operation.active = self._block(run, branches)
+            if isinstance(operation, Record):
+                operation.rows = operation.active = self._block(generation, branches)
                 operation.tokens = self._slice()
-                operation.buffers = {"ring": ring, "capture_slot": self._slot}
+                operation.buffers = Capture(ring=ring, slot=self._slot)
 
     def _slice(self) -> slice | None:
         return self._tokens if isinstance(self._tokens, slice) else None
@@ -130,14 +125,14 @@ class StreamTap(Tap):
         self._held = step
 
     def _emit(self) -> None:
-        run, step, self._held = self._run, self._held, None
-        if step is None or run is None:
+        generation, step, self._held = self._generation, self._held, None
+        if step is None or generation is None:
             return
         rows, ready = self._to_cpu()
-        total = run.shape.tokens
+        total = generation.shape.tokens
         tokens = range(*(self._slice() or slice(None)).indices(total))
-        branches = self._branches(run, self._wanted)
-        self.consumer(StepRows(step, rows, branches, run.samples, tokens, run, ready))
+        branches = self._branches(generation, self._wanted)
+        self.consumer(StepRows(step, rows, branches, generation.samples, tokens, generation, ready))
 
     def _to_cpu(self) -> tuple[dict[str, Tensor], Callable[[], None] | None]:
         found = {alias: ring[self._place].flatten(0, 1) for alias, ring in self._rings.items()}

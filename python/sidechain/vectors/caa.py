@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from ..pipelines import SiteList, SitePattern, config_hash
 from ..pipelines import sites as list_sites
 from ..pipelines.generate import generate, model_name, quiet_settings, spread_seeds
-from ..taps import Capture, capture
+from ..taps import Capture, Where, capture
 from .vector import Provenance, SteeringVector, unit
 
 
@@ -50,7 +50,7 @@ def caa(
         batch_size: pairs in one pipeline call.
         normalise: scale every direction to unit norm; a zero difference stays zero.
         passes: "cond", "uncond" or "all".
-        tokens: which tokens to average over, see `capture`.
+        tokens: which tokens to average over, see `taps.Where`.
         concept: name kept with the vector.
         progress: show a progress bar.
         **call: arguments of every pipeline call (num_inference_steps, guidance_scale, ...).
@@ -68,7 +68,7 @@ def caa(
     chosen = list_sites(pipe, sites)
     settings = quiet_settings("caa", pipe, call)
     totals: dict[str, Tensor] = {}  # [2, steps, passes, C] float64: sums over + and over -
-    tap = capture(pipe, chosen, reduce="mean", passes=passes, tokens=tokens)
+    tap = capture(pipe, Where(chosen, passes, tokens=tokens), reduce="mean")
     bar = tqdm(total=len(pairs), desc=f"caa {concept}".strip(), unit="pair", disable=not progress)
     with bar, tap:
         for start in range(0, len(pairs), batch_size):
@@ -85,7 +85,7 @@ def caa(
         plus, minus = totals[site.name] / len(pairs)
         difference = plus - minus  # [steps, passes, C]
         directions = unit(difference) if normalise else difference
-        for place, branch in enumerate(labels.passes):
+        for place, branch in enumerate(labels.branches):
             tensors[site.name, branch] = directions[:, place].float()
     provenance = Provenance(
         concept=concept,

@@ -122,11 +122,13 @@ def buffers(make: Callable[[int], Args]) -> Callable[[int], Args]:
 
 
 def copy(value: Any) -> Any:
-    """Copies of all tensors, in lists too."""
+    """Copy all tensors, in lists and structs too."""
     if isinstance(value, dict):
         return {name: copy(v) for name, v in value.items()}
     if isinstance(value, list):
         return [copy(v) for v in value]
+    if hasattr(value, "_make"):
+        return value._make(copy(v) for v in value)
     return value.clone() if isinstance(value, Tensor) else value
 
 
@@ -136,6 +138,8 @@ def upcast(value: Any) -> Any:
         return {name: upcast(v) for name, v in value.items()}
     if isinstance(value, list):
         return [upcast(v) for v in value]
+    if hasattr(value, "_make"):
+        return value._make(upcast(v) for v in value)
     if isinstance(value, Tensor):
         return value.double() if value.is_floating_point() else value.clone()
     return value

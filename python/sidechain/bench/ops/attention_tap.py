@@ -12,14 +12,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from sidechain.ops import attention_tap
-from sidechain.testing.cases import ATTENTION_BENCH, ATTENTION_CASES, DTYPES, AttentionCase
+from sidechain.ops import Capture, attention_tap
+from sidechain.testing.cases import (
+    ATTENTION_BENCH,
+    ATTENTION_CASES,
+    DTYPES,
+    AttentionCase,
+    structured,
+)
 
 from ..cases import Case
 from ._build import Args, Work
 
 OP = "attention_tap"
-BUFFERS = ("sums", "squares", "counts", "ring")
 
 
 def _attend(args: Args, rows: Tensor) -> Tensor:
@@ -36,8 +41,8 @@ def eager(args: Args) -> Tensor:
     index = args["context_index"]
     out = _attend(args, index.clamp(min=0).long())
     out = torch.where((index >= 0)[:, None, None, None], out, 0.0)
-    args["sums"][1] += out.flatten(2).float().sum(1)
-    args["counts"][1] += out.shape[1]
+    args["capture"].sums[1] += out.flatten(2).float().sum(1)
+    args["capture"].counts[1] += out.shape[1]
     return out
 
 
@@ -45,8 +50,8 @@ def hooked(args: Args) -> Tensor:
     """SDPA on contexts that are already gathered for each row, the capture in a hook."""
     out = _attend_own(args, 0)
     out = torch.where((args["context_index"] >= 0)[:, None, None, None], out, 0.0)
-    args["sums"][1] += out.flatten(2).float().sum(1)
-    args["counts"][1] += out.shape[1]
+    args["capture"].sums[1] += out.flatten(2).float().sum(1)
+    args["capture"].counts[1] += out.shape[1]
     return out
 
 
@@ -83,7 +88,9 @@ def flops(case: AttentionCase) -> int:
 
 
 def _outputs(args: Args, result: Tensor) -> dict[str, Tensor]:
-    return {"out": result} | {name: args[name] for name in BUFFERS if name in args}
+    captured = args["capture"]._asdict() if "capture" in args else {}
+    buffers = {name: captured.get(name) for name in Capture._fields[:4]}
+    return {"out": result} | {name: t for name, t in buffers.items() if t is not None}
 
 
 def _run(args: Args, backend: str) -> Tensor:
@@ -101,7 +108,11 @@ def quick_cases(table: tuple[AttentionCase, ...]) -> list[AttentionCase]:
 
 
 def _make(case: AttentionCase, dtype: torch.dtype, device: str, seed: int) -> Args:
-    return with_own(case.make(dtype, seed, device))
+    return with_own(_small(case, dtype, device, seed))
+
+
+def _small(case: AttentionCase, dtype: torch.dtype, device: str, seed: int) -> Args:
+    return structured(case.make(dtype, seed, device))
 
 
 def cases(device: str, *, quick: bool = False) -> Iterator[Case]:
@@ -117,5 +128,5 @@ def small(device: str) -> Iterator[Case]:
     """The op's case table."""
     for case in ATTENTION_CASES:
         for name, dtype in DTYPES.items():
-            make = partial(case.make, dtype, device=device)
+            make = partial(_small, case, dtype, device)
             yield WORK.case(case.name, name, make, WORK.ours(device), moved=moved(case, dtype))

@@ -25,18 +25,18 @@ def _shape(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> CallShape:
 
 
 def _verify(
-    args: tuple[Any, ...], kwargs: Mapping[str, Any], samples: int, passes: tuple[str, ...]
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], samples: int, branches: tuple[str, ...]
 ) -> None:
-    if len(passes) < 2:
+    if len(branches) < 2:
         return
     context: Tensor = call_argument(args, kwargs, 2, "encoder_hidden_states")
-    cond = passes.index("cond") * samples
+    cond = branches.index("cond") * samples
     # Without a negative prompt the context of the uncond rows is exactly zero; the only value
     # ever read back, once per generation.
     if not bool(context[cond : cond + samples].any()) and bool(context.any()):
         raise RuntimeError(
-            f"sites: expected rows in the order {list(passes)} [table of stable_audio], got a "
-            "zero context in the cond rows: the pipeline stacks its passes differently"
+            f"sites: expected rows in the order {list(branches)} [table of stable_audio], got a "
+            "zero context in the cond rows: the pipeline stacks its branches differently"
         )
 
 
@@ -45,7 +45,7 @@ register_adapter(
     Adapter(
         family="stable_audio",
         components=("transformer",),
-        passes={1: ("cond",), 2: ("uncond", "cond")},
+        branches={1: ("cond",), 2: ("uncond", "cond")},
         shape=_shape,
         verify=_verify,
     ),

@@ -21,6 +21,7 @@ from ...pipelines import config_hash
 from ...pipelines import sites as list_sites
 from ...pipelines.generate import generate, quiet_settings, spread_seeds
 from ...pipelines.time_grid import same_grid
+from ...taps import Where
 from ...taps.stream import StepRows, StreamTap
 from ..config import SELECTING
 from ..model import Sae
@@ -180,7 +181,7 @@ def feature_statistics(
         for alias, rows in found.rows.items():
             sums[alias].add(rows, found)
 
-    tap = StreamTap(pipe, list(names), "cond", None, 1, tokens, torch.float32, take)
+    tap = StreamTap(pipe, Where(list(names), tokens=tokens), 1, torch.float32, take)
     with tap, tqdm(total=len(positive), desc="features", unit="pair", disable=not progress) as bar:
         for start in range(0, len(positive), batch_size):
             stop = min(start + batch_size, len(positive))
@@ -277,16 +278,18 @@ class _Sums:
     def __init__(self, sae: Sae, activations: str) -> None:
         self.source = self.sae = sae
         self.open = activations == "open"
-        self.run: Any = None
+        self.generation: Any = None
         self.totals: dict[int, dict[str, Tensor]] = {}
         self.pooled: dict[int, list[Tensor]] = {}
         self.rows: dict[int, int] = {}
 
     def add(self, rows: Tensor, found: StepRows) -> None:
         """Add the rows of a step: the first half of the samples has the concept."""
-        if self.run is None or not same_grid(self.run.timesteps, found.run.timesteps):
-            self.run = found.run
-            self.sae = on_grid(self.source, found.run.timesteps, found.run.sigmas)
+        if self.generation is None or not same_grid(
+            self.generation.timesteps, found.generation.timesteps
+        ):
+            self.generation = found.generation
+            self.sae = on_grid(self.source, found.generation.timesteps, found.generation.sigmas)
         samples, length = found.samples, len(found.tokens)
         features = self.sae.config.features
         x = rows.to(self.sae.w_enc.device).view(samples, length, -1)
@@ -322,10 +325,10 @@ class _Sums:
             for step in steps
         ]
         chosen = torch.tensor(steps)
-        sigmas = self.run.sigmas
+        sigmas = self.generation.sigmas
         return FeatureStatistics(
             steps=chosen,
-            timesteps=self.run.timesteps[chosen],
+            timesteps=self.generation.timesteps[chosen],
             sigmas=None if sigmas is None else sigmas[chosen],
             mean=mean,
             variance=spread.clamp(min=0) / max(1, rows - 1),

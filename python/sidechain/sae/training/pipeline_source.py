@@ -16,7 +16,7 @@ from ...pipelines import SitePattern, config_hash
 from ...pipelines import sites as list_sites
 from ...pipelines.generate import generate, model_name, quiet_settings
 from ...store import Permutation, Statistics
-from ...taps.options import Steps
+from ...taps.options import Steps, Where
 from ...taps.stream import StepRows, StreamTap
 from ..config import Provenance
 from ..initialise import mix
@@ -42,7 +42,7 @@ class PipelineSource:
         buffer: rows that are shuffled together, at least.
         batch_size: prompts in one call.
         passes: "cond", "uncond" or "all".
-        steps: window of steps, see `capture`.
+        steps: window of steps, see `taps.Where`.
         every: keep every so manieth step.
         tokens: slice of tokens. None = all.
         dtype: of the rows in the buffer.
@@ -79,9 +79,9 @@ class PipelineSource:
         self._buffer, self._batch_size, self._seed = buffer, batch_size, seed
         self._passes, self._steps = passes, steps
         self._found: list[StepRows] = []
+        where = Where(list({s.name: s.alias for s in self._sites}.values()), passes, steps, tokens)
         self._tap = StreamTap(
-            pipe, list({s.name: s.alias for s in self._sites}.values()), passes, steps, every,
-            tokens, dtype, self._found.append,
+            pipe, where, every, dtype, self._found.append,
         )  # fmt: skip
         self._first: Rows | None = None
         self._facts: dict[str, Any] = {
@@ -182,7 +182,7 @@ class PipelineSource:
         for found in self._found:
             if found.ready is not None:
                 found.ready()
-        self._found_run = self._found[0].run
+        self._found_run = self._found[0].generation
         step = torch.cat(
             [torch.full((len(f.rows[self._sites[0].alias]),), f.step) for f in self._found]
         )

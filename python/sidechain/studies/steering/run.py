@@ -23,7 +23,7 @@ from ..._errors import InputError
 from ...io.run_folder import RunFolder
 from ...metrics.distance import feature_distance
 from ...pipelines import sites as list_sites
-from ...taps import steer
+from ...taps import Where, steer
 from ...vectors import SteeringVector
 from ...zoo.music.concepts import CONCEPTS, Concept, concept
 from .. import common
@@ -210,9 +210,8 @@ def generate_rows(
                     steer(
                         pipe,
                         direction,
+                        Where(chosen, config.passes),
                         strength=strength,
-                        sites=chosen,
-                        passes=config.passes,
                         renorm=config.renorm,
                     )
                 )

@@ -14,7 +14,7 @@ from ..._errors import InputError
 from ...pipelines import sites as list_sites
 from ...sae import Sae
 from ...sae.features.scoring import feature_statistics
-from ...taps import share
+from ...taps import cache_context
 from ...vectors import SteeringVector, caa, sae_features
 from ...zoo.music.concepts import concept
 from .. import common
@@ -29,7 +29,7 @@ def build(pipe: Any, config: VectorConfig, *, progress: bool = True) -> Steering
     Raises:
         InputError: neither concept nor prompts, or with "sae" a site without a dictionary.
     """
-    with share(pipe):
+    with cache_context(pipe):
         return _build(pipe, config, progress)
 
 

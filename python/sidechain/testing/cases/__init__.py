@@ -6,6 +6,7 @@ Shapes of diffusion models, and irregular ones.
 
 import torch
 
+from ._capture import structured
 from .attention_tap import ATTENTION_BENCH, ATTENTION_CASES, AttentionCase
 from .encode_reduce import SUMS_BENCH, SUMS_CASES, SumsCase
 from .sae_edit import EDIT_BENCH, EDIT_CASES, EditCase, edit_call
@@ -43,5 +44,6 @@ __all__ = [
     "edit_call",
     "encode_case",
     "square_args",
+    "structured",
     "update_call",
 ]

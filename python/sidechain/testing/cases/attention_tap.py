@@ -33,7 +33,6 @@ class AttentionCase:
     squares: bool = False
     counts: bool = False
     ring: torch.dtype | None = None
-    ring_stride: int = 1
     capture_mask: int | None = None  # rows of the mask: 1 or R
     what: str = "plain"
 
@@ -102,9 +101,8 @@ ATTENTION_CASES = (
         context_mask=True,
         capture_mask=3,
         ring=torch.float16,
-        ring_stride=4,
     ),
-    replace(_plain, what="ring", ring=torch.bfloat16, ring_stride=3, capture_mask=1, width=96),
+    replace(_plain, what="ring", ring=torch.bfloat16, capture_mask=1, width=96),
     replace(_plain, what="wide", rows=2, tokens=19, context=513, heads=2, width=128),
     replace(_moment, what="shared-mask", rows=5, tokens=1, context=1, width=8, capture_mask=1),
     replace(_moment, what="odd", rows=2, tokens=111, context=53, heads=1, width=1),

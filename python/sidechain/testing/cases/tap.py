@@ -31,7 +31,6 @@ class TapCase:
     squares: bool = False
     counts: bool = False
     ring: torch.dtype | None = None
-    ring_stride: int = 1
     capture_mask: int | None = None
     what: str = "steer"
 
@@ -96,7 +95,6 @@ TAP_CASES = (
         squares=False,
         counts=False,
         ring=torch.bfloat16,
-        ring_stride=3,
         capture_mask=2,
         what="ring",
     ),
@@ -112,7 +110,6 @@ TAP_CASES = (
         steer_mask=3,
         capture_mask=3,
         ring=torch.float16,
-        ring_stride=4,
         what="everything",
     ),
     replace(_capture, rows=1, tokens=1024, channels=2560, strength=True, what="wide"),
@@ -134,7 +131,6 @@ _all = TapCase(
     steer_mask=2,
     capture_mask=2,
     ring=torch.float16,
-    ring_stride=3,
     **_moments,
 )
 _bare = replace(_all, removal=False, renorm=False)
@@ -160,17 +156,16 @@ TAP_LIMITS = (
     # teams meet at the barriers.
     replace(_all, rows=9, tokens=132, channels=264, steer_mask=9, capture_mask=9, what="teams"),
     # As many tokens as a team can have, in many chunks.
-    replace(_capture_only, rows=8, tokens=7501, channels=8, capture_mask=8, ring_stride=7,
-            what="long"),
+    replace(_capture_only, rows=8, tokens=7501, channels=8, capture_mask=8, what="long"),
     # Channels that a block can hold (6144 in 2 bytes, 3072 in 4), and one pack more.
     replace(_one, tokens=9, channels=3072, what="held4"),
     replace(_one, tokens=5, channels=6144, what="held"),
     replace(_one, tokens=5, channels=6152, what="wide"),
     replace(_one, tokens=5, channels=3076, what="wide4"),
     replace(_one, tokens=9, channels=1030, what="no-packs"),
-    # A ring that keeps one token, or one of a chunk.
-    replace(_capture_only, tokens=70, sums=False, squares=False, ring_stride=64, what="ring64"),
-    replace(_bare, tokens=37, ring_stride=99, ring=torch.float32, what="ring99"),
+    # A ring without sums, in blocks of one team and of several; one as wide as x or wider.
+    replace(_capture_only, tokens=70, sums=False, squares=False, what="ring-alone"),
+    replace(_bare, tokens=37, ring=torch.float32, what="wide-ring"),
 )  # fmt: skip
 
 # Sites that are timed: Stable Audio's cross-attention with all rows of a sweep, the zoo's model,
@@ -197,8 +192,7 @@ TAP_BENCH = (
         squares=False,
         counts=False,
         ring=torch.bfloat16,
-        ring_stride=4,
-        what="ring/4",
+        what="ring",
     ),
     replace(_fused, rows=16, tokens=65, channels=160),
     replace(_fused, rows=2, tokens=65, channels=160),

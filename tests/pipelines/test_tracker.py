@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from sidechain.pipelines import Run, observe, release
+from sidechain.pipelines import Generation, observe, release
 from sidechain.testing import generate, tiny_pipeline
 
 
@@ -14,11 +14,11 @@ class Recorder:
     """An observer that writes down what it is told."""
 
     def __init__(self) -> None:
-        self.runs: list[Run] = []
+        self.generations: list[Generation] = []
         self.steps: list[int] = []
 
-    def bind(self, run: Run) -> None:
-        self.runs.append(run)
+    def bind(self, generation: Generation) -> None:
+        self.generations.append(generation)
 
     def advance(self, step: int) -> None:
         self.steps.append(step)
@@ -27,43 +27,51 @@ class Recorder:
 @pytest.fixture
 def watched(pipe: Any) -> Any:
     recorder = Recorder()
-    context = observe(pipe, recorder)
-    yield pipe, recorder, context
+    tracker = observe(pipe, recorder)
+    yield pipe, recorder, tracker
     release(pipe, recorder)
 
 
-class TestRun:
-    def test_steps_rows_and_passes_with_guidance(self, watched: Any) -> None:
+class TestGeneration:
+    def test_steps_rows_and_branches_with_guidance(self, watched: Any) -> None:
         pipe, recorder, _ = watched
         generate(pipe, ["piano", "drums"], steps=5)
-        (run,) = recorder.runs
+        (generation,) = recorder.generations
         assert recorder.steps == [0, 1, 2, 3, 4]
-        assert (run.samples, run.steps, run.passes) == (2, 5, ("uncond", "cond"))
-        assert run.sample_of_row.tolist() == [0, 1, 0, 1]
-        assert run.pass_of_row.tolist() == [0, 0, 1, 1]
-        assert run.rows_of("cond") == slice(2, 4)
-        assert (run.shape.rows, run.shape.tokens, run.shape.context_tokens) == (4, 9, 10)
-        assert torch.equal(run.timesteps, pipe.scheduler.timesteps.double())
-        assert run.sigmas is not None and len(run.sigmas) == 5
+        assert (generation.samples, generation.steps, generation.branches) == (
+            2,
+            5,
+            ("uncond", "cond"),
+        )
+        assert generation.sample_of_row.tolist() == [0, 1, 0, 1]
+        assert generation.branch_of_row.tolist() == [0, 0, 1, 1]
+        assert generation.rows_of("cond") == slice(2, 4)
+        assert (
+            generation.shape.rows,
+            generation.shape.tokens,
+            generation.shape.context_tokens,
+        ) == (4, 9, 10)
+        assert torch.equal(generation.timesteps, pipe.scheduler.timesteps.double())
+        assert generation.sigmas is not None and len(generation.sigmas) == 5
 
-    def test_guidance_off_is_one_pass(self, watched: Any) -> None:
+    def test_guidance_off_is_one_branch(self, watched: Any) -> None:
         pipe, recorder, _ = watched
         generate(pipe, ["piano", "drums"], guidance_scale=1.0)
-        assert recorder.runs[0].passes == ("cond",)
-        assert recorder.runs[0].sample_of_row.tolist() == [0, 1]
+        assert recorder.generations[0].branches == ("cond",)
+        assert recorder.generations[0].sample_of_row.tolist() == [0, 1]
 
     def test_several_waveforms_per_prompt(self, watched: Any) -> None:
         pipe, recorder, _ = watched
         generate(pipe, ["piano", "drums"], num_waveforms_per_prompt=3)
-        assert recorder.runs[0].samples == 6
-        assert recorder.runs[0].sample_of_row.tolist() == [*range(6), *range(6)]
+        assert recorder.generations[0].samples == 6
+        assert recorder.generations[0].sample_of_row.tolist() == [*range(6), *range(6)]
 
-    def test_several_calls_are_several_runs(self, watched: Any) -> None:
+    def test_several_calls_are_several_generations(self, watched: Any) -> None:
         pipe, recorder, _ = watched
         generate(pipe, ["piano"], steps=2)
         generate(pipe, ["piano", "drums"], steps=3, guidance_scale=1.0)
-        assert [r.samples for r in recorder.runs] == [1, 2]
-        assert recorder.runs[0].number != recorder.runs[1].number
+        assert [r.samples for r in recorder.generations] == [1, 2]
+        assert recorder.generations[0].number != recorder.generations[1].number
         assert recorder.steps == [0, 1, 0, 1, 2]
 
     def test_second_order_schedulers_count_every_scheduler_step(self) -> None:
@@ -72,7 +80,7 @@ class TestRun:
         generate(pipe, ["piano"], steps=3)
         release(pipe, recorder)
         assert recorder.steps == [0, 1, 2, 3, 4]
-        assert recorder.runs[0].steps == 5
+        assert recorder.generations[0].steps == 5
 
     def test_a_call_that_raised_leaves_nothing_behind(self, watched: Any) -> None:
         pipe, recorder, _ = watched
@@ -84,11 +92,11 @@ class TestRun:
             generate(pipe, ["piano"], callback=stop)
         generate(pipe, ["piano", "drums"], steps=2)
         assert recorder.steps == [0, 0, 1]
-        assert recorder.runs[-1].samples == 2
+        assert recorder.generations[-1].samples == 2
 
     def test_by_hand(self, watched: Any) -> None:
-        pipe, recorder, context = watched
-        context.begin(samples=2, timesteps=3)
+        pipe, recorder, tracker = watched
+        tracker.begin(samples=2, timesteps=3)
         inputs = dict(
             hidden_states=torch.randn(2, 3, 8),
             timestep=torch.ones(1),
@@ -97,10 +105,10 @@ class TestRun:
         )
         with torch.no_grad():
             pipe.transformer(**inputs)
-            context.next_step()
+            tracker.next_step()
             pipe.transformer(**inputs)
         assert recorder.steps == [0, 1]
-        assert recorder.runs[0].passes == ("cond",)
+        assert recorder.generations[0].branches == ("cond",)
 
 
 class TestRestore:
@@ -139,17 +147,17 @@ class TestRestore:
 
 class TestContradictions:
     def test_rows_that_are_no_multiple_of_the_samples(self, watched: Any) -> None:
-        pipe, _, context = watched
-        context.begin(samples=3)
+        pipe, _, tracker = watched
+        tracker.begin(samples=3)
         with pytest.raises(RuntimeError, match=r"expected 3 \(cond\) or 6 \(uncond \+ cond\) rows"):
             _call(pipe, rows=4)
 
     def test_a_zero_context_where_cond_should_be(self, watched: Any) -> None:
-        pipe, _, context = watched
-        context.begin(samples=1)
+        pipe, _, tracker = watched
+        tracker.begin(samples=1)
         text = torch.randn(2, 10, 12)
         text[1] = 0
-        with pytest.raises(RuntimeError, match="stacks its passes differently"):
+        with pytest.raises(RuntimeError, match="stacks its branches differently"):
             _call(pipe, rows=2, context=text)
 
     def test_a_call_outside_of_a_run(self, watched: Any) -> None:
@@ -163,9 +171,9 @@ class TestContradictions:
             _call(pipe, rows=2)
 
     def test_another_batch_in_scheduler_step(self, watched: Any) -> None:
-        pipe, _, context = watched
+        pipe, _, tracker = watched
         pipe.scheduler.set_timesteps(2)
-        context.begin(samples=3, timesteps=2)
+        tracker.begin(samples=3, timesteps=2)
         sample = torch.randn(2, 3, 8)
         with pytest.raises(RuntimeError, match=r"expected 3 samples in scheduler.step"):
             pipe.scheduler.step(sample, pipe.scheduler.timesteps[0], sample)

@@ -34,14 +34,14 @@ class TestEqualResults:
     def test_generation(self, name: str, guidance: float) -> None:
         pipe = tiny_pipeline(name)
         plain = generate(pipe, PROMPTS, guidance_scale=guidance)
-        with sidechain.share(pipe):
+        with sidechain.cache_context(pipe):
             shared = generate(pipe, PROMPTS, guidance_scale=guidance)
         assert error(shared, plain) <= 2e-5
 
     def test_with_a_negative_prompt(self) -> None:
         pipe = tiny_pipeline("music")
         plain = generate(pipe, PROMPTS, negative_prompt="drums")
-        with sidechain.share(pipe):
+        with sidechain.cache_context(pipe):
             shared = generate(pipe, PROMPTS, negative_prompt="drums")
         assert error(shared, plain) <= 2e-5
 
@@ -59,10 +59,10 @@ class TestEqualResults:
                 return generate(pipe, PROMPTS), cap["cross:2"]
 
         plain, seen = run()
-        with sidechain.share(pipe):
+        with sidechain.cache_context(pipe):
             shared, seen_shared = run()
         assert error(shared, plain) <= 2e-5 and error(seen_shared, seen) <= 2e-5
-        with sidechain.patch(pipe, "cross:*", context=context), sidechain.share(pipe):
+        with sidechain.patch(pipe, "cross:*", context=context), sidechain.cache_context(pipe):
             inner = generate(pipe, PROMPTS)
         assert error(inner, generate(pipe, PROMPTS[::-1], seeds=[0, 1, 2])) <= 2e-5
 
@@ -74,7 +74,7 @@ class TestEqualResults:
             return {"prompt_embeds": other} if step == 1 else {}
 
         plain = generate(pipe, PROMPTS, callback_on_step_end=swap)
-        with sidechain.share(pipe):
+        with sidechain.cache_context(pipe):
             shared = generate(pipe, PROMPTS, callback_on_step_end=swap)
         assert error(shared, plain) <= 2e-5
         assert error(shared, generate(pipe, PROMPTS)) > 1e-3
@@ -84,7 +84,7 @@ class TestEqualResults:
         context = sidechain.contexts(pipe, PROMPTS[::-1])
         with sidechain.patch(pipe, "cross:*", key=context):
             plain = generate(pipe, PROMPTS)
-            with sidechain.share(pipe):
+            with sidechain.cache_context(pipe):
                 shared = generate(pipe, PROMPTS)
         assert torch.equal(shared, plain)
 
@@ -94,9 +94,9 @@ class TestEqualResults:
         hidden = torch.randn(2, 5, 16, requires_grad=True)
         context = torch.randn(2, 4, attn.to_k.in_features)
         plain = torch.autograd.grad(attn(hidden, context).sum(), hidden)[0]
-        tap = sidechain.share(pipe, "cross:0").attach()
+        tap = sidechain.cache_context(pipe, "cross:0").attach()
         shared = torch.autograd.grad(attn(hidden, context).sum(), hidden)[0]
-        with pytest.warns(RuntimeWarning, match="share: expected every tapped site to run"):
+        with pytest.warns(RuntimeWarning, match="cache_context: expected every tapped site to run"):
             tap.remove()
         assert torch.equal(shared, plain)
 
@@ -105,7 +105,11 @@ class TestWorkSaved:
     def test_keys_once_a_run_and_text_queries_of_conditional_rows_alone(self) -> None:
         pipe = tiny_pipeline("music")
         attn = sidechain.sites(pipe)["cross:1"].module
-        with sidechain.share(pipe), calls_of(attn.to_k) as keys, calls_of(attn.to_q) as queries:
+        with (
+            sidechain.cache_context(pipe),
+            calls_of(attn.to_k) as keys,
+            calls_of(attn.to_q) as queries,
+        ):
             generate(pipe, PROMPTS, steps=4)
             generate(pipe, PROMPTS, steps=4)
         assert keys == [3, 3]  # two texts and zero, in each run
@@ -113,7 +117,7 @@ class TestWorkSaved:
 
     def test_processors_are_put_back(self, pipe: Any) -> None:
         before = [site.module.processor for site in sidechain.sites(pipe)]
-        with sidechain.share(pipe):
+        with sidechain.cache_context(pipe):
             generate(pipe, PROMPTS)
         assert all(
             site.module.processor is old
@@ -124,24 +128,24 @@ class TestWorkSaved:
 class TestBadInput:
     def test_self_attention(self, pipe: Any) -> None:
         with pytest.raises(ValueError, match="cross"):
-            sidechain.share(pipe, "self:*")
+            sidechain.cache_context(pipe, "self:*")
 
     def test_unknown_processor(self, pipe: Any) -> None:
         class Mine(type(sidechain.sites(pipe)["cross:1"].module.processor)):  # type: ignore[misc]
             pass
 
         sidechain.sites(pipe)["cross:1"].module.set_processor(Mine())
-        with pytest.raises(NotImplementedError, match=r"share: expected one of .* got Mine"):
-            sidechain.share(pipe)
+        with pytest.raises(NotImplementedError, match=r"cache_context: .* one of .* got Mine"):
+            sidechain.cache_context(pipe)
 
     def test_rescaled_output(self, pipe: Any) -> None:
         sidechain.sites(pipe)["cross:0"].module.rescale_output_factor = 2.0
         with pytest.raises(NotImplementedError, match=r"plain attention at .*rescaled output"):
-            sidechain.share(pipe)
+            sidechain.cache_context(pipe)
 
     def test_attention_mask(self, pipe: Any) -> None:
         attn = sidechain.sites(pipe)["cross:0"].module
-        with sidechain.share(pipe):
+        with sidechain.cache_context(pipe):
             generate(pipe, PROMPTS)
             with (
                 pytest.raises(NotImplementedError, match="context alone, got attention_mask"),
