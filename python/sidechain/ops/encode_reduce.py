@@ -11,6 +11,7 @@ from torch import Tensor
 from ..reference import encode_reduce as _reference
 from . import _checks, _library
 from ._code_checks import INT64, SINGLE, first_tensor
+from .encoder_structs import Encoder
 from .topk_encode import topk_encode
 
 
