@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Studies (floor 5): config -> run -> analyse -> tables and a page, in a run folder."""
+"""Studies: config -> run -> analyse -> tables and a page, in a run folder."""
