@@ -30,11 +30,11 @@ def studies(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> SimpleNamespace:
 
         return run
 
-    found.pages = []
+    found.page = None  # where a page was written last
 
     def page_stub(*given: Any) -> Any:
-        found.pages.append(given[-1])
-        return given[-1]
+        found.page = given[-1]
+        return found.page
 
     for name, (module, page) in STUDIES.items():
         monkeypatch.setattr(importlib.import_module(module), "run", stub(name))

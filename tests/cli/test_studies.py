@@ -68,7 +68,7 @@ def test_localize(studies, capsys):
         out=Path("runs/x"),
     )
     assert capsys.readouterr().out == "runs/x\n"
-    assert studies.pages == [Path("runs/x")]
+    assert studies.page == Path("runs/x")
     assert not Path("runs").exists()  # the check leaves nothing behind
 
 
@@ -167,6 +167,7 @@ def test_steer(studies):
         seed=5,
         out=Path("x"),
     )
+    assert studies.page == Path("x")
 
 
 def test_steer_by_features(studies, tmp_path):

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Studies: config -> run -> analyse -> tables, in a run folder that can be continued."""
+"""Studies: config -> run -> analyse -> tables and a page, in a run folder."""

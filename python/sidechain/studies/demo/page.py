@@ -8,7 +8,7 @@ from pathlib import Path
 from ...report.data import Block, Bullets, Commands, Facts, Heading, Page, Section, Text
 from ...report.html import write_page
 from ..localization import page as localization
-from ..page import listed
+from ..page import counted, listed
 from ..steering import page as steering
 from .run import DemoResult, folder_of
 
@@ -58,10 +58,10 @@ def page(result: DemoResult) -> Page:
 def _method(result: DemoResult) -> list[str]:
     config = result.config
     return [
-        f"Localization: {config.pairs} prompt pairs per concept. The run starts from the prompt "
-        "without the concept; one site at a time sees the prompt with it. Impact is the share of "
-        "the full effect that comes through, in log-odds of the scorers (mean of both). All "
-        "presets of a pair run in one batch.",
+        f"Localization: {counted(config.pairs, 'prompt pair')} per concept. The run starts from "
+        "the prompt without the concept; one site at a time sees the prompt with it. Impact is the "
+        "share of the full effect that comes through, in log-odds of the scorers (mean of both). "
+        "All presets of a pair run in one batch.",
         f"Steering: the vector is the mean difference of a site's output over "
         f"{config.vector_pairs} other prompt pairs, per step; strength 1 adds exactly that "
         "difference to the conditional pass. All strengths and arms of a prompt run in one batch.",

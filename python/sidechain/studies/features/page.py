@@ -94,7 +94,7 @@ def _health(study: DictionaryStudy) -> Picture:
 def _strips(study: DictionaryStudy, shown: list[FeatureFound]) -> list[Block]:
     lead = Text(
         [
-            "Held-out clips in which a feature is most active, one a prompt. Under each "
+            "Held-out clips in which a feature is most active, one per prompt. Under each "
             "spectrogram: its activation along the clip at that step, one scale for the row; the "
             "line marks the moment. Each row scrolls sideways."
         ],

@@ -146,7 +146,7 @@ def arm_table(found: Steering) -> Table:
             if best is not None:
                 strength = f"{curve.strength[best]:+g}".replace("-", "\u2212")
                 at = [strength, curve.score[best], curve.kept[best], curve.distance[best]]
-            scores = [math.nan if math.isnan(v) else f"{v:.3f}" for v in _scores(curve)]
+            scores = [_three(value) for value in (curve.auc, curve.smoothness)]
             label = figures.ARM_LABELS.get(arm, arm)
             rows.append([label, scorer, curve.score[zero], *at, *scores])
     columns = [
@@ -158,8 +158,9 @@ def arm_table(found: Steering) -> Table:
     return Table(f"Arms compared, {found.concept.name}", columns, rows, caption)
 
 
-def _scores(curve: ArmCurve) -> tuple[float, float]:
-    return curve.auc, curve.smoothness
+def _three(value: float) -> object:
+    """Three decimals, and no negative zero."""
+    return value if math.isnan(value) else f"{round(value, 3) + 0.0:.3f}"
 
 
 def _curve_table(found: Steering, scorer: str, arms: Mapping[str, ArmCurve]) -> Table:
