@@ -188,7 +188,7 @@ class TestGraph:
                 tap.advance(step)
                 for _ in range(step + 1):
                     replay()
-            counts = tap._buffers[tap.sites[0].name]["counts"][:, 0].cpu()
+            counts = tap._buffers[tap.sites[0].name].counts[:, 0].cpu()
             assert torch.equal(counts, TOKENS * torch.arange(1.0, STEPS + 1))
             for site in tap.sites:
                 mean = tap[site]
@@ -299,5 +299,6 @@ def _to_meta(call: Denoiser, tap: Any) -> None:
 
 def _place_in(owner: Any, done: dict[int, Any]) -> None:
     for name, value in vars(owner).items():
-        if isinstance(value, Tensor | dict) and name not in ("_operations", "timesteps", "sigmas"):
+        held = isinstance(value, Tensor | dict) or hasattr(value, "_fields")
+        if held and name not in ("_operations", "timesteps", "sigmas"):
             object.__setattr__(owner, name, stand_in("cpu", value, done))

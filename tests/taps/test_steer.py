@@ -171,10 +171,11 @@ class TestNumerics:
             for mode in ("cond_only", "both_cond"):
                 with (
                     sidechain.steer(pipe, {"cross:1": direction}, Where(branches=mode)),
-                    sidechain.capture(pipe, Where("cross:1", branches=branches)),
                     sidechain.capture(
                         pipe, Where("cross:*", branches=branches, tokens=slice(1, None))
                     ),
+                    # The last one attached shares its call with the steer.
+                    sidechain.capture(pipe, Where("cross:1", branches=branches)),
                 ):
                     out = generate(pipe, PROMPTS)
                 if mode == "cond_only":

@@ -249,5 +249,5 @@ class TestSteering:
             expected = generate(pipe, prompts)
         with sidechain.steer(pipe, made, strength=2.0):
             assert torch.equal(generate(pipe, prompts), expected)
-        with pytest.raises(ValueError, match=r"expected a vector for .* the uncond pass"):
+        with pytest.raises(ValueError, match=r"expected a vector for .* the uncond branch"):
             sidechain.steer(pipe, made, Where(branches="uncond_only"))
