@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sidechain import _native
-from sidechain.store import Moments, Permutation, row_index
+from sidechain.store import Permutation, RunningStatistics, row_index
 from sidechain.store.row_index import RowIndex
 
 host: Any = _native.host()
@@ -162,7 +162,7 @@ def test_moments_are_those_of_float64(isa: str, dtype: torch.dtype, shape: tuple
 def test_moments_show_what_is_not_finite(bad: float) -> None:
     rows = torch.ones(300, 20)
     rows[7, 3] = bad
-    native, reference = Moments.empty(20), Moments.empty(20)
+    native, reference = RunningStatistics.empty(20), RunningStatistics.empty(20)
     native.add(rows)
     reference._add_reference(rows)
     assert not native.finite() and not reference.finite()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 import sidechain
-from sidechain.store import ActivationStore, record
+from sidechain.store import ActivationStore, Sampling, Selection, Storage, record
 from sidechain.taps.stream import StreamTap
 from sidechain.testing import tiny_pipeline
 from sidechain.testing.tiny import generate
@@ -29,6 +30,10 @@ def recorded(pipe: Any, folder: Path, **options: Any) -> dict[str, ActivationSto
     options = {"dtype": torch.float32, "num_inference_steps": STEPS, "batch_size": 3, **options}
     prompts = options.pop("prompts", PROMPTS)
     sites = options.pop("sites", "cross:*")
+    groups = {"sampling": Sampling, "selection": Selection, "storage": Storage}
+    for group, kind in groups.items():
+        known = options.keys() & {field.name for field in fields(kind)}
+        options[group] = kind(**{name: options.pop(name) for name in known})
     return record(pipe, sites, prompts, folder, progress=False, **options)
 
 
@@ -98,7 +103,7 @@ class TestContent:
 
     def test_device_memory_does_not_grow_with_steps(self, pipe: Any) -> None:
         seen = []
-        options = ("all", None, 1, None, torch.float16)
+        options = (Selection("all"), torch.float16)
         tap = StreamTap(pipe, "cross:*", *options, lambda rows: seen.append(rows.step))
         for steps in (2, 9):
             with tap:
@@ -148,7 +153,9 @@ class TestContinuing:
         rows = len(recorded(pipe, tmp_path / "s")["cross:0"])
         with pytest.raises(ValueError, match=message):
             recorded(pipe, tmp_path / "s", **change)
-        assert len(ActivationStore(tmp_path / "s", "cross:0", verify="full")) == rows
+        store = ActivationStore(tmp_path / "s", "cross:0")
+        store.verify()
+        assert len(store) == rows
 
 
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [

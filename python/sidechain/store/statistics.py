@@ -24,8 +24,8 @@ Cell = tuple[int, int]
 
 
 @dataclass
-class Moments:
-    """Streaming moments of rows [n, C]; every number is float64.
+class RunningStatistics:
+    """Mean, squares and norms of rows [n, C], updated as they come; every number is float64.
 
     Attributes:
         count: rows seen.
@@ -45,12 +45,12 @@ class Moments:
 
     @classmethod
     def empty(cls, width: int) -> Self:
-        """Moments of no rows."""
+        """Return statistics of no rows."""
         zero = torch.zeros(width, dtype=torch.float64)
         return cls(0, zero, zero.clone())
 
     def add(self, rows: Tensor) -> None:
-        """Take in rows [n, C] of any float dtype on the CPU.
+        """Add rows [n, C] of any float dtype on the CPU.
 
         NaN and infinity are not refused; they show in `finite`.
         """
@@ -74,11 +74,13 @@ class Moments:
             m2 = (part - mean).square_().sum(0)
             squares = float(norms.square().sum())
             self.merge(
-                Moments(len(part), mean, m2, float(norms.sum()), squares, float(norms.max()))
+                RunningStatistics(
+                    len(part), mean, m2, float(norms.sum()), squares, float(norms.max())
+                )
             )
 
-    def merge(self, other: Moments) -> None:
-        """Take in what another one has seen.
+    def merge(self, other: RunningStatistics) -> None:
+        """Add the rows that another one has seen.
 
         Source: Chan, Golub and LeVeque 1979, the pairwise update of mean and m2.
         """
@@ -118,41 +120,41 @@ class Moments:
 
 
 class Statistics:
-    """Moments by (step, branch number) of one site."""
+    """Running statistics of one site by (step, branch number)."""
 
-    def __init__(self, width: int, cells: Mapping[Cell, Moments] | None = None) -> None:
+    def __init__(self, width: int, cells: Mapping[Cell, RunningStatistics] | None = None) -> None:
         self.width = width
-        self.cells: dict[Cell, Moments] = dict(cells or {})
+        self.cells: dict[Cell, RunningStatistics] = dict(cells or {})
 
-    def at(self, cell: Cell) -> Moments:
-        """Moments of a cell, made if it is new."""
+    def at(self, cell: Cell) -> RunningStatistics:
+        """Return the statistics of a cell, made if it is new."""
         if cell not in self.cells:
-            self.cells[cell] = Moments.empty(self.width)
+            self.cells[cell] = RunningStatistics.empty(self.width)
         return self.cells[cell]
 
     def merge(self, other: Statistics) -> None:
-        """Take in what another one has seen."""
-        for cell, moments in other.cells.items():
-            self.at(cell).merge(moments)
+        """Add the rows that another one has seen."""
+        for cell, one in other.cells.items():
+            self.at(cell).merge(one)
 
     def total(
         self, steps: Iterable[int] | None = None, branches: Iterable[int] | None = None
-    ) -> Moments:
-        """Moments of all rows at some steps and branches (None = all) together."""
-        result = Moments.empty(self.width)
-        for _, moments in sorted(self.select(steps, branches).cells.items()):
-            result.merge(moments)
+    ) -> RunningStatistics:
+        """Return the statistics of all rows at some steps and branches (None = all) together."""
+        result = RunningStatistics.empty(self.width)
+        for _, one in sorted(self.select(steps, branches).cells.items()):
+            result.merge(one)
         return result
 
     def select(
         self, steps: Iterable[int] | None = None, branches: Iterable[int] | None = None
     ) -> Statistics:
-        """Keep the cells of some steps and branches (None = all); moments are shared."""
+        """Keep the cells of some steps and branches (None = all), without copying them."""
         wanted_steps = None if steps is None else set(steps)
         wanted_branches = None if branches is None else set(branches)
         kept = {
-            (step, branch): moments
-            for (step, branch), moments in self.cells.items()
+            (step, branch): one
+            for (step, branch), one in self.cells.items()
             if (wanted_steps is None or step in wanted_steps)
             and (wanted_branches is None or branch in wanted_branches)
         }
@@ -170,9 +172,9 @@ class Statistics:
         mean = torch.zeros(steps, self.width)
         scale = torch.ones(steps)
         for step in sorted({step for step, _ in self.cells}):
-            moments = self.total([step], kept)
-            if moments.count:
-                mean[step], scale[step] = moments.mean.float(), moments.scale
+            one = self.total([step], kept)
+            if one.count:
+                mean[step], scale[step] = one.mean.float(), one.scale
         return mean, scale
 
     def to_tensors(self, site: str) -> dict[str, Tensor]:
@@ -192,11 +194,11 @@ class Statistics:
     @classmethod
     def from_tensors(cls, site: str, width: int, tensors: Mapping[str, Tensor]) -> Self:
         """Read what `to_tensors` wrote."""
-        cells: dict[Cell, Moments] = {}
+        cells: dict[Cell, RunningStatistics] = {}
         order = tensors[f"{site}/cells"].tolist()
         for place, (step, branch) in enumerate(order):
             norms = tensors[f"{site}/norms"][place].tolist()
-            cells[step, branch] = Moments(
+            cells[step, branch] = RunningStatistics(
                 int(tensors[f"{site}/count"][place]),
                 tensors[f"{site}/mean"][place].clone(),
                 tensors[f"{site}/m2"][place].clone(),

@@ -18,6 +18,23 @@ from .processor import Operation, Pass
 
 
 @dataclass(frozen=True)
+class Selection:
+    """Which of the rows that sites put out in a generation are kept.
+
+    Attributes:
+        passes: "cond", "uncond" or "all".
+        steps: (start, stop) in scheduler steps, or in fractions of the generation. None = all.
+        every: keep one step in so many of these, the first included.
+        tokens: slice of tokens. None = all.
+    """
+
+    passes: str = "cond"
+    steps: Steps = None
+    every: int = 1
+    tokens: slice | None = None
+
+
+@dataclass(frozen=True)
 class StepRows:
     """What the sites put out at one step.
 
@@ -49,10 +66,7 @@ class StreamTap(Tap):
     Args:
         pipe: diffusers pipeline.
         sites_: see `SiteList.select`.
-        passes: "cond", "uncond" or "all".
-        steps: window of steps, see `capture`.
-        every: keep every so manieth step of the window, its first included.
-        tokens: slice of tokens. None = all.
+        selection: which rows are kept.
         dtype: of the rows.
         consumer: called with `StepRows` after each step that is kept.
     """
@@ -63,17 +77,14 @@ class StreamTap(Tap):
         self,
         pipe: Any,
         sites_: SitePattern,
-        passes: str,
-        steps: Steps,
-        every: int,
-        tokens: slice | None,
+        selection: Selection,
         dtype: torch.dtype,
         consumer: Callable[[StepRows], None],
     ) -> None:
-        super().__init__(pipe, sites(pipe, sites_), steps)
-        self.every, self.dtype, self.consumer = every, dtype, consumer
-        self._wanted = options.parse_branches(self.name, passes)
-        self._tokens = options.parse_tokens(self.name, tokens)
+        super().__init__(pipe, sites(pipe, sites_), selection.steps)
+        self.every, self.dtype, self.consumer = selection.every, dtype, consumer
+        self._wanted = options.parse_branches(self.name, selection.passes)
+        self._tokens = options.parse_tokens(self.name, selection.tokens)
         if isinstance(self._tokens, Tensor):
             raise NotImplementedError("record: expected tokens as a slice, got a mask")
         self._slot: Tensor | None = None

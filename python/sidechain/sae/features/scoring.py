@@ -21,7 +21,7 @@ from ...pipelines import config_hash
 from ...pipelines import sites as list_sites
 from ...pipelines.generate import generate, quiet_settings, spread_seeds
 from ...pipelines.time_grid import same_grid
-from ...taps.stream import StepRows, StreamTap
+from ...taps.stream import Selection, StepRows, StreamTap
 from ..config import SELECTING
 from ..model import Sae
 from .logistic import logistic_weights
@@ -180,7 +180,7 @@ def feature_statistics(
         for alias, rows in found.rows.items():
             sums[alias].add(rows, found)
 
-    tap = StreamTap(pipe, list(names), "cond", None, 1, tokens, torch.float32, take)
+    tap = StreamTap(pipe, list(names), Selection(tokens=tokens), torch.float32, take)
     with tap, tqdm(total=len(positive), desc="features", unit="pair", disable=not progress) as bar:
         for start in range(0, len(positive), batch_size):
             stop = min(start + batch_size, len(positive))

@@ -17,7 +17,7 @@ from ...pipelines import sites as list_sites
 from ...pipelines.generate import generate, model_name, quiet_settings
 from ...store import Permutation, Statistics
 from ...taps.options import Steps
-from ...taps.stream import StepRows, StreamTap
+from ...taps.stream import Selection, StepRows, StreamTap
 from ..config import Provenance
 from ..initialise import mix
 from ..normaliser import Normaliser
@@ -80,9 +80,12 @@ class PipelineSource:
         self._passes, self._steps = passes, steps
         self._found: list[StepRows] = []
         self._tap = StreamTap(
-            pipe, list({s.name: s.alias for s in self._sites}.values()), passes, steps, every,
-            tokens, dtype, self._found.append,
-        )  # fmt: skip
+            pipe,
+            list({s.name: s.alias for s in self._sites}.values()),
+            Selection(passes, steps, every, tokens),
+            dtype,
+            self._found.append,
+        )
         self._first: Rows | None = None
         self._facts: dict[str, Any] = {
             "prompts": len(self._prompts),
