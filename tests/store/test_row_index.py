@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The native forms of the order and of the gather against the NumPy ones, bit by bit."""
+"""Finding rows by number, and copying them."""
 
 from __future__ import annotations
 
@@ -13,31 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sidechain import _native
-from sidechain.store import Permutation, RunningStatistics, row_index
+from sidechain.store import RunningStatistics, row_index
 from sidechain.store.row_index import RowIndex
 
 host: Any = _native.host()
-pytestmark = pytest.mark.skipif(host is None, reason=f"_host {_native.absent('_host')}")
-
-
-@settings(max_examples=60, deadline=None)
-@given(size=st.integers(1, 2**62), seed=st.integers(-(2**64), 2**64), start=st.integers(0))
-def test_permute_is_the_definition(size: int, seed: int, start: int) -> None:
-    order = Permutation(size, seed, epoch=3)
-    positions = (start + np.arange(70, dtype=object)) % size
-    positions = positions.astype(np.int64)
-    assert np.array_equal(order(positions), order.reference(positions))
-
-
-@pytest.mark.parametrize("isa", [] if host is None else host.isas())
-@pytest.mark.parametrize("size", [1, 2, 3, 257, 1000, 2**40 + 1])
-@pytest.mark.parametrize("count", [0, 1, 7, 256, 300])
-def test_permute_is_the_same_on_every_instruction_set(isa: str, size: int, count: int) -> None:
-    order = Permutation(size, 5)
-    positions = np.arange(count, dtype=np.int64) % size
-    assert np.array_equal(
-        host.permute(positions, size, order.keys, isa), order.reference(positions)
-    )
+needs_host = pytest.mark.skipif(host is None, reason=f"_host {_native.absent('_host')}")
 
 
 @settings(max_examples=60, deadline=None)
@@ -45,33 +25,18 @@ def test_permute_is_the_same_on_every_instruction_set(isa: str, size: int, count
     keep=st.lists(st.lists(st.booleans(), max_size=40).map(lambda m: np.array(m, bool)), max_size=5)
 )
 def test_locate_finds_every_row(keep: list[np.ndarray]) -> None:
-    runs = RowIndex(keep)
+    index = RowIndex(keep)
     pairs = [(s, r) for s, mask in enumerate(keep) for r in np.flatnonzero(mask)]
-    assert len(runs) == len(pairs)
+    assert len(index) == len(pairs)
     rows = np.random.default_rng(0).permutation(len(pairs))
-    for found in (runs.locate(rows), _without_native(runs, rows)):
-        assert list(zip(*found, strict=True)) == [pairs[row] for row in rows]
-
-
-def _without_native(runs: RowIndex, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_native, "host", lambda: None)
-        return runs.locate(rows)
+    assert list(zip(*index.locate(rows), strict=True)) == [pairs[row] for row in rows]
 
 
 @pytest.mark.parametrize("row", [-1, 4])
-@pytest.mark.parametrize("native", [True, False])
-def test_locate_refuses_rows_that_do_not_exist(row: int, native: bool) -> None:
-    runs = RowIndex([np.array([True, False, True]), np.ones(2, bool)])
-    locate = runs.locate if native else lambda rows: _without_native(runs, rows)
+def test_locate_refuses_rows_that_do_not_exist(row: int) -> None:
+    index = RowIndex([np.array([True, False, True]), np.ones(2, bool)])
     with pytest.raises(IndexError, match=r"locate: expected rows within \[0, 4\), got"):
-        locate(np.array([row]))
-
-
-def test_locate_refuses_a_table_of_another_index() -> None:
-    ends, one = np.array([4, 9]), np.zeros(2, np.int64)
-    with pytest.raises(ValueError, match="locate: expected ends, shard, shift"):
-        host.locate(np.array([0]), ends, one, one, np.zeros(1, np.int64), 2)
+        index.locate(np.array([row]))
 
 
 @pytest.mark.parametrize("row_bytes", [1, 11, 63, 64, 65, 320, 2560, 4095, 4097, 9001])
@@ -95,6 +60,7 @@ def test_gather_any_row_size(row_bytes: int, tmp_path: Path, monkeypatch: Any) -
     assert np.array_equal(again, wanted)
 
 
+@needs_host
 @pytest.mark.parametrize("shift", [0, 1, 13])
 @pytest.mark.parametrize("row_bytes", [7, 63, 65, 80, 2560, 40000])
 def test_gather_past_the_caches(row_bytes: int, shift: int) -> None:
@@ -111,6 +77,7 @@ def test_gather_past_the_caches(row_bytes: int, shift: int) -> None:
     assert (memory[16 + shift + out.size :] == 7).all()
 
 
+@needs_host
 @pytest.mark.parametrize(("shard", "row"), [([2], [0]), ([-1], [0]), ([0], [3]), ([0], [-1])])
 def test_gather_refuses_rows_that_do_not_exist(shard: list[int], row: list[int]) -> None:
     shards = [np.zeros((3, 8), np.uint8), np.zeros((1, 8), np.uint8)]
@@ -118,6 +85,7 @@ def test_gather_refuses_rows_that_do_not_exist(shard: list[int], row: list[int])
         host.gather_rows(shards, np.array(shard), np.array(row), np.zeros((1, 8), np.uint8))
 
 
+@needs_host
 def test_gather_refuses_what_does_not_fit() -> None:
     one = np.zeros(1, np.int64)
     with pytest.raises(ValueError, match=r"expected shards \[n, 4\]"):
@@ -128,11 +96,6 @@ def test_gather_refuses_what_does_not_fit() -> None:
         host.gather_rows(
             [np.zeros((3, 8), np.uint8)], one, one, np.zeros((1, 16), np.uint8)[:, ::2]
         )
-
-
-def test_permute_refuses_a_position_outside() -> None:
-    with pytest.raises(IndexError, match=r"expected positions within \[0, 5\), got 5"):
-        host.permute(np.array([5]), 5, Permutation(5, 0).keys)
 
 
 @pytest.mark.parametrize("isa", [] if host is None else host.isas())
