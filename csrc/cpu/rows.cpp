@@ -3,13 +3,10 @@
 
 #include <algorithm>
 #include <cstring>
-#include <memory>
 
 #ifdef __SSE2__
 #include <emmintrin.h>
 #endif
-
-#include "cpu/kernels/moments.h"
 
 namespace sidechain {
 
@@ -86,28 +83,6 @@ void gather(const uint8_t* const* sources, int64_t count, int64_t row_bytes, uin
   }
 }
 
-// Floats of a chunk of moments: 64 KiB, which the second-level cache holds with room to spare.
-constexpr int64_t kChunk = 16384;
-constexpr int64_t kWidest = 16;  // lanes of the widest vectors
-
-// The entries of one instruction set.
-struct Kernels {
-  decltype(&cpu::baseline::moments_chunk) moments_chunk;
-  decltype(&cpu::baseline::permute_once) permute_once;
-};
-
-Kernels kernels(Isa isa) {
-  switch (isa) {
-#define SIDECHAIN_CASE(ID, NAME) \
-  case Isa::ID:                  \
-    return {cpu::NAME::moments_chunk, cpu::NAME::permute_once};
-    SIDECHAIN_FOR_EACH_ISA(SIDECHAIN_CASE)
-#undef SIDECHAIN_CASE
-    default:
-      return {cpu::baseline::moments_chunk, cpu::baseline::permute_once};
-  }
-}
-
 }  // namespace
 
 // One core copies rows from random places as fast as its outstanding misses allow: while a row is
@@ -119,16 +94,6 @@ void gather_rows(const uint8_t* const* sources, int64_t count, int64_t row_bytes
     end_of_streams();
   } else {
     gather<&copy_bytes>(sources, count, row_bytes, out);
-  }
-}
-
-void moments(MomentsParams& p, Isa isa) {
-  const auto take_in = kernels(isa).moments_chunk;
-  const int64_t padded = (p.width + kWidest - 1) / kWidest * kWidest;
-  const int64_t rows = std::max<int64_t>(1, kChunk / padded);
-  const std::unique_ptr<float[]> scratch(new float[rows * padded]());
-  for (int64_t begin = 0; begin < p.count; begin += rows) {
-    take_in(p, begin, std::min(p.count, begin + rows), padded, scratch.get());
   }
 }
 

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Rows of a store for NumPy: the functions of sidechain/rows.h, without the GIL where they take
-// long.
+// Rows of a store for NumPy: the copy of sidechain/rows.h, without the GIL.
 #include "sidechain/rows.h"
 
 #include "arrays.h"
@@ -37,32 +36,6 @@ void gather_entry(const std::vector<Array<uint8_t>>& shards, const Array<int64_t
   gather_rows(sources.data(), count, row_bytes, to);
 }
 
-py::tuple moments_entry(const py::array& rows, const std::string& dtype, int64_t seen,
-                        Array<double> mean, Array<double> m2,
-                        const std::optional<std::string>& isa) {
-  MomentsParams p{};
-  p.dtype = dtype_from("moments", dtype);
-  const py::ssize_t size = p.dtype == Dtype::kFloat32 ? 4 : 2;
-  const bool plain = rows.flags() & py::array::c_style;
-  if (rows.ndim() != 2 || !plain || rows.itemsize() != size || mean.size() != rows.shape(1) ||
-      m2.size() != rows.shape(1)) {
-    throw py::value_error("moments: expected contiguous rows [n, C] of " + dtype +
-                          " (float16 and bfloat16 as uint16), mean [C] and m2 [C]");
-  }
-  p.rows = rows.data();
-  p.count = rows.shape(0);
-  p.width = rows.shape(1);
-  p.seen = seen;
-  p.mean = mean.mutable_data();
-  p.m2 = m2.mutable_data();
-  const Isa which = isa ? isa_from("moments", *isa) : best_isa();
-  {
-    py::gil_scoped_release free;
-    moments(p, which);
-  }
-  return py::make_tuple(p.seen, p.norm_sum, p.norm_squares, p.norm_max);
-}
-
 }  // namespace
 
 void bind_rows(py::module_& m) {
@@ -70,10 +43,6 @@ void bind_rows(py::module_& m) {
   // read the whole file.
   m.def("gather_rows", &gather_entry, py::arg("shards").noconvert(), py::arg("shard"),
         py::arg("row"), py::arg("out").noconvert(), "out[i] = shards[shard[i]][row[i]].");
-  m.def("moments", &moments_entry, py::arg("rows"), py::arg("dtype"), py::arg("seen"),
-        py::arg("mean").noconvert(), py::arg("m2").noconvert(), py::arg("isa") = py::none(),
-        "Takes rows [n, C] into mean [C] and m2 [C]; rows seen, sum of norms, of their squares, "
-        "largest norm.");
 }
 
 }  // namespace sidechain::host

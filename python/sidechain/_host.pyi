@@ -28,14 +28,6 @@ def gather_rows(
     row: NDArray[np.int64],
     out: NDArray[np.uint8],
 ) -> None: ...
-def moments(
-    rows: NDArray[Any],
-    dtype: str,
-    seen: int,
-    mean: NDArray[np.float64],
-    m2: NDArray[np.float64],
-    isa: str | None = None,
-) -> tuple[int, float, float, float]: ...
 def tap(
     x: NDArray[Any],
     *,

@@ -8,12 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sidechain import _native
-from sidechain.store import RunningStatistics, row_index
+from sidechain.store import row_index
 from sidechain.store.row_index import RowIndex
 
 host: Any = _native.host()
@@ -96,45 +95,3 @@ def test_gather_refuses_what_does_not_fit() -> None:
         host.gather_rows(
             [np.zeros((3, 8), np.uint8)], one, one, np.zeros((1, 16), np.uint8)[:, ::2]
         )
-
-
-@pytest.mark.parametrize("isa", [] if host is None else host.isas())
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (500, 37), (65, 160), (9, 2560), (2, 20_000)])
-def test_moments_are_those_of_float64(isa: str, dtype: torch.dtype, shape: tuple[int, int]) -> None:
-    generator = torch.Generator().manual_seed(0)
-    rows = (30.0 + torch.randn(shape, generator=generator)).to(dtype)
-    plain = rows if dtype == torch.float32 else rows.view(torch.uint16)
-    name = str(dtype).removeprefix("torch.")
-    mean, m2, seen = np.zeros(shape[1]), np.zeros(shape[1]), 0
-    norms = []
-    for part in plain.split(max(1, shape[0] // 2)):
-        seen, *found = host.moments(part.numpy(), name, seen, mean, m2, isa)
-        norms.append(found)
-    wanted = rows.double().numpy()
-    lengths = np.linalg.norm(wanted, axis=1)
-    assert seen == shape[0]
-    np.testing.assert_allclose(mean, wanted.mean(0), rtol=1e-13)
-    np.testing.assert_allclose(m2, wanted.var(0) * shape[0], rtol=1e-10, atol=1e-12)
-    np.testing.assert_allclose(sum(n[0] for n in norms), lengths.sum(), rtol=1e-13)
-    np.testing.assert_allclose(sum(n[1] for n in norms), (lengths**2).sum(), rtol=1e-13)
-    np.testing.assert_allclose(max(n[2] for n in norms), lengths.max(), rtol=1e-13)
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_moments_show_what_is_not_finite(bad: float) -> None:
-    rows = torch.ones(300, 20)
-    rows[7, 3] = bad
-    native, reference = RunningStatistics.empty(20), RunningStatistics.empty(20)
-    native.add(rows)
-    reference._add_reference(rows)
-    assert not native.finite() and not reference.finite()
-
-
-def test_moments_refuse_what_does_not_fit() -> None:
-    zeros = np.zeros(4)
-    for rows, dtype in ((np.zeros((2, 5), np.float32), "float32"), (np.zeros((2, 4)), "float32")):
-        with pytest.raises(ValueError, match=r"moments: expected contiguous rows \[n, C\]"):
-            host.moments(rows, dtype, 0, zeros, zeros.copy())
-    with pytest.raises(TypeError):  # a converted copy of the mean would be updated in vain
-        host.moments(np.zeros((2, 4), np.float32), "float32", 0, zeros.astype(np.float32), zeros)

@@ -11,13 +11,6 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from .. import _native
-
-_NATIVE_DTYPES = {
-    torch.float32: "float32",
-    torch.float16: "float16",
-    torch.bfloat16: "bfloat16",
-}
 _CHUNK = 1 << 17  # elements looked at together: 1 MiB in float64 stays in the cache
 
 Cell = tuple[int, int]
@@ -54,30 +47,14 @@ class RunningStatistics:
 
         NaN and infinity are not refused; they show in `finite`.
         """
-        native = getattr(_native.host(), "moments", None)
-        name = _NATIVE_DTYPES.get(rows.dtype)
-        if native is None or name is None or not rows.is_contiguous():
-            self._add_reference(rows)
-            return
-        plain = rows.detach() if rows.dtype == torch.float32 else rows.detach().view(torch.uint16)
-        self.count, total, squares, largest = native(
-            plain.numpy(), name, self.count, self.mean.numpy(), self.m2.numpy()
-        )
-        self._add_norms(total, squares, largest)
-
-    def _add_reference(self, rows: Tensor) -> None:
         step = max(1, _CHUNK // max(1, rows.shape[1]))
         for start in range(0, len(rows), step):
-            part = rows[start : start + step].to(torch.float64)
+            part = rows[start : start + step].detach().to(torch.float64, copy=True)
             norms = torch.linalg.vector_norm(part, dim=1)
             mean = part.mean(0)
-            m2 = (part - mean).square_().sum(0)
-            squares = float(norms.square().sum())
-            self.merge(
-                RunningStatistics(
-                    len(part), mean, m2, float(norms.sum()), squares, float(norms.max())
-                )
-            )
+            m2 = part.sub_(mean).square_().sum(0)
+            sums = float(norms.sum()), float(norms.square().sum()), float(norms.max())
+            self.merge(RunningStatistics(len(part), mean, m2, *sums))
 
     def merge(self, other: RunningStatistics) -> None:
         """Add the rows that another one has seen.
@@ -91,12 +68,9 @@ class RunningStatistics:
         self.mean.add_(delta, alpha=other.count / total)
         self.m2.add_(other.m2).addcmul_(delta, delta, value=self.count * other.count / total)
         self.count = total
-        self._add_norms(other.norm_sum, other.norm_squares, other.norm_max)
-
-    def _add_norms(self, total: float, squares: float, largest: float) -> None:
-        self.norm_sum += total
-        self.norm_squares += squares
-        self.norm_max = max(self.norm_max, largest)
+        self.norm_sum += other.norm_sum
+        self.norm_squares += other.norm_squares
+        self.norm_max = max(self.norm_max, other.norm_max)
 
     @property
     def variance(self) -> Tensor:
