@@ -3,14 +3,10 @@
 
 #include <algorithm>
 #include <cstring>
-#include <memory>
 
 #ifdef __SSE2__
 #include <emmintrin.h>
 #endif
-
-#include "cpu/kernels/moments.h"
-#include "cpu/kernels/permute.h"
 
 namespace sidechain {
 
@@ -29,8 +25,6 @@ constexpr int64_t kPagesAhead = 7;
 // 0.61 -> 1.3 for 5120; for 320 bytes (1.3 MB) it is all the same.
 constexpr int64_t kStreamed = int64_t{4} << 20;
 constexpr int64_t kVector = 16;
-
-constexpr int64_t kBlock = 256;  // positions walked together
 
 inline void touch_pages(const uint8_t* row, int64_t row_bytes) {
   __builtin_prefetch(row);
@@ -89,68 +83,7 @@ void gather(const uint8_t* const* sources, int64_t count, int64_t row_bytes, uin
   }
 }
 
-// Floats of a chunk of moments: 64 KiB, which the second-level cache holds with room to spare.
-constexpr int64_t kChunk = 16384;
-constexpr int64_t kWidest = 16;  // lanes of the widest vectors
-
-// The entries of one instruction set.
-struct Kernels {
-  decltype(&cpu::baseline::moments_chunk) moments_chunk;
-  decltype(&cpu::baseline::permute_once) permute_once;
-};
-
-Kernels kernels(Isa isa) {
-  switch (isa) {
-#define SIDECHAIN_CASE(ID, NAME) \
-  case Isa::ID:                  \
-    return {cpu::NAME::moments_chunk, cpu::NAME::permute_once};
-    SIDECHAIN_FOR_EACH_ISA(SIDECHAIN_CASE)
-#undef SIDECHAIN_CASE
-    default:
-      return {cpu::baseline::moments_chunk, cpu::baseline::permute_once};
-  }
-}
-
 }  // namespace
-
-// Indices that left [0, size) are collected without a branch and walked on together: whether one
-// leaves is a coin toss that no predictor learns.
-void permute(const Order& order, const int64_t* positions, int64_t count, int64_t* rows, Isa isa) {
-  const auto pass = kernels(isa).permute_once;
-  static_assert(kBlock % cpu::kMostIndices == 0, "a block is whole vectors");
-  uint64_t walking[kBlock] = {}, passed[kBlock];
-  int32_t outside[kBlock];
-  for (int64_t begin = 0; begin < count; begin += kBlock) {
-    int64_t* row = rows + begin;
-    int64_t left = std::min(kBlock, count - begin);
-    for (int64_t i = 0; i < left; ++i) {
-      walking[i] = static_cast<uint64_t>(positions[begin + i]);
-      outside[i] = static_cast<int32_t>(i);
-    }
-    while (left > 0) {
-      pass(order, walking, left, passed);
-      int64_t still = 0;
-      for (int64_t k = 0; k < left; ++k) {
-        const int32_t i = outside[k];
-        row[i] = static_cast<int64_t>(passed[k]);
-        walking[still] = passed[k];
-        outside[still] = i;
-        still += passed[k] >= order.size;
-      }
-      left = still;
-    }
-  }
-}
-
-// The runs are found through a table of where the rows of every 2^bits begin: a few of them follow.
-void locate(const Runs& runs, const int64_t* rows, int64_t count, int64_t* shard, int64_t* row) {
-  for (int64_t i = 0; i < count; ++i) {
-    int64_t run = runs.first[rows[i] >> runs.bits];
-    while (runs.ends[run] <= rows[i]) ++run;
-    shard[i] = runs.shard[run];
-    row[i] = rows[i] + runs.shift[run];
-  }
-}
 
 // One core copies rows from random places as fast as its outstanding misses allow: while a row is
 // copied line by line, one of the next is fetched line by line, and the pages of a later one are
@@ -161,16 +94,6 @@ void gather_rows(const uint8_t* const* sources, int64_t count, int64_t row_bytes
     end_of_streams();
   } else {
     gather<&copy_bytes>(sources, count, row_bytes, out);
-  }
-}
-
-void moments(MomentsParams& p, Isa isa) {
-  const auto take_in = kernels(isa).moments_chunk;
-  const int64_t padded = (p.width + kWidest - 1) / kWidest * kWidest;
-  const int64_t rows = std::max<int64_t>(1, kChunk / padded);
-  const std::unique_ptr<float[]> scratch(new float[rows * padded]());
-  for (int64_t begin = 0; begin < p.count; begin += rows) {
-    take_in(p, begin, std::min(p.count, begin + rows), padded, scratch.get());
   }
 }
 

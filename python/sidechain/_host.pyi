@@ -22,31 +22,12 @@ def attention_tap(
     counts: NDArray[np.float32] | None = None,
     capture_mask: NDArray[np.bool_] | None = None,
 ) -> NDArray[Any]: ...
-def permute(
-    positions: NDArray[np.int64], size: int, keys: NDArray[np.uint64], isa: str | None = None
-) -> NDArray[np.int64]: ...
-def locate(
-    rows: NDArray[np.int64],
-    ends: NDArray[np.int64],
-    shard: NDArray[np.int64],
-    shift: NDArray[np.int64],
-    first: NDArray[np.int64],
-    bits: int,
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]: ...
 def gather_rows(
     shards: list[NDArray[np.uint8]],
     shard: NDArray[np.int64],
     row: NDArray[np.int64],
     out: NDArray[np.uint8],
 ) -> None: ...
-def moments(
-    rows: NDArray[Any],
-    dtype: str,
-    seen: int,
-    mean: NDArray[np.float64],
-    m2: NDArray[np.float64],
-    isa: str | None = None,
-) -> tuple[int, float, float, float]: ...
 def tap(
     x: NDArray[Any],
     *,

@@ -15,7 +15,7 @@ from sidechain.cli import main as cli
 from sidechain.sae import Sae
 from sidechain.sae.training import trainer
 from sidechain.sae.training.interrupt import StopRequest
-from sidechain.store import ActivationWriter
+from sidechain.store import ActivationWriter, Storage
 
 STEPS = 12
 LINE = f"sae train store --features 2x --k 4 --tokens {64 * STEPS} --batch 64 --set log_every=5"
@@ -25,7 +25,7 @@ LINE = f"sae train store --features 2x --k 4 --tokens {64 * STEPS} --batch 64 --
 def store(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     x, _ = planted(600, 32)
-    with ActivationWriter("store", {"cross:1": 32}, dtype=torch.float32) as writer:
+    with ActivationWriter("store", {"cross:1": 32}, Storage(torch.float32)) as writer:
         writer.set_grid([1.0])
         writer.write({"cross:1": x}, step=0)
     return tmp_path / "store"

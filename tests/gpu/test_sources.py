@@ -13,7 +13,7 @@ import torch
 from gpu.support import side_stream
 from gpu.waits import META, waits_of
 from sidechain.sae import IterableSource, Mesh, PipelineSource, Rows, StoreSource
-from sidechain.store import ActivationStore, ActivationWriter
+from sidechain.store import ActivationStore, ActivationWriter, Storage
 
 WIDTH, UNITS, UNIT_ROWS = 37, 40, 25
 STORED = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
@@ -29,13 +29,13 @@ def _written(folder: Path, dtype: torch.dtype) -> Path:
     """Two sites with rows whose scale and mean depend on the step."""
     generator = torch.Generator().manual_seed(3)
     sites = {"a": WIDTH, "b": WIDTH + 3}
-    with ActivationWriter(folder, sites, dtype=dtype, shard_bytes=20_000) as writer:
+    with ActivationWriter(folder, sites, Storage(dtype, shard_bytes=20_000)) as writer:
         for unit in range(UNITS):
             rows = {
                 s: torch.randn(UNIT_ROWS, w, generator=generator) * (1 + unit % 4) + unit % 4
                 for s, w in sites.items()
             }
-            with writer.unit(cursor=unit + 1):
+            with writer.transaction(cursor=unit + 1):
                 for site in sites:
                     writer.write({site: rows[site]}, step=unit % 4, branch="cond", prompt=unit)
     return folder

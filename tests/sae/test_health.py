@@ -4,7 +4,7 @@ import torch
 
 from sidechain.sae import Normaliser, Sae, SaeConfig
 from sidechain.sae.features.evaluate import measure, top_moments
-from sidechain.store import ActivationStore, ActivationWriter
+from sidechain.store import ActivationStore, ActivationWriter, Storage
 
 D, F, STEPS, PROMPTS, TOKENS = 5, 12, (0, 3), 4, 7
 
@@ -16,7 +16,7 @@ def draw(*shape, seed):
 @pytest.fixture
 def store(tmp_path):
     """Rows of two steps of very different size."""
-    with ActivationWriter(tmp_path / "acts", {"cross:0": D}, dtype=torch.float32) as writer:
+    with ActivationWriter(tmp_path / "acts", {"cross:0": D}, Storage(torch.float32)) as writer:
         for step in STEPS:
             for prompt in range(PROMPTS):
                 rows = draw(TOKENS, D, seed=100 * step + prompt) * (1 + step) + step
@@ -81,7 +81,7 @@ def test_a_perfect_dictionary_explains_everything(tmp_path):
     sae = Sae(SaeConfig(D, F, "topk", k=1, tied_bias=False)).eval()
     values = torch.rand(60, generator=torch.Generator().manual_seed(5)) + 0.5
     number = torch.arange(60) % F
-    with ActivationWriter(tmp_path, {"s": D}, dtype=torch.float32) as writer:
+    with ActivationWriter(tmp_path, {"s": D}, Storage(torch.float32)) as writer:
         writer.write({"s": values[:, None] * sae.w_dec.detach()[number]}, prompt=0)
     found = measure(sae, ActivationStore(tmp_path))
     assert found.fvu < 1e-10 and found.dead == 0 and found.l0 == 1

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sidechain.store import ActivationWriter
+from sidechain.store import ActivationWriter, Storage
 
 WIDTH = 37
 UNITS = 40
@@ -25,7 +26,7 @@ def rows_of(unit: int, site: str = "cross:3") -> Tensor:
 
 def write_unit(writer: ActivationWriter, unit: int) -> None:
     """Write unit number `unit`: steps 0 to 3, both passes, one prompt for each unit."""
-    with writer.unit(cursor=unit + 1):
+    with writer.transaction(cursor=unit + 1):
         for site in writer.sites:
             writer.write(
                 {site: rows_of(unit, site)},
@@ -35,19 +36,27 @@ def write_unit(writer: ActivationWriter, unit: int) -> None:
             )
 
 
+def fill(
+    folder: Path, units: int = UNITS, sites: tuple[str, ...] = ("cross:3",), **options: Any
+) -> Path:
+    """Write a store of `units` units and return its folder."""
+    storage = Storage(**{"dtype": torch.float32, "shard_bytes": 20_000, **options})
+    with ActivationWriter(folder, dict.fromkeys(sites, WIDTH), storage) as writer:
+        for unit in range(units):
+            write_unit(writer, unit)
+    return folder
+
+
 @pytest.fixture
 def make(tmp_path: Path) -> Callable[..., Path]:
-    """Write a store of `units` units and return its folder."""
+    """`fill` a folder of this test's own."""
+    return partial(fill, tmp_path / "acts")
 
-    def build(units: int = UNITS, sites: tuple[str, ...] = ("cross:3",), **options: Any) -> Path:
-        folder = tmp_path / "acts"
-        options = {"dtype": torch.float32, "shard_bytes": 20_000, **options}
-        with ActivationWriter(folder, dict.fromkeys(sites, WIDTH), **options) as writer:
-            for unit in range(units):
-                write_unit(writer, unit)
-        return folder
 
-    return build
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One store for all tests that only read: sites cross:3 and bcd."""
+    return fill(tmp_path_factory.mktemp("whole") / "acts", sites=("cross:3", "bcd"))
 
 
 @pytest.fixture

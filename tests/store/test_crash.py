@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""kill -9 at every system call that changes a store, and what is left of it."""
+"""Death at every system call that changes a store, and what is left of it."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +15,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from sidechain.store import ActivationStore, ActivationWriter, record
+from sidechain import Where
+from sidechain.store import (
+    ActivationStore,
+    ActivationWriter,
+    Sampling,
+    Storage,
+    record,
+)
 from sidechain.testing import tiny_pipeline
 
 from .conftest import UNIT_ROWS, WIDTH, write_unit
@@ -35,13 +43,8 @@ def one_thread() -> Iterator[None]:
 
 def write_some(folder: Path, units: int = TOTAL) -> None:
     """Write, or continue to write, a store of two sites with several commits."""
-    with ActivationWriter(
-        folder,
-        dict.fromkeys(SITES, WIDTH),
-        dtype=torch.float32,
-        mode="resume",
-        shard_bytes=2 * UNIT_ROWS * WIDTH * 4,
-    ) as writer:
+    storage = Storage(torch.float32, shard_bytes=2 * UNIT_ROWS * WIDTH * 4)
+    with ActivationWriter(folder, dict.fromkeys(SITES, WIDTH), storage, mode="resume") as writer:
         for unit in range(writer.cursor, units):
             write_unit(writer, unit)
             if unit % 2:
@@ -59,62 +62,59 @@ def forked(work: Callable[[], None]) -> int:
     return os.waitpid(child, 0)[1]
 
 
-def hooked(before: Callable[[int, str], None]) -> None:
-    """Call `before(n, name)` in front of the n-th system call that changes files."""
-    counter = 0
+def hook(patch: pytest.MonkeyPatch, before: Callable[[], None]) -> None:
+    """Call `before()` in front of every system call that changes files, but for its own."""
+    inside = False
 
-    def wrap(name: str, inner: Callable[..., Any]) -> Callable[..., Any]:
+    def wrap(inner: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            nonlocal counter
-            counter += 1
-            before(counter, name)
+            nonlocal inside
+            if not inside:
+                inside = True
+                before()
+                inside = False
             return inner(*args, **kwargs)
 
         return call
 
     for name in CALLS:
-        setattr(os, name, wrap(name, getattr(os, name)))
+        patch.setattr(os, name, wrap(getattr(os, name)))
 
 
 def check(folder: Path, expected: Callable[..., Tensor]) -> None:
     """Whatever is committed is whole: both sites hold the same complete units, and no other."""
     try:
-        stores = [ActivationStore(folder, site, verify="full", damaged="error") for site in SITES]
+        stores = [ActivationStore(folder, site) for site in SITES]
     except FileNotFoundError:
         return  # died before there was a store
     assert len({len(store) for store in stores}) == 1
     units, rest = divmod(len(stores[0]), UNIT_ROWS)
     assert rest == 0
     for store in stores:
+        store.verify()
         assert torch.equal(store.read(range(len(store))), expected(units, store.site))
         assert store.statistics.total().count == len(store)
 
 
 def test_kill_at_every_call(tmp_path: Path, expected: Callable[..., Tensor]) -> None:
+    # What kill -9 leaves behind is the folder as it was before the call that was not made.
+    whole, states = tmp_path / "whole", []
 
-    def count() -> None:
-        hooked(lambda n, name: os.truncate(tmp_path / "count", n))
-        write_some(tmp_path / "whole")
+    def keep() -> None:
+        states.append(tmp_path / f"{len(states):03d}")
+        if whole.exists():
+            shutil.copytree(whole, states[-1])
 
-    (tmp_path / "count").touch()
-    assert forked(count) == 0
-    calls = (tmp_path / "count").stat().st_size
-    assert calls > 60
+    with pytest.MonkeyPatch.context() as patch:
+        hook(patch, keep)
+        write_some(whole)
+    assert len(states) > 60
     survived = set()
-    for victim in range(1, calls + 1):
-        folder = tmp_path / str(victim)
-
-        def die(n: int, name: str, victim: int = victim) -> None:
-            if n == victim:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        def work(folder: Path = folder, die: Any = die) -> None:
-            hooked(die)
-            write_some(folder)
-
-        assert os.WTERMSIG(forked(work)) == signal.SIGKILL
+    for number, folder in enumerate(states):
         check(folder, expected)
-        if victim % 4 == 0:  # continuing costs more than dying
+        if (folder / "manifest.json").exists():
+            survived.add(len(ActivationStore(folder, SITES[0])))
+        if number % 4 == 0:  # continuing costs more than dying
             write_some(folder)
             check(folder, expected)
             store = ActivationStore(folder, SITES[0])
@@ -122,9 +122,7 @@ def test_kill_at_every_call(tmp_path: Path, expected: Callable[..., Tensor]) -> 
             files = [p for p in folder.rglob("*") if p.is_file()]
             named = 2 + 1 + sum(len(s.shards) for s in store._manifest.sites.values())
             assert len(files) == named  # manifest, lock, statistics, shards: nothing left over
-        if (folder / "manifest.json").exists():
-            survived.add(len(ActivationStore(folder, SITES[0])))
-    assert len(survived) >= 4  # the kills did hit different stages
+    assert len(survived) >= 4  # the states are of different stages
 
 
 def committed(folder: Path) -> int:
@@ -135,17 +133,16 @@ def committed(folder: Path) -> int:
 
 
 def test_kill_while_recording(tmp_path: Path) -> None:
-    prompts = [f"w{i} piano song" for i in range(8)]
+    prompts = [f"w{i} piano song" for i in range(6)]
     options: dict[str, Any] = {
-        "num_inference_steps": 3,
-        "batch_size": 2,
-        "passes": "all",
-        "dtype": torch.float32,
+        "num_inference_steps": 2,
+        "sampling": Sampling(batch_size=2),
+        "storage": Storage(torch.float32, shard_bytes=8000),
         "progress": False,
-        "shard_bytes": 8000,
     }
     pipe = tiny_pipeline()
-    record(pipe, "cross:0-1", prompts, tmp_path / "whole", **options)
+    where = Where("cross:0-1", "all")
+    record(pipe, where, prompts, tmp_path / "whole", **options)
     folder = tmp_path / "cut"
 
     def work() -> None:
@@ -161,17 +158,17 @@ def test_kill_while_recording(tmp_path: Path) -> None:
             return inner(self, *args, **kwargs)
 
         type(pipe).__call__ = dies_in_the_third_batch
-        record(pipe, "cross:0-1", prompts, folder, **options)
+        record(pipe, where, prompts, folder, **options)
 
     assert os.WTERMSIG(forked(work)) == signal.SIGKILL
     before = len(ActivationStore(folder, "cross:1"))
     ran = []
     tap = type(pipe).__call__
     pipe.transformer.register_forward_pre_hook(lambda m, a: ran.append(1))
-    stores = record(pipe, "cross:0-1", prompts, folder, **options)
+    stores = record(pipe, where, prompts, folder, **options)
     assert type(pipe).__call__ is tap
     assert 0 < before < len(stores["cross:1"])
-    assert len(ran) < 3 * len(prompts) // 2  # prompts that were there were not run again
+    assert len(ran) < 2 * len(prompts) // 2  # prompts that were there were not run again
     for site, store in stores.items():
         whole = ActivationStore(tmp_path / "whole", site)
         everything = range(len(whole))
@@ -186,11 +183,11 @@ def test_an_exception_inside_a_unit_forgets_it(
     folder = tmp_path / "s"
     with (
         pytest.raises(kind),
-        ActivationWriter(folder, dict.fromkeys(SITES, WIDTH), dtype=torch.float32) as writer,
+        ActivationWriter(folder, dict.fromkeys(SITES, WIDTH), Storage(torch.float32)) as writer,
     ):
         for unit in range(3):
             write_unit(writer, unit)
-        with writer.unit(cursor=99):
+        with writer.transaction(cursor=99):
             writer.write({"a": torch.ones(7, WIDTH)})
             raise kind
     check(folder, expected)

@@ -16,12 +16,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from sidechain.store import ActivationStore, ActivationWriter
+from sidechain.store import ActivationStore, ActivationWriter, Storage
 
 from .conftest import UNIT_ROWS, UNITS, WIDTH, rows_of, write_unit
 
 ROWS = UNITS * UNIT_ROWS
 VICTIM = "cross-3/00002.rows"
+
+
+def verified(folder: Path) -> ActivationStore:
+    store = ActivationStore(folder)
+    store.verify()
+    return store
 
 
 def flip(path: Path, offset: int) -> None:
@@ -30,78 +36,44 @@ def flip(path: Path, offset: int) -> None:
     path.write_bytes(content)
 
 
-def sizes(store: ActivationStore) -> list[int]:
-    return [shard.shard.rows for shard in store._shards]
-
-
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "truncated": (lambda p: os.truncate(p, p.stat().st_size - 1), "expected .* bytes, got"),
-    "torn": (lambda p: os.truncate(p, 100), "expected .* bytes, got 100"),
-    "empty": (lambda p: os.truncate(p, 0), "expected .* bytes, got 0"),
-    "longer": (lambda p: os.truncate(p, p.stat().st_size + 1), "expected .* bytes, got"),
-    "missing": (lambda p: p.unlink(), "No such file"),
-    "flipped label": (lambda p: flip(p, p.stat().st_size - 30), "of its labels"),
-    "flipped checksum": (lambda p: flip(p, p.stat().st_size - 1), "of its labels"),
+    "truncated": (lambda p: os.truncate(p, p.stat().st_size - 1), r"\d+ bytes in .*VICTIM"),
+    "torn": (lambda p: os.truncate(p, 100), r"bytes in .*VICTIM .*got 100$"),
+    "empty": (lambda p: os.truncate(p, 0), r"bytes in .*VICTIM .*got 0$"),
+    "longer": (lambda p: os.truncate(p, p.stat().st_size + 1), r"\d+ bytes in .*VICTIM"),
+    "missing": (lambda p: p.unlink(), "to read .*VICTIM, got No such file"),
+    "flipped label": (lambda p: flip(p, p.stat().st_size - 30), "of the labels in .*VICTIM"),
+    "flipped checksum": (lambda p: flip(p, p.stat().st_size - 1), "of the labels in .*VICTIM"),
 }
 
 
 class TestShards:
     @pytest.mark.parametrize("kind", DAMAGE)
-    def test_is_named_and_left_out(
-        self, make: Callable[..., Path], expected: Callable[..., Tensor], kind: str
-    ) -> None:
-        folder = make()
-        counts = sizes(ActivationStore(folder))
-        harm, reason = DAMAGE[kind]
-        harm(folder / VICTIM)
-        with pytest.warns(RuntimeWarning, match=f"damaged in .*{VICTIM}.*{reason}.*left out"):
-            store = ActivationStore(folder)
-        with pytest.raises(ValueError, match=VICTIM):
-            ActivationStore(folder, damaged="error")
-        assert [d.file for d in store.damaged] == [VICTIM]
-        start = sum(counts[:2])
-        everything = expected()
-        wanted = torch.cat([everything[:start], everything[start + counts[2] :]])
-        assert torch.equal(store.read(range(len(store))), wanted)
-        seen = torch.cat([b.x for b in store.batches(64, drop_last=False)])
-        assert len(seen) == len(wanted)
-
-    def test_every_flipped_bit_of_the_rows_is_found(self, make: Callable[..., Path]) -> None:
-        folder = make(units=6)
-        path = folder / "cross-3/00000.rows"
-        whole = path.read_bytes()
-        size = WIDTH * 4 * ActivationStore(folder)._shards[0].shard.rows
-        for offset in range(0, size, 997):
-            flip(path, offset)
-            with pytest.warns(RuntimeWarning, match="cross-3/00000.rows rows"):
-                store = ActivationStore(folder, verify="full")
-            (damage,) = store.damaged
-            assert damage.start <= offset // (WIDTH * 4) < damage.stop
-            path.write_bytes(whole)
-        assert not ActivationStore(folder).verify()
-
-    def test_only_the_block_of_a_flipped_bit_is_left_out(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        rows = torch.randn(1000, 64)
-        with ActivationWriter(tmp_path / "s", {"a": 64}, dtype=torch.float32) as writer:
-            writer._transaction.manifest.block_bytes = 64 * 4 * 100
-            for part in rows.split(33):
-                writer.write({"a": part})
-        store = ActivationStore(tmp_path / "s", verify="full")
-        assert len(store) == 1000
-        flip(tmp_path / "s/a/00000.rows", 64 * 4 * 250)
-        assert len(ActivationStore(tmp_path / "s")) == 1000  # sizes and labels are right
-        with pytest.warns(RuntimeWarning, match="rows 200 to 299"):
-            store = ActivationStore(tmp_path / "s", verify="full")
-        wanted = torch.cat([rows[:200], rows[300:]])
-        assert torch.equal(store.read(range(900)), wanted)
-        assert store.labels([200]).token.item() == 300 % 33
-
-    def test_other_sites_are_untouched(self, make: Callable[..., Path]) -> None:
+    def test_is_named(self, make: Callable[..., Path], kind: str) -> None:
         folder = make(sites=("cross:3", "b"))
-        (folder / VICTIM).unlink()
-        assert len(ActivationStore(folder, "b", damaged="error")) == ROWS
+        harm, message = DAMAGE[kind]
+        harm(folder / VICTIM)
+        with pytest.raises(
+            ValueError, match="store: expected .*" + message.replace("VICTIM", VICTIM)
+        ):
+            ActivationStore(folder, "cross:3")
+        assert len(ActivationStore(folder, "b")) == ROWS  # other sites are untouched
+
+    def test_every_flipped_bit_of_the_rows_is_found(self, tmp_path: Path) -> None:
+        with ActivationWriter(tmp_path, {"a": 64}, Storage(torch.float32)) as writer:
+            writer._appender.manifest.block_bytes = 64 * 4 * 100
+            for part in torch.randn(950, 64).split(33):
+                writer.write({"a": part})
+        store, path = ActivationStore(tmp_path), tmp_path / "a/00000.rows"
+        store.verify()
+        for offset in range(0, 950 * 64 * 4, 9973):
+            flip(path, offset)
+            first = offset // (64 * 4 * 100) * 100
+            rows = f"rows {first} to {min(first + 100, 950) - 1} in {path}"
+            with pytest.raises(ValueError, match=f"expected CRC-32 .* of {rows}"):
+                store.verify()
+            flip(path, offset)
+        store.verify()
 
 
 class TestOtherFiles:
@@ -114,9 +86,19 @@ class TestOtherFiles:
             with pytest.warns(RuntimeWarning, match=f"damaged {path}.*counting {ROWS} rows"):
                 after = ActivationStore(folder).statistics
             assert after.cells.keys() == before.cells.keys()
-            for cell, moments in before.cells.items():
-                assert after.cells[cell].count == moments.count
-                np.testing.assert_allclose(after.cells[cell].m2, moments.m2, rtol=1e-10)
+            for cell, wanted in before.cells.items():
+                assert after.cells[cell].count == wanted.count
+                np.testing.assert_allclose(after.cells[cell].m2, wanted.m2, rtol=1e-10)
+
+    def test_statistics_are_not_counted_of_damaged_rows(self, make: Callable[..., Path]) -> None:
+        folder = make()
+        next(folder.glob("statistics-*")).unlink()
+        flip(folder / VICTIM, 10)
+        with (
+            pytest.warns(RuntimeWarning, match="counting"),
+            pytest.raises(ValueError, match=f"CRC-32 .* of rows 0 to .* in .*{VICTIM}"),
+        ):
+            ActivationStore(folder)
 
     @pytest.mark.parametrize(
         ("content", "message"),
@@ -137,7 +119,7 @@ class TestOtherFiles:
     def test_totals_are_checked(self, make: Callable[..., Path]) -> None:
         path = make(units=1) / "manifest.json"
         text = path.read_text()
-        changed = text.replace('"rows": 25,\n   "dropped"', '"rows": 26, "dropped"')
+        changed = text.replace('"rows": 25,\n   "shards"', '"rows": 26, "shards"')
         assert changed != text
         path.write_text(changed)
         with pytest.raises(ValueError, match=r"expected 26 rows of cross:3 .*got 25 in its"):
@@ -159,10 +141,9 @@ class TestOtherFiles:
         assert (folder / VICTIM).exists()
 
 
-def fill(folder: Path, units: int = UNITS) -> None:
-    with ActivationWriter(
-        folder, {"cross:3": WIDTH}, dtype=torch.float32, mode="resume", shard_bytes=9000
-    ) as writer:
+def go_on(folder: Path, units: int = UNITS) -> None:
+    storage = Storage(torch.float32, shard_bytes=9000)
+    with ActivationWriter(folder, {"cross:3": WIDTH}, storage, mode="resume") as writer:
         for unit in range(writer.cursor, units):
             write_unit(writer, unit)
 
@@ -170,12 +151,12 @@ def fill(folder: Path, units: int = UNITS) -> None:
 def check_and_continue(
     folder: Path, expected: Callable[..., Tensor], least: int = 0, units_in_all: int = UNITS
 ) -> None:
-    store = ActivationStore(folder, verify="full", damaged="error")
+    store = verified(folder)
     units, rest = divmod(len(store), UNIT_ROWS)
     assert rest == 0 and units >= least
     assert torch.equal(store.read(range(len(store))), expected(units))
-    fill(folder, units_in_all)
-    store = ActivationStore(folder, verify="full", damaged="error")
+    go_on(folder, units_in_all)
+    store = verified(folder)
     assert torch.equal(store.read(range(len(store))), expected(units_in_all))
 
 
@@ -198,7 +179,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 class TestFullDisk:
     def test_real_one(self, small_disk: Path, expected: Callable[..., Tensor]) -> None:
         with pytest.raises(OSError, match=r"No space left.*rows of cross:3 are intact") as caught:
-            fill(small_disk / "s")
+            go_on(small_disk / "s")
         assert caught.value.errno == errno.ENOSPC
         left = sorted(p.name for p in (small_disk / "s").rglob("*") if ".tmp" in p.name)
         assert not left
@@ -210,7 +191,7 @@ class TestFullDisk:
         resource.setrlimit(resource.RLIMIT_FSIZE, (7000, hard))
         try:
             with pytest.raises(OSError, match=r"File too large.*are intact"):
-                fill(tmp_path / "s")
+                go_on(tmp_path / "s")
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         check_and_continue(tmp_path / "s", expected)
@@ -233,7 +214,7 @@ class TestFullDisk:
 
         with monkeypatch.context() as patched:
             patched.setattr(os, name, count)
-            fill(tmp_path / "whole", 12)
+            go_on(tmp_path / "whole", 12)
         for victim in range(1, calls + 1, max(1, calls // 6)):
             calls = 0
 
@@ -248,7 +229,7 @@ class TestFullDisk:
             with monkeypatch.context() as patched:
                 patched.setattr(os, name, call)
                 with pytest.raises(OSError, match="No space left"):
-                    fill(folder, 12)
+                    go_on(folder, 12)
             if (folder / "manifest.json").exists():
                 check_and_continue(folder, expected, units_in_all=12)
 
@@ -268,11 +249,11 @@ class TestFullDisk:
         monkeypatch.setattr(os, "writev", call)
         with (
             pytest.raises(OSError, match="No space left"),
-            ActivationWriter(folder, {"cross:3": WIDTH}, dtype=torch.float32) as writer,
+            ActivationWriter(folder, {"cross:3": WIDTH}, Storage(torch.float32)) as writer,
         ):
             for unit in range(7):
                 write_unit(writer, unit)
-            with writer.unit():
+            with writer.transaction():
                 for unit in range(30):
                     writer.write({"cross:3": rows_of(unit)})
         monkeypatch.undo()
@@ -291,4 +272,4 @@ def test_rows_that_are_not_finite_are_refused(tmp_path: Path) -> None:
         ):
             writer.write({"a": rows_of(1)})
             writer.write({"a": rows})
-        assert len(ActivationStore(folder, verify="full", damaged="error")) == UNIT_ROWS
+        assert len(verified(folder)) == UNIT_ROWS

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 
 import sidechain
 from sidechain import Where
-from sidechain.store import ActivationStore, record
+from sidechain.store import ActivationStore, Sampling, Storage, record
 from sidechain.taps.stream import StreamTap
 from sidechain.testing import tiny_pipeline
 from sidechain.testing.tiny import generate
@@ -29,8 +30,13 @@ def pipe() -> Any:
 def recorded(pipe: Any, folder: Path, **options: Any) -> dict[str, ActivationStore]:
     options = {"dtype": torch.float32, "num_inference_steps": STEPS, "batch_size": 3, **options}
     prompts = options.pop("prompts", PROMPTS)
-    sites = options.pop("sites", "cross:*")
-    return record(pipe, sites, prompts, folder, progress=False, **options)
+    place = {name: options.pop(name) for name in ("branches", "steps", "tokens") if name in options}
+    where = Where(options.pop("sites", "cross:*"), **place)
+    groups = {"sampling": Sampling, "storage": Storage}
+    for group, kind in groups.items():
+        known = options.keys() & {field.name for field in fields(kind)}
+        options[group] = kind(**{name: options.pop(name) for name in known})
+    return record(pipe, where, prompts, folder, progress=False, **options)
 
 
 def captured(
@@ -44,11 +50,11 @@ def captured(
 
 class TestContent:
     @pytest.mark.parametrize("name", ["stable_audio", "music"])
-    @pytest.mark.parametrize("passes", ["cond", "uncond", "all"])
-    def test_is_what_capture_sees(self, tmp_path: Path, name: str, passes: str) -> None:
+    @pytest.mark.parametrize("branches", ["cond", "uncond", "all"])
+    def test_is_what_capture_sees(self, tmp_path: Path, name: str, branches: str) -> None:
         pipe = tiny_pipeline(name)
-        stores = recorded(pipe, tmp_path / "s", passes=passes)
-        wanted, axes = captured(pipe, branches=passes)
+        stores = recorded(pipe, tmp_path / "s", branches=branches)
+        wanted, axes = captured(pipe, branches=branches)
         assert list(stores) == list(wanted)
         for alias, store in stores.items():
             found, labels = store.read(range(len(store))), store.labels(range(len(store)))
@@ -135,7 +141,7 @@ class TestContinuing:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"passes": "all"}, "expected passes='cond' .*got 'all'"),
+            ({"branches": "all"}, "expected passes='cond' .*got 'all'"),
             ({"num_inference_steps": 5}, "expected call="),
             ({"every": 2}, "expected every=1 .*got 2"),
             ({"sites": "cross:1"}, "expected sites="),
@@ -152,7 +158,9 @@ class TestContinuing:
         rows = len(recorded(pipe, tmp_path / "s")["cross:0"])
         with pytest.raises(ValueError, match=message):
             recorded(pipe, tmp_path / "s", **change)
-        assert len(ActivationStore(tmp_path / "s", "cross:0", verify="full")) == rows
+        store = ActivationStore(tmp_path / "s", "cross:0")
+        store.verify()
+        assert len(store) == rows
 
 
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
@@ -161,7 +169,7 @@ BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"sites": "cross:9"}, ValueError, "expected one of"),
     ({"batch_size": 0}, ValueError, "expected batch_size >= 1, got 0"),
     ({"every": 0}, ValueError, "expected every >= 1, got 0"),
-    ({"passes": "both"}, ValueError, "record: expected branches to be one of cond, uncond, all"),
+    ({"branches": "both"}, ValueError, "record: expected branches to be one of cond, uncond, all"),
     ({"steps": (3, 1)}, ValueError, "record: expected 0 <= start < stop"),
     ({"tokens": torch.ones(9, dtype=torch.bool)}, NotImplementedError, "got a mask"),
     ({"generator": 1}, ValueError, r"expected no generator \[set by record\]"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sidechain.store import ActivationStore, ActivationWriter
+from sidechain.store import ActivationStore, ActivationWriter, RunningStatistics, Storage
 
 from .conftest import UNIT_ROWS, UNITS, WIDTH, rows_of, write_unit
 
@@ -33,7 +33,7 @@ class TestRoundTrip:
             assert torch.equal(found, wanted.to(dtype))
 
     def test_int8_keeps_a_row_of_zeros(self, tmp_path: Path) -> None:
-        with ActivationWriter(tmp_path / "s", {"a": 5}, dtype=torch.int8) as writer:
+        with ActivationWriter(tmp_path / "s", {"a": 5}, Storage(torch.int8)) as writer:
             writer.write({"a": torch.zeros(3, 5)})
         assert torch.equal(ActivationStore(tmp_path / "s").read([0, 1, 2]), torch.zeros(3, 5))
 
@@ -44,28 +44,25 @@ class TestRoundTrip:
         raw = np.memmap(folder / "cross-3/00000.rows", np.float32, "r", shape=(ROWS, WIDTH))
         assert np.array_equal(raw, expected().numpy())
 
-    def test_labels(self, make: Callable[..., Path]) -> None:
-        store = ActivationStore(make())
+    def test_labels(self, whole: Path) -> None:
         some = torch.randperm(ROWS)[:300]
-        labels = store.labels(some)
+        labels = ActivationStore(whole, "bcd").labels(some)
         unit = some // UNIT_ROWS
         assert torch.equal(labels.prompt, unit)
         assert torch.equal(labels.step, unit % 4)
         assert torch.equal(labels.branch, 1 - unit % 2)
         assert torch.equal(labels.token, some % UNIT_ROWS)
 
+    @pytest.mark.parametrize("site", ["cross:3", "bcd"])
     def test_several_sites_share_rows(
-        self, make: Callable[..., Path], expected: Callable[..., Tensor]
+        self, whole: Path, expected: Callable[..., Tensor], site: str
     ) -> None:
-        folder = make(sites=("cross:3", "self:12"))
-        for site in ("cross:3", "self:12"):
-            store = ActivationStore(folder, site)
-            assert torch.equal(store.read(range(ROWS)), expected(site=site))
-            assert store.sites == ("cross:3", "self:12")
+        store = ActivationStore(whole, site)
+        assert torch.equal(store.read(range(ROWS)), expected(site=site))
+        assert store.sites == ("cross:3", "bcd")
 
-    def test_shards_are_many_and_sealed(self, make: Callable[..., Path]) -> None:
-        folder = make()
-        names = sorted(p.name for p in (folder / "cross-3").iterdir())
+    def test_shards_are_many_and_sealed(self, whole: Path) -> None:
+        names = sorted(p.name for p in (whole / "cross-3").iterdir())
         assert len(names) > 5
         assert names == [f"{i:05d}.rows" for i in range(len(names))]
 
@@ -97,10 +94,8 @@ class TestFilters:
             ({"steps": [7]}, lambda u: False),
         ],
     )
-    def test_keep_rows(
-        self, make: Callable[..., Path], options: dict, keep: Callable[[int], bool]
-    ) -> None:
-        store = ActivationStore(make(), **options)
+    def test_keep_rows(self, whole: Path, options: dict, keep: Callable[[int], bool]) -> None:
+        store = ActivationStore(whole, "cross:3", **options)
         units = [u for u in range(UNITS) if keep(u)]
         assert len(store) == UNIT_ROWS * len(units)
         if units:
@@ -131,9 +126,32 @@ class TestStatistics:
             np.testing.assert_allclose(found.norm_max, norms.max(), rtol=1e-12)
             np.testing.assert_allclose(found.norm_squares, (norms**2).sum(), rtol=1e-12)
 
+    @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+    def test_show_what_is_not_finite(self, bad: float) -> None:
+        rows = torch.ones(300, 20)
+        rows[7, 3] = bad
+        statistics = RunningStatistics.empty(20)
+        statistics.add(rows)
+        assert not statistics.finite()
+
+    def test_of_no_rows(self) -> None:
+        statistics = RunningStatistics.empty(20)
+        statistics.add(torch.empty(0, 20))
+        assert statistics.count == 0 and statistics.finite()
+
+    @pytest.mark.parametrize("shape", [(1, 1), (9, 2560), (2, 200_000)])
+    def test_of_any_shape(self, shape: tuple[int, int]) -> None:
+        rows = 30.0 + torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        statistics = RunningStatistics.empty(shape[1])
+        for part in rows.split(max(1, shape[0] // 2)):
+            statistics.add(part)
+        wanted = rows.double().numpy()
+        np.testing.assert_allclose(statistics.mean, wanted.mean(0), rtol=1e-13)
+        np.testing.assert_allclose(statistics.variance, wanted.var(0), rtol=1e-10, atol=1e-12)
+
     def test_large_mean_loses_nothing(self, tmp_path: Path) -> None:
         rows = 1e4 + torch.randn(1000, 4, generator=torch.Generator().manual_seed(0))
-        with ActivationWriter(tmp_path / "s", {"a": 4}, dtype=torch.float32) as writer:
+        with ActivationWriter(tmp_path / "s", {"a": 4}, Storage(torch.float32)) as writer:
             for part in rows.split(7):
                 writer.write({"a": part})
         found = ActivationStore(tmp_path / "s").statistics.total()
@@ -141,9 +159,8 @@ class TestStatistics:
 
     def test_survive_a_resume(self, make: Callable[..., Path], tmp_path: Path) -> None:
         folder = make(units=10)
-        with ActivationWriter(
-            folder, {"cross:3": WIDTH}, dtype=torch.float32, mode="append"
-        ) as writer:
+        storage = Storage(torch.float32)
+        with ActivationWriter(folder, {"cross:3": WIDTH}, storage, mode="append") as writer:
             for unit in range(10, 20):
                 write_unit(writer, unit)
         wanted = torch.cat([rows_of(u) for u in range(20)]).double().numpy()
@@ -154,9 +171,8 @@ class TestStatistics:
 
 
 BAD_STORES = [
-    ({"site": "b"}, "expected a site of .'cross:3'., got 'b'"),
-    ({"verify": "no"}, "expected verify to be open or full"),
-    ({"damaged": "no"}, "expected damaged to be warn or error"),
+    ({"site": None}, "expected a site of .'cross:3', 'bcd'., got None"),
+    ({"site": "b"}, "expected a site of .'cross:3', 'bcd'., got 'b'"),
     ({"passes": "both"}, "expected passes of cond, uncond, or all, got 'both'"),
     ({"steps": (3, 1)}, "expected steps as"),
 ]
@@ -164,21 +180,15 @@ BAD_STORES = [
 
 class TestErrors:
     @pytest.mark.parametrize(("options", "message"), BAD_STORES)
-    def test_reader(self, make: Callable[..., Path], options: dict, message: str) -> None:
-        folder = make(units=2)
+    def test_reader(self, whole: Path, options: dict, message: str) -> None:
         with pytest.raises(ValueError, match=message):
-            ActivationStore(folder, **options)
-
-    def test_site_must_be_named_if_there_are_two(self, make: Callable[..., Path]) -> None:
-        folder = make(units=2, sites=("a", "bc"))
-        with pytest.raises(ValueError, match="expected a site of"):
-            ActivationStore(folder)
+            ActivationStore(whole, **{"site": "cross:3", **options})
 
     def test_no_store(self, tmp_path: Path) -> None:
         with pytest.raises(FileNotFoundError, match=r"expected manifest\.json in"):
             ActivationStore(tmp_path)
 
-    def test_rows_out_of_range(self, make: Callable[..., Path]) -> None:
-        store = ActivationStore(make(units=2))
-        with pytest.raises(IndexError, match=r"expected rows within \[0, 50\), got 0 to 50"):
-            store.read([0, 50])
+    def test_rows_out_of_range(self, whole: Path) -> None:
+        store = ActivationStore(whole, "bcd")
+        with pytest.raises(IndexError, match=r"expected rows within \[0, 1000\), got 0 to 1000"):
+            store.read([0, ROWS])

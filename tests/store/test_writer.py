@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sidechain.store import ActivationStore, ActivationWriter
-from sidechain.store.transaction import Transaction
+from sidechain.store import ActivationStore, ActivationWriter, Storage
+from sidechain.store.transaction import Appender
 
 from .conftest import UNIT_ROWS, WIDTH, write_unit
 
@@ -21,23 +21,19 @@ UNIT_BYTES = UNIT_ROWS * WIDTH * 4
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     """While it is not set, the writer thread stands still: a disk that is too slow."""
-    event, inner = threading.Event(), Transaction.append
+    event, inner = threading.Event(), Appender.append
 
-    def append(self: Transaction, *args: Any) -> None:
+    def append(self: Appender, *args: Any) -> None:
         event.wait(30)
         inner(self, *args)
 
-    monkeypatch.setattr(Transaction, "append", append)
+    monkeypatch.setattr(Appender, "append", append)
     return event
 
 
 def small_queue(folder: Path) -> ActivationWriter:
-    return ActivationWriter(
-        folder,
-        {"cross:3": WIDTH},
-        dtype=torch.float32,
-        queue_bytes=3 * UNIT_BYTES,
-    )
+    storage = Storage(torch.float32, queue_bytes=3 * UNIT_BYTES)
+    return ActivationWriter(folder, {"cross:3": WIDTH}, storage)
 
 
 class TestFullQueue:
@@ -82,7 +78,7 @@ class TestInput:
 
     def test_strides_and_labels_of_every_row(self, tmp_path: Path) -> None:
         wide = torch.randn(6, 8).T[::2]
-        with ActivationWriter(tmp_path / "s", {"a": 6}, dtype=torch.float32) as writer:
+        with ActivationWriter(tmp_path / "s", {"a": 6}, Storage(torch.float32)) as writer:
             writer.write(
                 {"a": wide},
                 step=[3, 1, 3, 1],
@@ -127,13 +123,22 @@ BAD_WRITERS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"sites": {}}, TypeError, "expected sites as"),
     ({"sites": {"a": 0}}, ValueError, "expected a width >= 1 of a, got 0"),
     ({"sites": {"a:1": 2, "a-1": 2}}, ValueError, "expected sites with different folder names"),
-    ({"dtype": torch.float64}, TypeError, "expected dtype float32"),
     ({"mode": "w"}, ValueError, "expected mode to be one of create, append, resume"),
-    ({"queue_bytes": 0}, ValueError, "expected queue_bytes >= 1"),
-    ({"shard_bytes": 1.5}, ValueError, "expected shard_bytes >= 1"),
     ({"branches": []}, ValueError, "expected 1 to 255 branches, got 0"),
     ({"mode": "append"}, FileNotFoundError, r"expected a store \[mode='append'\], got none"),
 ]
+
+BAD_STORAGE: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"dtype": torch.float64}, TypeError, "expected dtype float32"),
+    ({"queue_bytes": 0}, ValueError, "expected queue_bytes >= 1"),
+    ({"shard_bytes": 1.5}, ValueError, "expected shard_bytes >= 1"),
+]
+
+
+@pytest.mark.parametrize(("given", "error", "message"), BAD_STORAGE)
+def test_bad_storage(given: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        Storage(**given)
 
 
 class TestErrors:
@@ -160,7 +165,7 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("other", "message"),
         [
-            ({"dtype": torch.float32}, "expected dtype float16 .*got float32"),
+            ({"storage": Storage(torch.float32)}, "expected dtype float16 .*got float32"),
             ({"sites": {"a": 4}}, r"expected sites \{'a': 3\} .*got \{'a': 4\}"),
             ({"branches": ["x"]}, "expected branches"),
         ],
@@ -187,8 +192,8 @@ class TestErrors:
     def test_a_unit_in_a_unit(self, tmp_path: Path) -> None:
         with (
             ActivationWriter(tmp_path / "s", {"a": 3}) as writer,
-            writer.unit(),
-            pytest.raises(RuntimeError, match="expected no unit inside of a unit"),
-            writer.unit(),
+            writer.transaction(),
+            pytest.raises(RuntimeError, match="expected no transaction inside of a transaction"),
+            writer.transaction(),
         ):
             pass

@@ -54,9 +54,9 @@ def test_figures_hold_on_clips_that_nobody_has_seen(tmp_path, card, pipe):
     """
     sites = [site for site in ("cross:3", "cross:6") if site in zoo.dictionaries()]
     stores = store.record(
-        pipe, sites, fresh_captions(3, 777_000), tmp_path / "acts", seeds=777_000, batch_size=3,
-        num_inference_steps=card["recipe"]["steps"], guidance_scale=card["recipe"]["guidance"],
-        progress=False,
+        pipe, sites, fresh_captions(3, 777_000), tmp_path / "acts",
+        sampling=store.Sampling(777_000, 3), num_inference_steps=card["recipe"]["steps"],
+        guidance_scale=card["recipe"]["guidance"], progress=False,
     )  # fmt: skip
     found = {site: measure(zoo.dictionary(site), stores[site]) for site in sites}
     for site, health in found.items():

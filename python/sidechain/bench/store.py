@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sidechain.store import ActivationStore, ActivationWriter, Permutation
+from sidechain.store import ActivationStore, ActivationWriter, Permutation, Storage
 
 from .cases import Row
 from .machine import Machine
@@ -102,7 +102,7 @@ def fill(folder: Path, width: int, rows: int) -> Tensor:
     # Random bits of numbers in [0, 2): several times faster to draw than normal ones, all finite.
     bits = torch.randint(0, 0x4000, (rows, width), dtype=torch.int16)
     everything = bits.view(torch.float16)
-    with ActivationWriter(folder, {"a": width}, shard_bytes=64 << 20) as writer:
+    with ActivationWriter(folder, {"a": width}, Storage(shard_bytes=64 << 20)) as writer:
         for part in everything.split(8192):
             writer.write({"a": part})
     return everything
@@ -141,7 +141,8 @@ def reading(site: Site, folder: Path, seconds: float) -> list[Row]:
 def _ways_to_read(folder: Path, everything: Tensor) -> dict[str, Callable[[], object]]:
     """Name -> a call that reads the next batch; each has been checked against `everything`."""
     rows, width = everything.shape
-    store = ActivationStore(folder, verify="full", damaged="error")
+    store = ActivationStore(folder)
+    store.verify()
     # The plain ways get all rows in one mapping, which a store does not have.
     whole = np.memmap(folder / "plain", np.float16, "w+", shape=(rows, width))
     whole[:] = everything.numpy()

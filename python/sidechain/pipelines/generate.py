@@ -6,9 +6,24 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How prompts are run for their activations.
+
+    Attributes:
+        seeds: prompt i starts from the noise of seeds[i % len(seeds)]; a number s stands for
+            s, s + 1, ...
+        batch_size: prompts in one pipeline call.
+    """
+
+    seeds: int | Sequence[int] = 0
+    batch_size: int = 8
 
 
 def quiet_settings(name: str, pipe: Any, call: dict[str, Any]) -> dict[str, Any]:

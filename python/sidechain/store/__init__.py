@@ -6,24 +6,27 @@ for batch in acts["cross:5"].batches(4096, seed=0, normalise="step"):
     batch.x                                      # [4096, C]
 """
 
+from ..pipelines.generate import Sampling
 from .batches import Batch, Batches
 from .labels import Labels
+from .options import BatchOptions, Storage
 from .reader import ActivationStore
 from .record import record
-from .shard import Damage
 from .shuffle import Permutation
-from .statistics import Moments, Statistics
+from .statistics import RunningStatistics, Statistics
 from .writer import ActivationWriter
 
 __all__ = [
     "ActivationStore",
     "ActivationWriter",
     "Batch",
+    "BatchOptions",
     "Batches",
-    "Damage",
     "Labels",
-    "Moments",
     "Permutation",
+    "RunningStatistics",
+    "Sampling",
     "Statistics",
+    "Storage",
     "record",
 ]

@@ -7,7 +7,7 @@ import queue
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -17,12 +17,11 @@ from torch import Tensor
 
 from .._device import send
 from .labels import Labels
+from .options import BatchOptions
 from .protocol import RowReader
 from .shard import decode
 from .shuffle import Permutation
 
-SHUFFLES = ("rows", "blocks", "off")
-NORMALISATIONS = ("step", "global")
 _BLOCK = 64
 _WINDOW = 64
 
@@ -51,81 +50,59 @@ class Batches:
 
     Args:
         store: what to read.
-        batch_size: B.
-        seed: of the order; epoch number e of seed s is the same order for ever.
-        shuffle: "rows" visits single rows in an order that is a pseudo-random permutation of all
-            of them; "blocks" permutes blocks of 64 neighbouring rows and then the rows of every
-            64 x B of them (for disks that are slow at random reads: less random, and it says so);
-            "off" reads in the order of writing.
-        epochs: how many times through the rows; None = without end.
-        normalise: "step" gives (x - mean[step]) / scale[step], "global" one mean and scale, both
-            from `store.statistics` and float32; None leaves rows as they are.
+        options: see `BatchOptions`.
         device: where `x` should be. On CUDA rows pass through pinned buffers on a stream of their
             own.
-        dtype: of `x`. None = as stored (float32 for int8 and when normalised).
-        labels: whether batches carry labels.
         target: another site with the same rows, for a transcoder.
         part: (first, last) keeps rows [first, last) of every batch: the share of one of several
             processes that go through the same batches.
-        drop_last: leave out the last rows of an epoch that do not fill a batch.
-        prefetch: batches prepared ahead by a thread; 0 = none and no thread.
 
-    `state_dict` says where the consumer is, prefetched batches not counted, and `load_state_dict`
-    goes there: the batches that follow are the same as without the interruption.
+    `state_dict` holds the position of the consumer, prefetched batches not counted. After
+    `load_state_dict` the batches that follow are the same as without the interruption.
 
     Raises:
-        ValueError: options; a store without a full batch; a state of another store.
+        ValueError: options that do not fit; a store without a full batch; a state of another store.
     """
 
     def __init__(
         self,
         store: RowReader,
-        batch_size: int,
+        options: BatchOptions,
         *,
-        seed: int = 0,
-        shuffle: str = "rows",
-        epochs: int | None = 1,
-        normalise: str | None = None,
         device: str | torch.device = "cpu",
-        dtype: torch.dtype | None = None,
-        labels: bool = False,
-        drop_last: bool = True,
-        prefetch: int = 2,
         target: RowReader | None = None,
         part: tuple[int, int] | None = None,
     ) -> None:
-        self.store, self.target, self.part = store, target, part
-        self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
-        self.epochs, self.labels, self.drop_last = epochs, labels, drop_last
-        self.normalise, self.prefetch = normalise, prefetch
+        self.store, self.target, self.part, self.options = store, target, part, options
         self._check()
+        self.seed = options.seed
         self.epoch = 0
         self.position = 0
         place = torch.device(device)
-        self._loader = _Loader(store, normalise, place, dtype, labels)
+        self._loader = _Loader(store, options, place)
         self._targets = None
         if target is not None:
-            self._targets = _Loader(target, normalise, place, dtype, labels=False)
+            self._targets = _Loader(target, replace(options, labels=False), place)
         self._permutation: tuple[int, Permutation] | None = None
 
     def __len__(self) -> int:
         """Batches in one epoch."""
-        full, rest = divmod(len(self.store), self.batch_size)
-        return full + (1 if rest and not self.drop_last else 0)
+        full, rest = divmod(len(self.store), self.options.batch_size)
+        return full + (1 if rest and not self.options.drop_last else 0)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the consumer is, and in what."""
+        """Position of the consumer, with the order and the rows it belongs to."""
         return {
             "seed": self.seed,
             "epoch": self.epoch,
             "position": self.position,
-            "batch_size": self.batch_size,
-            "shuffle": self.shuffle,
+            "batch_size": self.options.batch_size,
+            "shuffle": self.options.shuffle,
             "fingerprint": self.store.fingerprint,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to where another one was. To be called before iterating.
+        """Continue from the state of another one; to be called before iterating.
 
         Raises:
             ValueError: the store, its filters or the shuffling are not the same.
@@ -137,30 +114,30 @@ class Batches:
                     f"batches: expected a state with {key} {mine[key]} [of this store], got "
                     f"{state[key]}"
                 )
-        if self.shuffle == "blocks" and state["batch_size"] != self.batch_size:
+        if self.options.shuffle == "blocks" and state["batch_size"] != self.options.batch_size:
             raise ValueError(
-                f"batches: expected batch_size {self.batch_size} [shuffle='blocks'], got "
+                f"batches: expected batch_size {self.options.batch_size} [shuffle='blocks'], got "
                 f"{state['batch_size']}"
             )
         self.seed, self.epoch, self.position = state["seed"], state["epoch"], state["position"]
 
     def __iter__(self) -> Iterator[Batch]:
-        """Iterate from where the state is."""
+        """Iterate from the current position."""
         plan = self._plan()
         source = (
-            _ahead(plan, self._load, self.prefetch)
-            if self.prefetch
+            _ahead(plan, self._load, self.options.prefetch)
+            if self.options.prefetch
             else ((place, self._load(rows)) for place, rows in plan)
         )
         for (epoch, position), (loaded, aimed) in source:
             self.epoch, self.position = epoch, position
-            rows, labels = torch.from_numpy(loaded.rows), loaded.labels if self.labels else None
+            rows = torch.from_numpy(loaded.rows)
+            labels, step = (loaded.labels, loaded.step) if self.options.labels else (None, None)
             x = self._loader.finish(loaded)
-            step = loaded.step if self.labels else None
             target = None
             if self._targets is not None and aimed is not None:
                 target = self._targets.finish(aimed)
-            del loaded, aimed  # their memory is used again once the consumer lets go of it
+            del loaded, aimed  # their memory is reused once the consumer has released it
             yield Batch(x, rows, labels, target, step)
             del x, target, step
 
@@ -173,9 +150,9 @@ class Batches:
     def order(self, epoch: int, start: int, stop: int) -> NDArray[np.int64]:
         """Row numbers at positions [start, stop) of an epoch."""
         positions = np.arange(start, stop, dtype=np.int64)
-        if self.shuffle == "off":
+        if self.options.shuffle == "off":
             return positions
-        if self.shuffle == "blocks":
+        if self.options.shuffle == "blocks":
             return self._block_order(epoch, positions)
         return self._permuted(len(self.store), epoch)(positions)
 
@@ -187,7 +164,7 @@ class Batches:
     def _block_order(self, epoch: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         total = len(self.store)
         blocks = total // _BLOCK  # rows that fill no block stay at the end
-        window = _BLOCK * _WINDOW * -(-self.batch_size // _BLOCK)
+        window = _BLOCK * _WINDOW * -(-self.options.batch_size // _BLOCK)
         shuffled = positions.copy()
         for number in np.unique(positions // window):
             first = number * window
@@ -204,10 +181,10 @@ class Batches:
 
     def _plan(self) -> Iterator[tuple[tuple[int, int], NDArray[np.int64]]]:
         """Yield the state after each batch, and the rows of the batch."""
-        total, size = len(self.store), self.batch_size
+        total, size = len(self.store), self.options.batch_size
         epoch, position = self.epoch, self.position
-        while self.epochs is None or epoch < self.epochs:
-            last = total - size if self.drop_last else total - 1
+        while self.options.epochs is None or epoch < self.options.epochs:
+            last = total - size if self.options.drop_last else total - 1
             if position > last:
                 epoch, position = epoch + 1, 0
                 continue
@@ -217,39 +194,28 @@ class Batches:
             yield (epoch, position), rows
 
     def _check(self) -> None:
-        if isinstance(self.batch_size, bool) or not isinstance(self.batch_size, int):
-            raise TypeError(f"batches: expected batch_size as int, got {self.batch_size!r}")
-        if self.shuffle not in SHUFFLES:
-            raise ValueError(
-                f"batches: expected shuffle to be one of {', '.join(SHUFFLES)}, got "
-                f"{self.shuffle!r}"
-            )
-        if self.normalise is not None and self.normalise not in NORMALISATIONS:
-            raise ValueError(
-                f"batches: expected normalise to be one of {', '.join(NORMALISATIONS)}, or None, "
-                f"got {self.normalise!r}"
-            )
+        size, whole = self.options.batch_size, self.options.drop_last
         if self.target is not None and len(self.target) != len(self.store):
             raise ValueError(
                 f"batches: expected {len(self.store)} rows in the target [as in the store], got "
                 f"{len(self.target)}"
             )
-        if self.part is not None and not 0 <= self.part[0] < self.part[1] <= self.batch_size:
+        if self.part is not None and not 0 <= self.part[0] < self.part[1] <= size:
             raise ValueError(
-                f"batches: expected 0 <= first < last <= {self.batch_size} in part, got {self.part}"
+                f"batches: expected 0 <= first < last <= {size} in part, got {self.part}"
             )
-        if self.part is not None and not self.drop_last:
-            raise NotImplementedError("batches: expected drop_last with part, got neither")
-        if self.batch_size < 1 or len(self.store) < (self.batch_size if self.drop_last else 1):
+        if self.part is not None and not whole:
+            raise NotImplementedError("batches: expected drop_last with part, got drop_last=False")
+        if size < 1 or len(self.store) < (size if whole else 1):
             raise ValueError(
                 f"batches: expected 1 <= batch_size <= {len(self.store)} [rows of the store], got "
-                f"{self.batch_size}"
+                f"{size}"
             )
 
 
 @dataclass
 class _Loaded:
-    """A batch on its way: stored bytes, the steps of the rows, and when they are there."""
+    """A batch that is being loaded: stored bytes, labels, and the event at which they are there."""
 
     stored: Tensor
     rows: NDArray[np.int64]
@@ -261,29 +227,22 @@ class _Loaded:
 class _Loader:
     """Turns row numbers into batches: `load` in the prefetch thread, `finish` in the consumer's."""
 
-    def __init__(
-        self,
-        store: RowReader,
-        normalise: str | None,
-        device: torch.device,
-        dtype: torch.dtype | None,
-        labels: bool,
-    ) -> None:
-        self.store, self.device, self.dtype = store, device, dtype
-        self.normalise, self.labels = normalise, labels
+    def __init__(self, store: RowReader, options: BatchOptions, device: torch.device) -> None:
+        self.store, self.device, self.dtype = store, device, options.dtype
+        self.normalise, self.labels = options.normalise, options.labels
         self.pool: list[tuple[NDArray[np.uint8], weakref.ref[Any]]] = []
         self.pinned: list[tuple[Tensor, Any]] = []
         self.stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
-        if normalise == "step":
+        if self.normalise == "step":
             mean, scale = store.statistics.per_step()
             self.mean, self.inverse = mean.to(device), (1.0 / scale).to(device)
-        elif normalise == "global":
+        elif self.normalise == "global":
             total = store.statistics.total()
             self.mean = total.mean.float().to(device)
             self.inverse = torch.tensor(1.0 / total.scale, device=device)
 
     def load(self, rows: NDArray[np.int64]) -> _Loaded:
-        """Read rows and start their way to the device."""
+        """Read rows and start to copy them to the device."""
         labels = None
         if self.labels or self.normalise == "step":
             labels = self.store.labels(rows)
@@ -298,7 +257,7 @@ class _Loader:
         return None if labels is None else send(labels.step, self.device)
 
     def _buffer(self, count: int) -> NDArray[np.uint8]:
-        """Memory that nobody looks at any more; new pages would cost more than the copy itself."""
+        """Return memory that no tensor uses; new pages would cost more than the copy itself."""
         shape = (count, self.store.row_bytes)
         pool = self.pool
         # A tensor keeps the array it was made of alive, so a dead view is free memory.

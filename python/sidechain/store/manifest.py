@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files of a store: names, manifest, what stands where in a shard.
+"""The files of a store: names, manifest, layout of a shard.
 
     FOLDER/manifest.json            sites, dtype, time grid, totals, the list of shards
     FOLDER/prompts-1b851995.json    prompts and seeds, if they are known
     FOLDER/statistics-000007.safetensors
-    FOLDER/cross-3/00000.rows       one file for each site and group of units
+    FOLDER/cross-3/00000.rows       one file for each site and group of transactions
 
 A shard is `rows * row_bytes` bytes of plain row-major data from offset 0 (so `numpy.memmap` reads
 it), zeros up to a multiple of 64, then the tail: the label columns, one after the other, then one
@@ -63,20 +63,18 @@ class SiteEntry:
         width: elements of a row.
         folder: where its shards are, relative to the store.
         rows: in all shards.
-        dropped: rows that an older writer threw away when the disk was slow.
         shards: in the order they were written.
     """
 
     width: int
     folder: str
     rows: int = 0
-    dropped: int = 0
     shards: list[Shard] = field(default_factory=list)
 
 
 @dataclass
 class Manifest:
-    """Everything a store says about itself.
+    """Contents of the manifest file.
 
     Attributes:
         dtype: a key of DTYPES.
@@ -85,7 +83,7 @@ class Manifest:
         timesteps: of every step [S], or None where unknown.
         sigmas: of every step [S], or None.
         block_bytes: rows of a shard are checksummed in blocks of this many bytes at most.
-        cursor: what the writer was last told it had finished.
+        cursor: number that the last committed transaction came with.
         next_group: number of the next shards.
         statistics: file name and CRC-32.
         prompts: file name and CRC-32, or None.
@@ -143,13 +141,10 @@ class Manifest:
                     f"store: expected {FORMAT} version {VERSION} in {path}, got {found[0]} version "
                     f"{found[1]}"
                 )
-            content["sites"] = {
-                name: SiteEntry(**{**site, "shards": [Shard(**s) for s in site["shards"]]})
-                for name, site in content["sites"].items()
-            }
             if "progress" in content:  # the name of the cursor in older stores
                 content["cursor"] = content.pop("progress")
-            manifest = cls(**content)
+            sites = {name: _site(entry) for name, entry in content.pop("sites").items()}
+            manifest = cls(sites=sites, **content)
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"store: expected a manifest in {path}, got {error!r}") from None
         manifest._check(path)
@@ -168,6 +163,12 @@ class Manifest:
                     f"store: expected {site.rows} rows of {name} in {path} [its total], got "
                     f"{total} in its shards"
                 )
+
+
+def _site(entry: dict[str, Any]) -> SiteEntry:
+    shards = [Shard(**shard) for shard in entry["shards"]]
+    known = {name: entry[name] for name in ("width", "folder", "rows")}
+    return SiteEntry(**known, shards=shards)  # older stores also count rows that were dropped
 
 
 def row_bytes(dtype: str, width: int) -> int:

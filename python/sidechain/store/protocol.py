@@ -26,7 +26,7 @@ class RowReader(Protocol):
     statistics: Statistics
 
     def __len__(self) -> int:
-        """Rows that can be read."""
+        """Rows that are kept."""
 
     @property
     def row_bytes(self) -> int:

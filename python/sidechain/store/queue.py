@@ -14,7 +14,7 @@ from .labels import BroadcastLabels
 
 Rows = Mapping[str, tuple[Tensor, BroadcastLabels]]
 
-# Small pieces are handled together, up to so many bytes, and wait so many seconds for company.
+# Small pieces are taken together: at most this many bytes, after waiting this many seconds.
 _BATCH_BYTES = 1 << 20
 _PATIENCE = 0.05
 
@@ -42,7 +42,7 @@ class WriteQueue:
         self._failure: BaseException | None = None
 
     def fail(self, error: BaseException) -> None:
-        """Let every producer see why nobody takes anything any more."""
+        """Raise an error in every producer that waits now or puts something later."""
         with self._changed:
             self._failure = error
             self._items.clear()
@@ -50,7 +50,7 @@ class WriteQueue:
             self._changed.notify_all()
 
     def put(self, item: Any, urgent: bool = True) -> None:
-        """Add something that is not rows; what is not urgent may wait for more to come."""
+        """Add something other than rows; unless it is urgent, it may wait until more has come."""
         with self._changed:
             self._check()
             self._add(item, 0, urgent)
@@ -100,7 +100,7 @@ class WriteQueue:
             return taken
 
     def done(self) -> None:
-        """Say that the items taken are finished with."""
+        """Release the bytes of the items that were taken."""
         with self._changed:
             self.waiting_bytes -= self._held
             self._held = 0

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ActivationStore: the rows of one site, memory-mapped, in any order."""
+"""ActivationStore: reads the rows of one site, memory-mapped, in any order."""
 
 from __future__ import annotations
 
-import warnings
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,9 +16,10 @@ from torch import Tensor
 from .batches import Batches
 from .labels import Labels
 from .manifest import COLUMNS, DTYPES, Manifest, read_prompts
+from .options import BatchOptions
 from .recount import load_statistics
 from .row_index import RowIndex, gather_rows
-from .shard import Damage, MappedShard, decode
+from .shard import MappedShard, decode
 
 
 class ActivationStore:
@@ -29,8 +29,7 @@ class ActivationStore:
         for batch in store.batches(4096, seed=0):
             batch.x                                  # [4096, C]
 
-    Opening maps the shards and checks their sizes and labels. Damaged shards are named in
-    `damaged` and in a warning, and left out; the rows of all others are numbered 0 to len - 1.
+    Opening maps the shards and checks their sizes and labels; `verify` reads their rows as well.
 
     Args:
         folder: of the store.
@@ -38,20 +37,16 @@ class ActivationStore:
         steps: keep these steps: (start, stop), or a list of numbers. None = all.
         passes: keep these CFG passes: a name, several names, or "all".
         prompts: keep the rows of these prompts. None = all.
-        verify: "open" checks sizes and labels; "full" also reads every row and compares its
-            block's CRC-32 (about 3 GB/s), which finds flipped bits.
-        damaged: "warn", or "error" to refuse a store with damage.
 
     Attributes:
         site, width, dtype: what a row is; `dtype` is as stored.
         branches, timesteps, sigmas: what the numbers of the labels stand for.
-        damaged: what was left out, a list of `Damage`.
         statistics: `Statistics` of all rows of the site at the steps and passes that are kept;
-            those of damaged rows and of other prompts are still in it.
+            those of other prompts are still in it.
 
     Raises:
         FileNotFoundError: no store there.
-        ValueError: unknown site or options, a broken manifest, damage with damaged="error".
+        ValueError: unknown site or options, a broken manifest, a damaged shard.
     """
 
     def __init__(
@@ -62,13 +57,7 @@ class ActivationStore:
         steps: tuple[int, int] | Sequence[int] | None = None,
         passes: str | Sequence[str] = "all",
         prompts: Iterable[int] | None = None,
-        verify: str = "open",
-        damaged: str = "warn",
     ) -> None:
-        if verify not in ("open", "full"):
-            raise ValueError(f"store: expected verify to be open or full, got {verify!r}")
-        if damaged not in ("warn", "error"):
-            raise ValueError(f"store: expected damaged to be warn or error, got {damaged!r}")
         self.folder = Path(folder)
         self._manifest = Manifest.read(self.folder)
         self.sites = tuple(self._manifest.sites)
@@ -80,24 +69,19 @@ class ActivationStore:
         self.timesteps = _table(self._manifest.timesteps)
         self.sigmas = _table(self._manifest.sigmas)
         self.provenance: dict[str, Any] = self._manifest.provenance
-        self.dropped = entry.dropped
         self._shards = [
             MappedShard(self.folder, self._manifest, self.site, shard) for shard in entry.shards
         ]
-        if verify == "full":
-            for shard in self._shards:
-                shard.verify()
         wanted = None if prompts is None else sorted(set(prompts))
         self._filter = (_steps(steps), self._passes(passes), wanted)
         found = load_statistics(self.folder, self._manifest, self.site)
         self.statistics = found.select(*self._filter[:2])
         self._rows = RowIndex([self._kept(shard) for shard in self._shards])
-        self._report(damaged)
 
     # -- rows -----------------------------------------------------------------------------------
 
     def __len__(self) -> int:
-        """Rows that can be read."""
+        """Rows that are kept."""
         return len(self._rows)
 
     @property
@@ -107,7 +91,7 @@ class ActivationStore:
 
     @property
     def fingerprint(self) -> int:
-        """A number that changes with the rows: shards, damage and filters."""
+        """A number that changes with the rows: shards and filters."""
         parts = [self._rows.shard, self._rows.row, self._rows.ends]
         checksum = zlib.crc32(self.site.encode())
         for shard in self._shards:
@@ -161,44 +145,31 @@ class ActivationStore:
         self,
         batch_size: int,
         *,
-        seed: int = 0,
-        shuffle: str = "rows",
-        epochs: int | None = 1,
-        normalise: str | None = None,
         device: str | torch.device = "cpu",
-        dtype: torch.dtype | None = None,
-        labels: bool = False,
-        drop_last: bool = True,
-        prefetch: int = 2,
         target: ActivationStore | None = None,
         part: tuple[int, int] | None = None,
+        **options: Any,
     ) -> Batches:
-        """Iterate over batches; see `Batches`."""
-        return Batches(
-            self,
-            batch_size,
-            seed=seed,
-            shuffle=shuffle,
-            epochs=epochs,
-            normalise=normalise,
-            device=device,
-            dtype=dtype,
-            labels=labels,
-            drop_last=drop_last,
-            prefetch=prefetch,
-            target=target,
-            part=part,
-        )
+        """Iterate over batches.
 
-    def verify(self) -> list[Damage]:
-        """Read every row of every shard and compare checksums; rows are not renumbered.
+        Args:
+            batch_size: B.
+            device: see `Batches`.
+            target: see `Batches`.
+            part: see `Batches`.
+            **options: of `BatchOptions`.
+        """
+        chosen = BatchOptions(batch_size, **options)
+        return Batches(self, chosen, device=device, target=target, part=part)
 
-        Returns:
-            All damage, also what was known before.
+    def verify(self) -> None:
+        """Read every row of every shard and compare checksums, which finds flipped bits.
+
+        Raises:
+            ValueError: a block of rows has changed; the message names the file and the rows.
         """
         for shard in self._shards:
             shard.verify()
-        return [damage for shard in self._shards for damage in shard.damage]
 
     # -- opening --------------------------------------------------------------------------------
 
@@ -221,23 +192,11 @@ class ActivationStore:
         return [self.branches.index(name) for name in names]
 
     def _kept(self, shard: MappedShard) -> NDArray[np.bool_]:
-        keep = shard.readable()
-        if keep.any():
-            for name, wanted in zip(("step", "branch", "prompt"), self._filter, strict=True):
-                if wanted is not None:
-                    keep &= np.isin(shard.columns[name], wanted)
+        keep = np.ones(len(shard.rows), dtype=np.bool_)
+        for name, wanted in zip(("step", "branch", "prompt"), self._filter, strict=True):
+            if wanted is not None:
+                keep &= np.isin(shard.columns[name], wanted)
         return keep
-
-    def _report(self, policy: str) -> None:
-        self.damaged = [damage for shard in self._shards for damage in shard.damage]
-        if not self.damaged:
-            return
-        shown = "; ".join(str(d) for d in self.damaged[:5])
-        more = f" and {len(self.damaged) - 5} more" if len(self.damaged) > 5 else ""
-        message = f"store: damaged in {self.folder}: {shown}{more}"
-        if policy == "error":
-            raise ValueError(message)
-        warnings.warn(f"{message}; left out", RuntimeWarning, stacklevel=3)
 
 
 def _table(values: list[float] | None) -> Tensor | None:

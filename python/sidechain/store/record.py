@@ -14,31 +14,31 @@ from tqdm.auto import tqdm
 
 from .._errors import InputError
 from ..io.same import difference
-from ..pipelines import SiteList, SitePattern, config_hash
-from ..pipelines import sites as list_sites
-from ..pipelines.generate import generate, model_name, quiet_settings, spread_seeds
-from ..taps.options import BRANCHES, Steps, Where
+from ..pipelines import SitePattern, config_hash
+from ..pipelines.generate import (
+    Sampling,
+    generate,
+    model_name,
+    quiet_settings,
+    spread_seeds,
+)
+from ..taps.options import BRANCHES, Where
 from ..taps.stream import StepRows, StreamTap
 from .manifest import MANIFEST, Manifest, read_prompts
+from .options import Storage
 from .reader import ActivationStore
 from .writer import ActivationWriter
 
 
 def record(
     pipe: Any,
-    sites: SitePattern,
+    where: Where | SitePattern,
     prompts: Sequence[str],
     folder: str | Path,
     *,
-    seeds: int | Sequence[int] = 0,
-    batch_size: int = 8,
-    passes: str = "cond",
-    steps: Steps = None,
     every: int = 1,
-    tokens: slice | None = None,
-    dtype: torch.dtype = torch.float16,
-    queue_bytes: int = 256 << 20,
-    shard_bytes: int = 256 << 20,
+    sampling: Sampling | None = None,
+    storage: Storage | None = None,
     progress: bool = True,
     **call: Any,
 ) -> dict[str, ActivationStore]:
@@ -51,18 +51,12 @@ def record(
 
     Args:
         pipe: diffusers pipeline.
-        sites: see `SiteList.select`; all are recorded in one generation.
+        where: sites, all recorded in one generation; branches, steps, a slice of tokens.
         prompts: texts; number i labels the rows of the i-th.
         folder: of the store; made if it is not there.
-        seeds: prompt i uses seeds[i % len(seeds)]; a number s stands for s, s + 1, ...
-        batch_size: prompts in one pipeline call.
-        passes: "cond", "uncond" or "all".
-        steps: (start, stop) in scheduler steps, or in fractions of the run. None = all.
-        every: keep every so manieth step of these.
-        tokens: slice of tokens. None = all.
-        dtype: stored: float32 | float16 | bfloat16 | int8.
-        queue_bytes: rows that may wait in memory.
-        shard_bytes: size of the files.
+        every: keep one step in so many of these, the first included.
+        sampling: seeds, and prompts in one call; None = `Sampling()`.
+        storage: dtype and sizes of the files; None = `Storage()`.
         progress: show a progress bar.
         **call: arguments of every pipeline call (num_inference_steps, guidance_scale, ...).
 
@@ -73,27 +67,26 @@ def record(
         TypeError, ValueError: options, or a store there that was made with others.
         OSError: a full disk; what was complete is intact and the same call continues.
     """
-    texts = _texts(prompts)
+    sampling, storage = sampling or Sampling(), storage or Storage()
+    texts, batch_size = _texts(prompts), sampling.batch_size
     _positive("batch_size", batch_size)
     _positive("every", every)
-    chosen = list_sites(pipe, sites)
-    all_seeds = spread_seeds("record", seeds, len(texts))
+    where = Where.of(where)
+    chosen = where.chosen(pipe, "*")
+    all_seeds = spread_seeds("record", sampling.seeds, len(texts))
     settings = quiet_settings("record", pipe, call)
     recorder = _Recorder()
-    ring_dtype = torch.float32 if dtype == torch.int8 else dtype
-    where = Where(chosen, passes, steps, tokens)
+    ring_dtype = torch.float32 if storage.dtype == torch.int8 else storage.dtype
     tap = StreamTap(pipe, where, every, ring_dtype, recorder.take)
-    facts = _facts(pipe, chosen, call, passes=passes, steps=steps, every=every, tokens=tokens)
+    facts = _facts(pipe, where, every, call)
     folder = Path(folder)
     _check_same(folder, facts, texts, all_seeds)
     writer = ActivationWriter(
         folder,
         {site.alias: site.width for site in chosen},
-        dtype=dtype,
+        storage,
         branches=BRANCHES,
         mode="resume",
-        shard_bytes=shard_bytes,
-        queue_bytes=queue_bytes,
         provenance=facts,
     )
     first, count = writer.cursor, len(texts)
@@ -105,7 +98,7 @@ def record(
             for start in range(first, count, batch_size):
                 stop = min(start + batch_size, count)
                 recorder.first = start
-                with writer.unit(cursor=stop):
+                with writer.transaction(cursor=stop):
                     generate(pipe, texts[start:stop], all_seeds[start:stop], settings)
                     tap.end()
                 bar.update(stop - start)
@@ -149,13 +142,17 @@ def _texts(prompts: Sequence[str]) -> list[str]:
     return list(prompts)
 
 
-def _facts(pipe: Any, chosen: SiteList, call: dict[str, Any], **selection: Any) -> dict[str, Any]:
+def _facts(pipe: Any, where: Where, every: int, call: dict[str, Any]) -> dict[str, Any]:
     """What must be the same when a recording is continued."""
     return {
         "model": model_name(pipe),
         "config_hash": config_hash(pipe),
-        "sites": {site.alias: site.name for site in chosen},
-        **{name: str(v) if isinstance(v, slice) else v for name, v in selection.items()},
+        "sites": {site.alias: site.name for site in where.chosen(pipe, "*")},
+        # "passes": as stores of every version call the branches.
+        "passes": where.branches or "cond",
+        "steps": where.steps,
+        "every": every,
+        "tokens": None if where.tokens is None else str(where.tokens),
         "call": {k: v for k, v in call.items() if isinstance(v, str | int | float | None)},
     }
 

@@ -44,20 +44,17 @@ def load_statistics(folder: Path, manifest: Manifest, site: str) -> Statistics:
 
 
 def recount(folder: Path, manifest: Manifest, site: str) -> Statistics:
-    """Statistics of the readable rows of a site, by reading them."""
+    """Statistics of the rows of a site, by reading and verifying them."""
     entry = manifest.sites[site]
     statistics = Statistics(entry.width)
     for shard in entry.shards:
         mapped = MappedShard(folder, manifest, site, shard)
         mapped.verify()
-        good = mapped.readable()
         for start, stop in mapped.blocks():
-            keep = good[start:stop]
-            stored = torch.from_numpy(np.array(mapped.rows[start:stop][keep]))
-            if len(stored):
-                rows = decode(stored, DTYPES[manifest.dtype], entry.width)
-                columns = {name: c[start:stop][keep] for name, c in mapped.columns.items()}
-                count(statistics, rows, BroadcastLabels(len(rows), **columns))
+            stored = torch.from_numpy(np.array(mapped.rows[start:stop]))
+            rows = decode(stored, DTYPES[manifest.dtype], entry.width)
+            columns = {name: c[start:stop] for name, c in mapped.columns.items()}
+            count(statistics, rows, BroadcastLabels(len(rows), **columns))
     return statistics
 
 
@@ -69,7 +66,7 @@ def count(statistics: Statistics, rows: torch.Tensor, labels: BroadcastLabels) -
     """
     finite = True
     for start, stop, cell in labels.cells():
-        moments = statistics.at(cell)
-        moments.add(rows[start:stop])
-        finite &= moments.finite()
+        found = statistics.at(cell)
+        found.add(rows[start:stop])
+        finite &= found.finite()
     return finite

@@ -20,9 +20,11 @@ class RowIndex:
     Args:
         keep: for each shard a mask [n_s] bool of its rows.
 
+    Neighbouring rows that are kept form spans, so the index is as long as there are gaps.
+
     Attributes:
-        shard: [R] shard of every run.
-        row: [R] row of that shard which the run begins with.
+        shard: [R] shard of every span.
+        row: [R] row of that shard with which the span begins.
         ends: [R] number, in the whole, of the row after its last one.
     """
 
@@ -38,15 +40,11 @@ class RowIndex:
         self.row: Numbers = np.concatenate([empty, *firsts]).astype(np.int64)
         lengths = np.concatenate([empty, *counts]).astype(np.int64)
         self.ends: Numbers = np.cumsum(lengths)
-        # Row of the shard less number of the row, constant along a run.
+        # Row of the shard less number of the row, constant along a span.
         self._shift = self.row - (self.ends - lengths)
-        # About two entries a run: the first run that ends after row i << bits.
-        self._bits = max(0, (len(self) // max(1, 2 * len(lengths))).bit_length() - 1)
-        starts = np.arange(0, len(self), 1 << self._bits)
-        self._first = np.searchsorted(self.ends, starts, side="right").astype(np.int64)
 
     def __len__(self) -> int:
-        """Rows of all runs."""
+        """Rows of all spans."""
         return int(self.ends[-1]) if len(self.ends) else 0
 
     def locate(self, rows: Numbers) -> tuple[Numbers, Numbers]:
@@ -55,18 +53,12 @@ class RowIndex:
         Raises:
             IndexError: a number outside [0, len).
         """
-        native = getattr(_native.host(), "locate", None)
-        if native is not None:
-            found: tuple[Numbers, Numbers] = native(
-                rows, self.ends, self.shard, self._shift, self._first, self._bits
-            )
-            return found
         if rows.size and not 0 <= rows.min() <= rows.max() < len(self):
             raise IndexError(
                 f"locate: expected rows within [0, {len(self)}), got {rows.min()} to {rows.max()}"
             )
-        run = np.searchsorted(self.ends, rows, side="right")
-        return self.shard[run], rows + self._shift[run]
+        span = np.searchsorted(self.ends, rows, side="right")
+        return self.shard[span], rows + self._shift[span]
 
 
 def gather_rows(

@@ -18,8 +18,6 @@ from torch import Tensor
 from ..io.atomic import naming, sync_folder
 from .labels import BroadcastLabels, join_columns
 from .manifest import (
-    COLUMNS,
-    Columns,
     Manifest,
     Shard,
     pack_tail,
@@ -34,7 +32,7 @@ _PARTS = 1024  # of one writev, IOV_MAX of Linux
 
 @dataclass
 class _Mark:
-    """A state of an open shard that it can go back to."""
+    """A state of an open shard to which `rollback` returns."""
 
     rows: int
     labels: int
@@ -100,7 +98,7 @@ class OpenShard:
         )
 
     def rollback(self) -> None:
-        """Forget what came after the mark and give its disk space back."""
+        """Drop what came after the mark, on disk as well."""
         mark = self._mark
         os.ftruncate(self._descriptor, mark.rows * self.row_bytes)
         os.lseek(self._descriptor, 0, os.SEEK_END)
@@ -124,7 +122,7 @@ class OpenShard:
         return Shard(self.file, self.rows, zlib.crc32(tail))
 
     def abandon(self) -> None:
-        """Leave nothing behind."""
+        """Close and remove the file."""
         self._close()
         self.partial.unlink(missing_ok=True)
 
@@ -147,62 +145,50 @@ def _write(descriptor: int, parts: list[memoryview]) -> None:
             parts[0] = parts[0][written:]
 
 
-@dataclass(frozen=True)
-class Damage:
-    """Rows that cannot be read: which file, which of its rows, and why."""
-
-    file: str
-    start: int
-    stop: int
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.file} rows {self.start} to {self.stop - 1}: {self.reason}"
-
-
 class MappedShard:
-    """A sealed shard, mapped into memory; opening it reads and checks the tail only."""
+    """A sealed shard, mapped into memory; opening it reads and checks the tail only.
+
+    Raises:
+        ValueError: the file is not the one that was sealed; the message names it.
+    """
 
     def __init__(self, root: Path, manifest: Manifest, site: str, shard: Shard) -> None:
-        self.shard = shard
-        self.row_bytes = manifest.row_bytes(site)
+        self.shard, self.path = shard, root / shard.file
         self.block_rows = manifest.block_rows(site)
-        self.damage: list[Damage] = []
-        self.rows: Bytes = np.zeros((0, self.row_bytes), np.uint8)
-        self.columns: Columns = {name: np.zeros(0, d) for name, d in COLUMNS.items()}
-        self.checksums: NDArray[np.uint32] = np.zeros(0, np.uint32)
-        reason = self._open(root / shard.file)
-        if reason:
-            self.damage.append(Damage(shard.file, 0, shard.rows, reason))
-
-    def _open(self, path: Path) -> str | None:
-        count = self.shard.rows
-        start = tail_offset(count, self.row_bytes)
-        size = start + tail_bytes(count, self.block_rows)
+        row_bytes = manifest.row_bytes(site)
         try:
-            found = path.stat().st_size
-            if found != size:
-                return f"expected {size} bytes, got {found}"
-            with open(path, "rb") as file:
-                file.seek(start)
-                tail = file.read()
-            if zlib.crc32(tail) != self.shard.crc32:
-                return f"expected CRC-32 {self.shard.crc32:08x} of its labels, got another"
-            self.rows = np.memmap(path, np.uint8, "r", shape=(count, self.row_bytes))
+            tail = self._tail(row_bytes)
+            shape = (shard.rows, row_bytes)
+            self.rows: Bytes = np.memmap(self.path, np.uint8, "r", shape=shape)
         except OSError as error:
-            return error.strerror or str(error)
-        self.columns, self.checksums = unpack_tail(tail, count)
-        return None
+            reason = error.strerror or str(error)
+            raise ValueError(f"store: expected to read {self.path}, got {reason}") from None
+        self.columns, self.checksums = unpack_tail(tail, shard.rows)
+
+    def _tail(self, row_bytes: int) -> bytes:
+        count = self.shard.rows
+        start = tail_offset(count, row_bytes)
+        size = start + tail_bytes(count, self.block_rows)
+        found = self.path.stat().st_size
+        if found != size:
+            raise ValueError(
+                f"store: expected {size} bytes in {self.path} [{count} rows], got {found}"
+            )
+        with open(self.path, "rb") as file:
+            file.seek(start)
+            tail = file.read()
+        _check(tail, self.shard.crc32, f"the labels in {self.path}")
+        return tail
 
     def verify(self) -> None:
-        """Read every row and compare the checksums of their blocks."""
-        if self.damage and self.damage[0].stop == self.shard.rows:
-            return
-        self.damage = [
-            Damage(self.shard.file, start, stop, "expected another CRC-32 of this block")
-            for number, (start, stop) in enumerate(self.blocks())
-            if zlib.crc32(self.rows[start:stop].data) != int(self.checksums[number])
-        ]
+        """Read every row and compare the checksums of their blocks.
+
+        Raises:
+            ValueError: a block has changed; the message names the file and the rows.
+        """
+        for (start, stop), crc32 in zip(self.blocks(), self.checksums.tolist(), strict=True):
+            what = f"rows {start} to {stop - 1} in {self.path}"
+            _check(self.rows[start:stop].data, crc32, what)
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """First row and end of every block."""
@@ -210,12 +196,11 @@ class MappedShard:
         for start in range(0, count, self.block_rows):
             yield start, min(count, start + self.block_rows)
 
-    def readable(self) -> NDArray[np.bool_]:
-        """Which rows are not known to be damaged [rows]."""
-        good = np.ones(self.shard.rows, dtype=np.bool_)
-        for damage in self.damage:
-            good[damage.start : damage.stop] = False
-        return good
+
+def _check(content: bytes | memoryview, crc32: int, what: str) -> None:
+    found = zlib.crc32(content)
+    if found != crc32:
+        raise ValueError(f"store: expected CRC-32 {crc32:08x} of {what}, got {found:08x}")
 
 
 def encode(rows: Tensor, dtype: torch.dtype) -> Bytes:

@@ -6,8 +6,6 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import _native
-
 _ROUNDS = 8
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
@@ -44,24 +42,23 @@ class Permutation:
         self.high_bits = bits - self.low_bits
 
     def __call__(self, positions: NDArray[np.integer]) -> NDArray[np.int64]:
-        """Return where the order is at some positions.
+        """Return the rows at some positions of the order.
 
         Args:
             positions: [B] integers in [0, n).
 
         Returns:
             [B] int64 in [0, n), no two equal for unequal positions.
-        """
-        native = getattr(_native.host(), "permute", None)
-        if native is not None:
-            wanted = np.ascontiguousarray(positions, dtype=np.int64)
-            found: NDArray[np.int64] = native(wanted, self.size, self.keys)
-            return found
-        return self.reference(positions)
 
-    def reference(self, positions: NDArray[np.integer]) -> NDArray[np.int64]:
-        """Return the same by NumPy alone: the definition of the order."""
-        index = self._network(np.asarray(positions, dtype=np.uint64))
+        Raises:
+            IndexError: a position outside, from where the walk might never come back.
+        """
+        if positions.size and not 0 <= positions.min() <= positions.max() < self.size:
+            raise IndexError(
+                f"Permutation: expected positions within [0, {self.size}), got "
+                f"{positions.min()} to {positions.max()}"
+            )
+        index = self._network(positions.astype(np.uint64))
         outside = np.flatnonzero(index >= self.size)
         while len(outside):
             again = self._network(index[outside])
@@ -76,16 +73,20 @@ class Permutation:
         low, high = index & low_mask, index >> shift
         for number, key in enumerate(self.keys):
             if number % 2:
-                high = high ^ (_mix(low + key) & high_mask)
+                high ^= _mix(low + key) & high_mask
             else:
-                low = low ^ (_mix(high + key) & low_mask)
+                low ^= _mix(high + key) & low_mask
         return (high << shift) | low
 
 
 def _mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    value = (value ^ (value >> np.uint64(30))) * _MIX_1
-    value = (value ^ (value >> np.uint64(27))) * _MIX_2
-    return value ^ (value >> np.uint64(31))
+    """Mix the bits of each value, in place."""
+    value ^= value >> np.uint64(30)
+    value *= _MIX_1
+    value ^= value >> np.uint64(27)
+    value *= _MIX_2
+    value ^= value >> np.uint64(31)
+    return value
 
 
 def _keys(seed: int, epoch: int) -> NDArray[np.uint64]:

@@ -11,21 +11,14 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from .. import _native
-
-_NATIVE_DTYPES = {
-    torch.float32: "float32",
-    torch.float16: "float16",
-    torch.bfloat16: "bfloat16",
-}
 _CHUNK = 1 << 17  # elements looked at together: 1 MiB in float64 stays in the cache
 
 Cell = tuple[int, int]
 
 
 @dataclass
-class Moments:
-    """Streaming moments of rows [n, C]; every number is float64.
+class RunningStatistics:
+    """Mean, squares and norms of rows [n, C], updated as they come; every number is float64.
 
     Attributes:
         count: rows seen.
@@ -45,40 +38,26 @@ class Moments:
 
     @classmethod
     def empty(cls, width: int) -> Self:
-        """Moments of no rows."""
+        """Return statistics of no rows."""
         zero = torch.zeros(width, dtype=torch.float64)
         return cls(0, zero, zero.clone())
 
     def add(self, rows: Tensor) -> None:
-        """Take in rows [n, C] of any float dtype on the CPU.
+        """Add rows [n, C] of any float dtype on the CPU.
 
         NaN and infinity are not refused; they show in `finite`.
         """
-        native = getattr(_native.host(), "moments", None)
-        name = _NATIVE_DTYPES.get(rows.dtype)
-        if native is None or name is None or not rows.is_contiguous():
-            self._add_reference(rows)
-            return
-        plain = rows.detach() if rows.dtype == torch.float32 else rows.detach().view(torch.uint16)
-        self.count, total, squares, largest = native(
-            plain.numpy(), name, self.count, self.mean.numpy(), self.m2.numpy()
-        )
-        self._add_norms(total, squares, largest)
-
-    def _add_reference(self, rows: Tensor) -> None:
         step = max(1, _CHUNK // max(1, rows.shape[1]))
         for start in range(0, len(rows), step):
-            part = rows[start : start + step].to(torch.float64)
+            part = rows[start : start + step].detach().to(torch.float64, copy=True)
             norms = torch.linalg.vector_norm(part, dim=1)
             mean = part.mean(0)
-            m2 = (part - mean).square_().sum(0)
-            squares = float(norms.square().sum())
-            self.merge(
-                Moments(len(part), mean, m2, float(norms.sum()), squares, float(norms.max()))
-            )
+            m2 = part.sub_(mean).square_().sum(0)
+            sums = float(norms.sum()), float(norms.square().sum()), float(norms.max())
+            self.merge(RunningStatistics(len(part), mean, m2, *sums))
 
-    def merge(self, other: Moments) -> None:
-        """Take in what another one has seen.
+    def merge(self, other: RunningStatistics) -> None:
+        """Add the rows that another one has seen.
 
         Source: Chan, Golub and LeVeque 1979, the pairwise update of mean and m2.
         """
@@ -89,12 +68,9 @@ class Moments:
         self.mean.add_(delta, alpha=other.count / total)
         self.m2.add_(other.m2).addcmul_(delta, delta, value=self.count * other.count / total)
         self.count = total
-        self._add_norms(other.norm_sum, other.norm_squares, other.norm_max)
-
-    def _add_norms(self, total: float, squares: float, largest: float) -> None:
-        self.norm_sum += total
-        self.norm_squares += squares
-        self.norm_max = max(self.norm_max, largest)
+        self.norm_sum += other.norm_sum
+        self.norm_squares += other.norm_squares
+        self.norm_max = max(self.norm_max, other.norm_max)
 
     @property
     def variance(self) -> Tensor:
@@ -118,41 +94,41 @@ class Moments:
 
 
 class Statistics:
-    """Moments by (step, branch number) of one site."""
+    """Running statistics of one site by (step, branch number)."""
 
-    def __init__(self, width: int, cells: Mapping[Cell, Moments] | None = None) -> None:
+    def __init__(self, width: int, cells: Mapping[Cell, RunningStatistics] | None = None) -> None:
         self.width = width
-        self.cells: dict[Cell, Moments] = dict(cells or {})
+        self.cells: dict[Cell, RunningStatistics] = dict(cells or {})
 
-    def at(self, cell: Cell) -> Moments:
-        """Moments of a cell, made if it is new."""
+    def at(self, cell: Cell) -> RunningStatistics:
+        """Return the statistics of a cell, made if it is new."""
         if cell not in self.cells:
-            self.cells[cell] = Moments.empty(self.width)
+            self.cells[cell] = RunningStatistics.empty(self.width)
         return self.cells[cell]
 
     def merge(self, other: Statistics) -> None:
-        """Take in what another one has seen."""
-        for cell, moments in other.cells.items():
-            self.at(cell).merge(moments)
+        """Add the rows that another one has seen."""
+        for cell, one in other.cells.items():
+            self.at(cell).merge(one)
 
     def total(
         self, steps: Iterable[int] | None = None, branches: Iterable[int] | None = None
-    ) -> Moments:
-        """Moments of all rows at some steps and branches (None = all) together."""
-        result = Moments.empty(self.width)
-        for _, moments in sorted(self.select(steps, branches).cells.items()):
-            result.merge(moments)
+    ) -> RunningStatistics:
+        """Return the statistics of all rows at some steps and branches (None = all) together."""
+        result = RunningStatistics.empty(self.width)
+        for _, one in sorted(self.select(steps, branches).cells.items()):
+            result.merge(one)
         return result
 
     def select(
         self, steps: Iterable[int] | None = None, branches: Iterable[int] | None = None
     ) -> Statistics:
-        """Keep the cells of some steps and branches (None = all); moments are shared."""
+        """Keep the cells of some steps and branches (None = all), without copying them."""
         wanted_steps = None if steps is None else set(steps)
         wanted_branches = None if branches is None else set(branches)
         kept = {
-            (step, branch): moments
-            for (step, branch), moments in self.cells.items()
+            (step, branch): one
+            for (step, branch), one in self.cells.items()
             if (wanted_steps is None or step in wanted_steps)
             and (wanted_branches is None or branch in wanted_branches)
         }
@@ -170,9 +146,9 @@ class Statistics:
         mean = torch.zeros(steps, self.width)
         scale = torch.ones(steps)
         for step in sorted({step for step, _ in self.cells}):
-            moments = self.total([step], kept)
-            if moments.count:
-                mean[step], scale[step] = moments.mean.float(), moments.scale
+            one = self.total([step], kept)
+            if one.count:
+                mean[step], scale[step] = one.mean.float(), one.scale
         return mean, scale
 
     def to_tensors(self, site: str) -> dict[str, Tensor]:
@@ -192,11 +168,11 @@ class Statistics:
     @classmethod
     def from_tensors(cls, site: str, width: int, tensors: Mapping[str, Tensor]) -> Self:
         """Read what `to_tensors` wrote."""
-        cells: dict[Cell, Moments] = {}
+        cells: dict[Cell, RunningStatistics] = {}
         order = tensors[f"{site}/cells"].tolist()
         for place, (step, branch) in enumerate(order):
             norms = tensors[f"{site}/norms"][place].tolist()
-            cells[step, branch] = Moments(
+            cells[step, branch] = RunningStatistics(
                 int(tensors[f"{site}/count"][place]),
                 tensors[f"{site}/mean"][place].clone(),
                 tensors[f"{site}/m2"][place].clone(),

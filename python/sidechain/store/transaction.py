@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The store as its writer thread sees it: units of rows become durable, all or nothing."""
+"""Transactions: rows written together become durable, all of them or none."""
 
 from __future__ import annotations
 
@@ -20,27 +20,29 @@ from torch import Tensor
 
 from ..io.atomic import write_atomic
 from .labels import BroadcastLabels
-from .manifest import DTYPES, MANIFEST, Manifest
+from .manifest import MANIFEST, Manifest
+from .options import Storage
 from .recount import count, load_statistics
 from .shard import OpenShard, decode, encode
 from .statistics import Statistics
 
+Item = tuple[str, Any]
 
-class Transaction:
-    """Appends units to a store; not for use from several threads.
 
-    A unit is complete or absent: rows written since the last `end` are forgotten by `rollback`, by
-    a crash and by a full disk. Complete units become part of the store by `commit`, all sites at
-    once, by renaming the manifest.
+class Appender:
+    """Appends transactions to a store; not for use from several threads.
+
+    A transaction is complete or absent: rows written since the last `end` are forgotten by
+    `rollback`, by a crash and by a full disk. Complete transactions become part of the store by
+    `commit`, all sites at once, by renaming the manifest.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, shard_bytes: int, seconds: float) -> None:
-        self.folder, self.manifest = folder, manifest
-        self.shard_bytes, self.seconds = shard_bytes, seconds
-        self.dtype = DTYPES[manifest.dtype]
+    def __init__(self, folder: Path, manifest: Manifest, storage: Storage) -> None:
+        self.folder, self.manifest, self.storage = folder, manifest, storage
+        self.dtype = storage.dtype
         self._open: dict[str, OpenShard] = {}
         self._statistics = {n: load_statistics(folder, manifest, n) for n in manifest.sites}
-        self._unit = {name: Statistics(site.width) for name, site in manifest.sites.items()}
+        self._unfinished = {name: Statistics(site.width) for name, site in manifest.sites.items()}
         self._named = named_files(manifest)
         self._cursor = manifest.cursor
         self._committed_at = time.monotonic()
@@ -48,7 +50,7 @@ class Transaction:
     # -- rows -----------------------------------------------------------------------------------
 
     def append(self, site: str, pieces: Sequence[tuple[Tensor, BroadcastLabels]]) -> None:
-        """Add pieces of a unit: rows [n, C] with their labels.
+        """Add pieces of a transaction: rows [n, C] with their labels.
 
         Raises:
             ValueError: a row that is not finite in the dtype of the store.
@@ -60,7 +62,7 @@ class Transaction:
                 continue
             stored = encode(rows, self.dtype)
             kept = decode(torch.from_numpy(stored), self.dtype, rows.shape[1])
-            if not count(self._unit[site], kept, labels):
+            if not count(self._unfinished[site], kept, labels):
                 raise ValueError(
                     f"store: expected finite rows in {self.manifest.dtype} at {site} [float16 ends "
                     "at 65504; bfloat16 and float32 reach 3e38], got NaN or infinity"
@@ -81,30 +83,31 @@ class Transaction:
             )
         return self._open[site]
 
-    # -- units ----------------------------------------------------------------------------------
+    # -- transactions ---------------------------------------------------------------------------
 
     def end(self, cursor: int | None = None) -> None:
-        """Complete a unit; commit if a shard is full or the last commit is long ago."""
-        for site, statistics in self._unit.items():
+        """Complete a transaction; commit if a shard is full or the last commit is long ago."""
+        for site, statistics in self._unfinished.items():
             self._statistics[site].merge(statistics)
-            self._unit[site] = Statistics(statistics.width)
+            self._unfinished[site] = Statistics(statistics.width)
         for shard in self._open.values():
             shard.mark()
         if cursor is not None:
             self._cursor = cursor
-        full = any(shard.nbytes >= self.shard_bytes for shard in self._open.values())
-        if full or time.monotonic() - self._committed_at >= self.seconds:
+        full = any(shard.nbytes >= self.storage.shard_bytes for shard in self._open.values())
+        waited = time.monotonic() - self._committed_at
+        if full or waited >= self.storage.commit_seconds:
             self.commit()
 
     def rollback(self) -> None:
-        """Forget the rows of the unfinished unit."""
-        for site, statistics in self._unit.items():
-            self._unit[site] = Statistics(statistics.width)
+        """Forget the rows of the unfinished transaction."""
+        for site, statistics in self._unfinished.items():
+            self._unfinished[site] = Statistics(statistics.width)
         for shard in self._open.values():
             shard.rollback()
 
     def commit(self) -> None:
-        """Make the complete units durable; rows of an unfinished unit must not be there."""
+        """Make the complete transactions durable; there must be no rows of an unfinished one."""
         before = self._named
         for site, shard in list(self._open.items()):
             if shard.rows:
@@ -167,6 +170,81 @@ class Transaction:
         self.commit()
 
 
+class TransactionBatch:
+    """Collects rows and ends of transactions, and gives them to the appender together.
+
+    Rows of complete transactions go as one piece for each site. If that fails, it is undone and
+    repeated one by one, so that an error costs the transaction in which it happens and those after
+    it, no other.
+    """
+
+    def __init__(self, appender: Appender) -> None:
+        self.appender = appender
+        self._items: list[Item] = []
+        self._inside = False  # the appender holds rows of a transaction that has not ended
+
+    def add(self, kind: str, content: Any) -> None:
+        """Collect ("rows", (rows, ready)) or ("end", cursor)."""
+        if kind == "rows":
+            rows, ready = content
+            if ready is not None:
+                ready()
+            content = rows
+        self._items.append((kind, content))
+
+    def forget(self) -> None:
+        """Say that the appender was rolled back."""
+        self._inside = False
+
+    def flush(self) -> None:
+        """Give everything collected to the appender."""
+        items, self._items = self._items, []
+        if self._inside:
+            # Its first rows are written already and cannot be repeated.
+            first = _after_end(items, first=True)
+            self._append(items[:first])
+            self._end(items[:first])
+            items = items[first:]
+        last = _after_end(items, first=False)
+        try:
+            self._append(items[:last])
+        except (OSError, ValueError):
+            self.appender.rollback()
+            for item in items[:last]:
+                self._append([item])
+                self._end([item])
+        else:
+            self._end(items[:last])
+        self._append(items[last:])
+        self._inside = self._inside or any(kind == "rows" for kind, _ in items[last:])
+
+    def _append(self, items: Sequence[Item]) -> None:
+        pieces: dict[str, list[tuple[Tensor, BroadcastLabels]]] = {}
+        for kind, content in items:
+            if kind == "rows":
+                for site, piece in content.items():
+                    pieces.setdefault(site, []).append(piece)
+        for site, found in pieces.items():
+            self.appender.append(site, found)
+
+    def _end(self, items: Sequence[Item]) -> None:
+        ends = [content for kind, content in items if kind == "end"]
+        if ends:
+            self.appender.end(next((c for c in reversed(ends) if c is not None), None))
+            self._inside = False
+
+
+def _after_end(items: Sequence[Item], first: bool) -> int:
+    """Number of items up to the first or last end of a transaction, with that end.
+
+    Without an end all items belong to the open transaction: all of them for `first`, otherwise 0.
+    """
+    ends = [place + 1 for place, (kind, _) in enumerate(items) if kind == "end"]
+    if first:
+        return ends[0] if ends else len(items)
+    return ends[-1] if ends else 0
+
+
 def _grid(values: Sequence[float]) -> str:
     return f"{len(values)} steps from {values[0]:g} to {values[-1]:g}"
 
@@ -184,7 +262,7 @@ def named_files(manifest: Manifest) -> set[str]:
 
 
 def clean(folder: Path, manifest: Manifest | None) -> list[str]:
-    """Remove what a crash left behind: files of ours that the manifest does not name.
+    """Remove what a crash left: files with our names that the manifest does not list.
 
     Args:
         folder: of the store.
@@ -212,7 +290,7 @@ def clean(folder: Path, manifest: Manifest | None) -> list[str]:
 
 
 class Lock:
-    """One writer at a time; the kernel lets go of it when the process dies."""
+    """A lock for one writer at a time; the kernel releases it when the process ends."""
 
     def __init__(self, folder: Path) -> None:
         self._descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -225,7 +303,7 @@ class Lock:
             ) from None
 
     def release(self) -> None:
-        """Let others write."""
+        """Release the lock."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1

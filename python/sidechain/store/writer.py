@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ActivationWriter: rows in, durable shards out, by a thread of its own."""
+"""ActivationWriter: a thread that turns rows into durable shards."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from torch import Tensor
 from ..io.atomic import write_atomic
 from .labels import BroadcastLabels, read_labels
 from .manifest import DTYPES, MANIFEST, Manifest, SiteEntry, site_folder
+from .options import Storage
 from .queue import WriteQueue
-from .transaction import Lock, Transaction, check_facts, clean
-from .units import UnitBatch
+from .transaction import Appender, Lock, TransactionBatch, check_facts, clean
 
 MODES = ("create", "append", "resume")
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -32,20 +32,18 @@ class ActivationWriter:
         with ActivationWriter("acts", {"cross:3": 160}) as writer:
             writer.write({"cross:3": rows}, step=4, branch="cond", prompt=17)
 
-    `write` hands the rows to a thread and returns; memory is bounded by `queue_bytes`. What is
-    written in one `unit` (or one `write` outside of any) becomes part of the store as a whole or
-    not at all, for all sites at once. Commits happen when a shard is full, every `commit_seconds`,
-    in `flush` and in `close`: a crash loses what came after the last of them, nothing else.
+    `write` hands the rows to a thread and returns; memory is bounded by `Storage.queue_bytes`.
+    What is written in one `transaction` (or one `write` outside of any) becomes part of the store
+    as a whole or not at all, for all sites at once. Commits happen when a shard is full, every
+    `Storage.commit_seconds`, in `flush` and in `close`: a crash loses what came after the last of
+    them, nothing else.
 
     Args:
         folder: made if it is not there.
         sites: width C by name of the site.
-        dtype: stored dtype: float32 | float16 | bfloat16 | int8 (one float32 scale for each row).
+        storage: dtype and sizes; None = those of `Storage()`.
         branches: names of the CFG passes.
         mode: "create" (refuses a store that is there), "append" (needs one), "resume" (either).
-        shard_bytes: a shard is closed by the unit that fills it.
-        queue_bytes: rows that may wait in memory; `write` waits when they are reached.
-        commit_seconds: longest time between commits while rows come in.
         provenance: kept in the manifest.
 
     Raises:
@@ -58,48 +56,47 @@ class ActivationWriter:
         self,
         folder: str | Path,
         sites: Mapping[str, int],
+        storage: Storage | None = None,
         *,
-        dtype: torch.dtype = torch.float16,
         branches: Sequence[str] = ("cond", "uncond"),
         mode: str = "create",
-        shard_bytes: int = 256 << 20,
-        queue_bytes: int = 256 << 20,
-        commit_seconds: float = 60.0,
         provenance: Mapping[str, Any] | None = None,
     ) -> None:
         self.folder = Path(folder)
-        wanted = _manifest(sites, dtype, branches, provenance)
-        _check_options(mode, shard_bytes, queue_bytes)
+        storage = storage or Storage()
+        wanted = _manifest(sites, storage.dtype, branches, provenance)
+        if mode not in MODES:
+            raise ValueError(f"store: expected mode to be one of {', '.join(MODES)}, got {mode!r}")
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = Lock(self.folder)
         try:
             manifest = _open(self.folder, wanted, mode)
-            self._transaction = Transaction(self.folder, manifest, shard_bytes, commit_seconds)
+            self._appender = Appender(self.folder, manifest, storage)
         except BaseException:
             self._lock.release()
             raise
-        self.dtype = dtype
+        self.dtype = storage.dtype
         self.branches = tuple(branches)
         self.sites = dict(sites)
-        self._queue = WriteQueue(queue_bytes, batch_bytes=shard_bytes)
-        self._in_unit = False
+        self._queue = WriteQueue(storage.queue_bytes, batch_bytes=storage.shard_bytes)
+        self._inside = False
         self._grid: Any = None
         self._failure: BaseException | None = None
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="sidechain-store", daemon=True)
         self._thread.start()
 
-    # -- what the caller does -------------------------------------------------------------------
+    # -- in the caller's thread ------------------------------------------------------------------
 
     @property
     def cursor(self) -> int:
-        """The `cursor` of the last unit that was committed: where to go on after a crash."""
-        return self._transaction.manifest.cursor
+        """The `cursor` of the last transaction that was committed: where to go on after a crash."""
+        return self._appender.manifest.cursor
 
     @property
     def rows(self) -> dict[str, int]:
         """Committed rows by site."""
-        return {name: site.rows for name, site in self._transaction.manifest.sites.items()}
+        return {name: site.rows for name, site in self._appender.manifest.sites.items()}
 
     @property
     def peak_bytes(self) -> int:
@@ -107,7 +104,7 @@ class ActivationWriter:
         return self._queue.peak_bytes
 
     def set_grid(self, timesteps: ArrayLike, sigmas: ArrayLike | None = None) -> None:
-        """Say which timestep and noise level every step number stands for, [S] each.
+        """Set the timestep and noise level of every step number, [S] each.
 
         Raises:
             ValueError: the store has another grid.
@@ -115,12 +112,12 @@ class ActivationWriter:
         times = np.asarray(timesteps, dtype=np.float64).tolist()
         noise = None if sigmas is None else np.asarray(sigmas, dtype=np.float64).tolist()
         if (times, noise) != self._grid:
-            self._ask(lambda: self._transaction.set_grid(times, noise))
+            self._ask(lambda: self._appender.set_grid(times, noise))
             self._grid = (times, noise)
 
     def set_prompts(self, prompts: Sequence[str], seeds: Sequence[int]) -> None:
         """Keep what the numbers of the `prompt` column stand for."""
-        self._ask(lambda: self._transaction.set_prompts(prompts, seeds))
+        self._ask(lambda: self._appender.set_prompts(prompts, seeds))
 
     def write(
         self,
@@ -159,20 +156,20 @@ class ActivationWriter:
             labels = read_labels(len(tensor), step, branch, prompt, token)
             packed[site] = (tensor.detach().to("cpu", target, copy=copy).contiguous(), labels)
         self._queue.put_rows(packed, ready)
-        if not self._in_unit:
+        if not self._inside:
             self._queue.put(("end", None), urgent=False)
 
     @contextlib.contextmanager
-    def unit(self, cursor: int | None = None) -> Iterator[None]:
-        """Write several times, all or nothing; an exception inside forgets the rows of the unit.
+    def transaction(self, cursor: int | None = None) -> Iterator[None]:
+        """Write several times, all or nothing; an exception inside forgets all these rows.
 
         Args:
-            cursor: what `ActivationWriter.cursor` says once this unit is committed.
+            cursor: what `ActivationWriter.cursor` says once this transaction is committed.
         """
         self._check_open()
-        if self._in_unit:
-            raise RuntimeError("store: expected no unit inside of a unit, got one")
-        self._in_unit = True
+        if self._inside:
+            raise RuntimeError("store: expected no transaction inside of a transaction, got one")
+        self._inside = True
         try:
             yield
         except BaseException:
@@ -181,17 +178,17 @@ class ActivationWriter:
         else:
             self._queue.put(("end", cursor), urgent=False)
         finally:
-            self._in_unit = False
+            self._inside = False
 
     def flush(self) -> None:
         """Wait until everything is written, and commit it."""
-        self._ask(self._transaction.commit)
+        self._ask(self._appender.commit)
 
     def close(self) -> None:
         """Commit what is complete and end the thread.
 
         Raises:
-            OSError, ValueError: what went wrong in the thread, if nobody has seen it yet.
+            OSError, ValueError: an error of the thread that was not raised before.
         """
         if self._closed:
             return
@@ -258,10 +255,10 @@ class ActivationWriter:
             )
         return branch
 
-    # -- the thread -----------------------------------------------------------------------------
+    # -- in the writer thread -------------------------------------------------------------------
 
     def _ask(self, question: Any) -> None:
-        """Have the thread do something in its turn, and wait for it."""
+        """Have the thread run a function after what is queued, and wait for it."""
         self._check_open()
         answer = _Answer(question)
         self._queue.put(("ask", answer))
@@ -272,36 +269,36 @@ class ActivationWriter:
             raise answer.error
 
     def _run(self) -> None:
-        units = UnitBatch(self._transaction)
+        batch = TransactionBatch(self._appender)
         try:
             while True:
                 for kind, content in self._queue.get():
                     if kind in ("rows", "end"):
-                        units.add(kind, content)
+                        batch.add(kind, content)
                         continue
-                    units.flush()
+                    batch.flush()
                     if kind == "ask":
                         content.run()
                     else:
-                        self._transaction.rollback()
-                        units.forget()
+                        self._appender.rollback()
+                        batch.forget()
                     if kind == "close":
-                        self._transaction.commit()
+                        self._appender.commit()
                         return
-                units.flush()
+                batch.flush()
                 self._queue.done()
         except BaseException as error:
             self._failure = self._salvage(error)
             self._queue.fail(self._failure)
 
     def _salvage(self, error: BaseException) -> BaseException:
-        """Keep the complete units if that is still possible; say what is intact."""
+        """Keep the complete transactions if that is still possible; say what is intact."""
         try:
-            self._transaction.rollback()
-            self._transaction.commit()
+            self._appender.rollback()
+            self._appender.commit()
         except BaseException:
             with contextlib.suppress(OSError):
-                self._transaction.abandon()
+                self._appender.abandon()
         if not isinstance(error, OSError) or error.errno is None:
             return error
         kept = Manifest.read(self.folder)
@@ -334,8 +331,6 @@ def _manifest(
     branches: Sequence[str],
     provenance: Mapping[str, Any] | None,
 ) -> Manifest:
-    if dtype not in _NAMES:
-        raise TypeError(f"store: expected dtype float32 | float16 | bfloat16 | int8, got {dtype!r}")
     if not isinstance(sites, Mapping) or not sites:
         raise TypeError(f"store: expected sites as {{name: width}}, got {sites!r}")
     for name, width in sites.items():
@@ -348,14 +343,6 @@ def _manifest(
     if not branches or len(branches) > 255:
         raise ValueError(f"store: expected 1 to 255 branches, got {len(branches)}")
     return Manifest(_NAMES[dtype], entries, list(branches), provenance=dict(provenance or {}))
-
-
-def _check_options(mode: str, shard_bytes: int, queue_bytes: int) -> None:
-    if mode not in MODES:
-        raise ValueError(f"store: expected mode to be one of {', '.join(MODES)}, got {mode!r}")
-    for name, value in (("shard_bytes", shard_bytes), ("queue_bytes", queue_bytes)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"store: expected {name} >= 1, got {value!r}")
 
 
 def _open(folder: Path, wanted: Manifest, mode: str) -> Manifest:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..._device import send
-from ...store import ActivationStore, Moments, Statistics
+from ...store import ActivationStore, RunningStatistics, Statistics
 from ..config import Provenance
 from ..normaliser import Normaliser
 from .mesh import Mesh
@@ -274,11 +274,11 @@ def fit(statistics: Statistics, kind: str, *, centre: bool, **grid: Any) -> Norm
     )
 
 
-def _table(moments: Moments, centre: bool) -> tuple[Tensor, Tensor]:
+def _table(known: RunningStatistics, centre: bool) -> tuple[Tensor, Tensor]:
     if centre:
-        return moments.mean.float(), torch.tensor(moments.scale)
-    second = moments.norm_squares / max(1, moments.count) / len(moments.mean)
-    return torch.zeros(len(moments.mean)), torch.tensor(second**0.5 or 1.0)
+        return known.mean.float(), torch.tensor(known.scale)
+    second = known.norm_squares / max(1, known.count) / len(known.mean)
+    return torch.zeros(len(known.mean)), torch.tensor(second**0.5 or 1.0)
 
 
 def _from_store(store: ActivationStore, kind: str, centre: bool) -> Normaliser:

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import torch
 
-from ...store import ActivationStore, record
+from ...store import ActivationStore, Sampling, Storage, record
+from ...taps import Where
 from ...zoo.music.captions import fresh_captions
 from .. import common
 from .config import CaptureConfig
@@ -16,20 +17,17 @@ def run(config: CaptureConfig) -> dict[str, ActivationStore]:
     pipe, _ = common.load(config.model, config.device, config.model_dtype)
     count = config.prompts
     prompts = fresh_captions(count) if isinstance(count, int) else count
+    seeds = [common.noise_seed(config.seed, index) for index in range(len(prompts))]
+    dtype = getattr(torch, config.dtype)
+    where = Where(common.site_patterns(config.sites), config.passes, config.window, config.tokens)
     return record(
         pipe,
-        common.site_patterns(config.sites),
+        where,
         prompts,
         config.out,
-        seeds=[common.noise_seed(config.seed, index) for index in range(len(prompts))],
-        batch_size=config.batch_rows,
-        passes=config.passes,
-        steps=config.window,
         every=config.every,
-        tokens=config.tokens,
-        dtype=getattr(torch, config.dtype),
-        queue_bytes=config.queue_bytes,
-        shard_bytes=config.shard_bytes,
+        sampling=Sampling(seeds, config.batch_rows),
+        storage=Storage(dtype, config.shard_bytes, config.queue_bytes),
         num_inference_steps=config.steps,
         guidance_scale=config.guidance,
     )

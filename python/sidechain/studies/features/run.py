@@ -26,7 +26,7 @@ from ...sae.features.scoring import (
     feature_statistics,
     on_grid,
 )
-from ...store import ActivationStore, record
+from ...store import ActivationStore, Sampling, record
 from ...zoo.music.captions import fresh_captions
 from ...zoo.music.compose import CLIP_SECONDS
 from ...zoo.music.concepts import concept
@@ -172,8 +172,7 @@ def record_captions(
         list(sites),
         fresh_captions(config.prompts, FIRST_CAPTION),
         config.out / "activations",
-        seeds=FIRST_CAPTION + config.seed,
-        batch_size=max(1, config.batch_rows),
+        sampling=Sampling(FIRST_CAPTION + config.seed, max(1, config.batch_rows)),
         num_inference_steps=config.steps,
         guidance_scale=config.guidance,
     )

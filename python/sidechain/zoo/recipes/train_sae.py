@@ -69,8 +69,7 @@ def record(
             list(sites),
             fresh_captions(count, first),
             out / name,
-            seeds=first,
-            batch_size=recipe.batch_prompts,
+            sampling=store.Sampling(first, recipe.batch_prompts),
             num_inference_steps=recipe.steps,
             guidance_scale=recipe.guidance,
         )

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import zlib
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -53,11 +55,29 @@ def test_looks_random() -> None:
 
 def test_orders_do_not_change_between_versions() -> None:
     # A checkpoint stores (seed, epoch, position): the order behind it is part of the format.
-    assert Permutation(10, 0)(np.arange(10)).tolist() == FIXED[0]
-    assert Permutation(1000, 42, 3)(np.arange(5)).tolist() == FIXED[1]
+    assert Permutation(10, 0)(np.arange(10)).tolist() == [7, 3, 4, 0, 8, 1, 9, 5, 2, 6]
+    assert Permutation(1000, 42, 3)(np.arange(5)).tolist() == [127, 179, 985, 568, 703]
 
 
-FIXED = ([7, 3, 4, 0, 8, 1, 9, 5, 2, 6], [127, 179, 985, 568, 703])
+@pytest.mark.parametrize(
+    ("key", "checksum"),
+    [
+        ((208_000, 0, 0), 0x903749F8),
+        ((1 << 20, -3, 7), 0x288AFCDD),
+        (((1 << 62) - 5, 2**70 + 1, 2**40), 0xB81B6267),
+    ],
+)
+def test_long_orders_do_not_change_between_versions(
+    key: tuple[int, int, int], checksum: int
+) -> None:
+    positions = key[0] - 100_000 + np.arange(100_000)
+    assert zlib.crc32(Permutation(*key)(positions).astype("<i8").tobytes()) == checksum
+
+
+@pytest.mark.parametrize("position", [-1, 5])
+def test_refuses_a_position_outside(position: int) -> None:
+    with pytest.raises(IndexError, match=r"expected positions within \[0, 5\), got"):
+        Permutation(5, 0)(np.array([position]))
 
 
 def test_refuses_nothing_to_permute() -> None:
