@@ -50,7 +50,7 @@ def test_a_step_waits_for_nothing(device: str, case: str, path: str) -> None:
     ]
     for rows in found[:DONE]:
         metrics.add(train_step(state, rows))
-    assert not state.schedule.looks_for_dead(state.step)
+    assert not state.schedule.updates_dead(state.step)
     assert ("aux" in case) == (state.dead_total > 0)
     state, metrics, rows = stand_in(device, (state, metrics, found[DONE]))
     lists = case.startswith(("batch_topk", "matryoshka")) or "batch_topk" in case

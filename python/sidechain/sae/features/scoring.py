@@ -22,7 +22,6 @@ from ...pipelines import sites as list_sites
 from ...pipelines.generate import generate, quiet_settings, spread_seeds
 from ...pipelines.time_grid import same_grid
 from ...taps.stream import StepRows, StreamTap
-from ..config import SELECTING
 from ..model import Sae
 from .logistic import logistic_weights
 
@@ -239,8 +238,7 @@ def kept_sums(sae: Sae, x: Tensor, step: int) -> CodeSums:
     samples, length, width = x.shape
     features, rows = sae.config.features, x.reshape(-1, width)
     label = torch.arange(samples, device=x.device).repeat_interleave(length)
-    most = sae.config.k if sae.config.architecture in SELECTING else features
-    chunk = max(1, _PAIRS // (most or features))
+    chunk = max(1, _PAIRS // (sae.config.k or features))
     found = CodeSums.zeros(samples, features, x.device)
     for start in range(0, len(rows), chunk):
         part = slice(start, start + chunk)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Groups of codes of a fused step: decoded, compared with a target, and what that says of them."""
+"""Groups of codes of a fused step: decode them, compare with a target, find the gradients."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .state import TrainState
 
 
 class Group(NamedTuple):
-    """Codes of own features, and what they leave.
+    """Codes of this process's features, and the error of what they decode to.
 
     Attributes:
         codes: numbered within the slice.
@@ -34,8 +34,8 @@ class Group(NamedTuple):
     biased: bool
 
     @property
-    def left(self) -> Tensor:
-        """What the whole code leaves of the target, [N', d_out]."""
+    def residual(self) -> Tensor:
+        """Target minus what the whole code decodes to, [N', d_out]."""
         whole = self.error if self.error.dim() == 2 else self.error[:, -1]
         return whole / -self.weight
 
@@ -75,7 +75,7 @@ def compared(
 
 
 def nested(state: TrainState, codes: Codes, target: Tensor) -> Group:
-    """The same for nested prefixes: the mean of their losses (arXiv 2503.17547).
+    """Compare nested prefixes with the target: the mean of their losses (arXiv 2503.17547).
 
     With e_p the error of the codes below prefix p, the gradient of the loss in what a feature adds
     is w / P (e_p + ... + e_P) for the first prefix p that holds it.
@@ -101,7 +101,7 @@ def nested(state: TrainState, codes: Codes, target: Tensor) -> Group:
 
 
 def by_level(codes: Codes, prefixes: Tensor, first: int) -> Codes:
-    """The same lists cut finer: row n * P + p holds the codes of row n of level p.
+    """Cut lists finer: row n * P + p holds the codes of row n of level p.
 
     A code is of the level of the first prefix that holds its feature. What another process keeps
     (index -1) stays with the code before it, so that levels never fall within a row.

@@ -87,7 +87,7 @@ class Metrics:
         schedule = self._state.schedule
         made = {"step": step, "tokens": step * self._state.train.batch, "fvu": fvu, "l0": l0}
         made |= {"dead": dead, "lr": schedule.lr(step - 1)}
-        if self._state.config.k is not None:
+        if self._state.config.kind.takes("k"):
             made["k"] = schedule.k(step - 1)
         else:
             made["sparsity"] = schedule.sparsity(step - 1)
@@ -100,5 +100,5 @@ class Metrics:
         active = state.mesh.sum_features(active.clone())
         mean = sums[len(_NAMES) :] / rows
         variance = target_squares - rows * mean.square().sum()
-        dead = state.mesh.sum_features(state.silent().sum())
+        dead = state.mesh.sum_features(state.dead_mask().sum())
         return torch.stack([squares / variance, active / rows, dead / state.config.features])
