@@ -73,9 +73,9 @@ def test_metrics_wait_for_their_own_copy_alone(device: str) -> None:
     if device == "cuda":
         torch.cuda._sleep(10**9)  # half a second
         after = torch.cuda.current_stream().record_event()
-    figures = metrics.flush()
+    found = metrics.flush()
     assert after is None or not after.query()
-    assert figures is not None and figures["step"] == 2 and 0 < figures["fvu"] < 2
+    assert found is not None and found["step"] == 2 and 0 < found["fvu"] < 2
 
 
 SETTINGS: dict[str, dict[str, Any]] = {

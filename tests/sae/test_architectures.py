@@ -48,7 +48,7 @@ def named_tests(source: str) -> list[int]:
         elif isinstance(node, ast.Subscript | ast.Call):
             table = node.value if isinstance(node, ast.Subscript) else node.func
             if isinstance(table, ast.Attribute) and table.attr in ("get", "startswith", "endswith"):
-                table, keys = table.value, node.args if isinstance(node, ast.Call) else []
+                table, keys = table.value, node.args[:1] if isinstance(node, ast.Call) else []
             else:
                 keys = [node.slice] if isinstance(node, ast.Subscript) else []
             whole = isinstance(table, ast.Name) and table.id == "ARCHITECTURES"

@@ -307,7 +307,7 @@ def test_running_threshold_keeps_k_features_on_average(path):
 
 
 class TestMetrics:
-    def test_figures(self):
+    def test_values(self):
         state = make()
         metrics = Metrics(state)
         x, _ = planted(3 * N, D, 24)
@@ -317,11 +317,11 @@ class TestMetrics:
             squares += outcome.row_loss.sum()
             metrics.add(outcome)
         assert metrics.read() is None
-        figures = metrics.flush()
-        assert figures["step"] == 3 and figures["tokens"] == 3 * N and figures["k"] == 3
+        found = metrics.flush()
+        assert found["step"] == 3 and found["tokens"] == 3 * N and found["k"] == 3
         variance = (x - x.mean(0)).square().sum()
-        assert figures["fvu"] == pytest.approx(float(squares / variance), rel=1e-5)
-        assert figures["l0"] == pytest.approx(3.0)
+        assert found["fvu"] == pytest.approx(float(squares / variance), rel=1e-5)
+        assert found["l0"] == pytest.approx(3.0)
         assert metrics.flush() is None
         metrics.add(train_step(state, Rows(x[:N])))
         assert metrics.read() is None and metrics.read()["step"] == 4

@@ -192,7 +192,7 @@ def source(settings: SaeTrainSettings) -> Source:
         data,
         settings.prompts,
         target=settings.target,
-        every=settings.every,
+        reading=sae.Reading(every=settings.every),
         buffer=settings.buffer,
         seed=settings.seed,
         num_inference_steps=settings.steps,

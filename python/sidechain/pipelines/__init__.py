@@ -3,6 +3,7 @@
 
 from . import families as families
 from .adapter import Adapter, CallShape, config_hash, execution_device, register_adapter
+from .prompt_pairs import PromptPairs
 from .sites import Site, SiteList, SitePattern, sites
 from .tracker import Observer, Run, RunContext, observe, release
 
@@ -10,6 +11,7 @@ __all__ = [
     "Adapter",
     "CallShape",
     "Observer",
+    "PromptPairs",
     "Run",
     "RunContext",
     "Site",

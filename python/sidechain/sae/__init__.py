@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .normaliser import Normaliser
     from .training.log import LOGGERS
     from .training.mesh import Mesh, from_environment
-    from .training.pipeline_source import PipelineSource
+    from .training.pipeline_source import PipelineSource, Reading
     from .training.sources import IterableSource, Source, StoreSource
     from .training.state import Rows
     from .training.train_config import TrainConfig
@@ -27,6 +27,7 @@ __all__ = [
     "Normaliser",
     "PipelineSource",
     "Provenance",
+    "Reading",
     "Rows",
     "Sae",
     "SaeConfig",
@@ -48,7 +49,7 @@ lazy(
         "Normaliser": ".normaliser",
         "LOGGERS": ".training.log",
         **dict.fromkeys(("Mesh", "from_environment"), ".training.mesh"),
-        "PipelineSource": ".training.pipeline_source",
+        **dict.fromkeys(("PipelineSource", "Reading"), ".training.pipeline_source"),
         **dict.fromkeys(("IterableSource", "Source", "StoreSource"), ".training.sources"),
         "Rows": ".training.state",
         "TrainConfig": ".training.train_config",

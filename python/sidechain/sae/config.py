@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a dictionary is: its architecture and sizes."""
+"""Architecture and sizes of a dictionary, and where it comes from."""
 
 from __future__ import annotations
 

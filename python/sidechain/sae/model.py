@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`Sae`: a dictionary of what flows through a site."""
+"""`Sae`: a dictionary of the activations at a site."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ class Sae(nn.Module):
 
     @property
     def b_pre(self) -> Tensor:
-        """What is subtracted from the normalised input, [d_in]."""
+        """Vector subtracted from the normalised input, [d_in]."""
         return self.b_dec if self._b_pre is None else self._b_pre
 
     @b_pre.setter
@@ -305,7 +305,7 @@ class Sae(nn.Module):
                 tensor.copy_(given[name])
 
     def _weights(self) -> dict[str, Tensor]:
-        """Weights by their names in a file, those that the architecture has."""
+        """Return the weights that the architecture has, by their names in a file."""
         names = (*WEIGHTS, *self.config.kind.tensors)
         found = {name: getattr(self, name) for name in names}
         return found if self.config.tied_bias else found | {"b_pre": self.b_pre}

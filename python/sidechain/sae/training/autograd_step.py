@@ -69,7 +69,7 @@ def _share(state: TrainState, grads: dict[str, Tensor]) -> None:
 def follow_threshold(state: TrainState, smallest: Tensor) -> None:
     """Move the running threshold towards the smallest value that this batch selected."""
     state.smallest = smallest
-    smallest = state.mesh.least(smallest)
+    smallest = state.mesh.minimum(smallest)
     threshold = state.weights["threshold"]
     before = torch.where(threshold.isnan(), smallest, threshold)
     moved = torch.lerp(smallest, before, state.schedule.threshold_decay(state.step - 1))

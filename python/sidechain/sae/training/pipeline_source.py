@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training rows straight from a running pipeline: nothing but one buffer is ever kept."""
+"""Training rows from a running pipeline, of which one buffer at a time is kept."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,25 @@ from .sources import count_rows, fit, join
 from .state import Rows
 
 
+@dataclass(frozen=True)
+class Reading:
+    """Which activations of a site become rows.
+
+    Attributes:
+        passes: "cond", "uncond" or "all".
+        steps: window of steps, see `capture`.
+        every: N keeps every Nth of these steps.
+        tokens: slice of tokens. None = all.
+        dtype: of the rows in the buffer.
+    """
+
+    passes: str = "cond"
+    steps: Steps = None
+    every: int = 1
+    tokens: slice | None = None
+    dtype: torch.dtype = torch.float32
+
+
 class PipelineSource:
     """Rows of a site while a pipeline generates.
 
@@ -39,13 +59,9 @@ class PipelineSource:
         site: one site.
         prompts: drawn without replacement, over and over.
         target: another site, for a transcoder.
-        buffer: rows that are shuffled together, at least.
+        reading: which activations become rows.
+        buffer: least number of rows that are shuffled together.
         batch_size: prompts in one call.
-        passes: "cond", "uncond" or "all".
-        steps: window of steps, see `capture`.
-        every: keep every so manieth step.
-        tokens: slice of tokens. None = all.
-        dtype: of the rows in the buffer.
         seed: of prompts, noise and order.
         **call: arguments of every pipeline call (num_inference_steps, guidance_scale, ...).
 
@@ -60,28 +76,25 @@ class PipelineSource:
         prompts: Sequence[str],
         *,
         target: SitePattern | None = None,
+        reading: Reading | None = None,
         buffer: int = 1 << 18,
         batch_size: int = 8,
-        passes: str = "cond",
-        steps: Steps = None,
-        every: int = 1,
-        tokens: slice | None = None,
-        dtype: torch.dtype = torch.float32,
         seed: int = 0,
         **call: Any,
     ) -> None:
         if isinstance(prompts, str) or not len(prompts):
             raise ValueError(f"PipelineSource: expected a list of prompts, got {prompts!r}")
         self._pipe, self._prompts = pipe, list(prompts)
+        reading = reading or Reading()
         patterns = [site] if target is None else [site, target]
         self._sites = [_one_site(pipe, pattern) for pattern in patterns]
         self._settings = quiet_settings("PipelineSource", pipe, call)
         self._buffer, self._batch_size, self._seed = buffer, batch_size, seed
-        self._passes, self._steps = passes, steps
+        self._passes = reading.passes
         self._found: list[StepRows] = []
         self._tap = StreamTap(
-            pipe, list({s.name: s.alias for s in self._sites}.values()), passes, steps, every,
-            tokens, dtype, self._found.append,
+            pipe, list({s.name: s.alias for s in self._sites}.values()), reading.passes,
+            reading.steps, reading.every, reading.tokens, reading.dtype, self._found.append,
         )  # fmt: skip
         self._first: Rows | None = None
         self._facts: dict[str, Any] = {
@@ -91,10 +104,10 @@ class PipelineSource:
             "config_hash": config_hash(pipe),
             "buffer": buffer,
             "batch_size": batch_size,
-            "passes": passes,
-            "steps": steps,
-            "every": every,
-            "tokens": str(tokens),
+            "passes": reading.passes,
+            "steps": reading.steps,
+            "every": reading.every,
+            "tokens": str(reading.tokens),
             "seed": seed,
             "call": {k: v for k, v in call.items() if isinstance(v, str | int | float | None)},
         }
@@ -156,7 +169,7 @@ class PipelineSource:
         return len(self._first.x)
 
     def _calls_per_fill(self, parts: int) -> int:
-        """Calls that each of `parts` processes makes for one buffer."""
+        """Return how many calls each of `parts` processes makes for one buffer."""
         return max(1, -(-self._buffer // (self._rows_per_call * parts)))
 
     def _fill(self, number: int, part: int, parts: int) -> Rows:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dead features get a new direction from rows that are reconstructed badly.
+"""Resampling: dead features get a new direction from rows with a large error.
 
 Source: Bricken et al. 2023, "Towards Monosemanticity", appendix on neuron resampling.
 """

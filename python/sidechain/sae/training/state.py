@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything a training run changes, as tensors of the features this process owns."""
+"""State of a training run: tensors of the features that this process owns."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ class TrainState:
 
     @property
     def b_pre(self) -> Tensor:
-        """What is subtracted before encoding, [d_in]."""
+        """Vector subtracted before encoding, [d_in]."""
         return self.weights["b_dec"] if self.fixed_b_pre is None else self.fixed_b_pre
 
     @property

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a dictionary is trained: settings, and what they mean at a given step."""
+"""Settings of training, and their values at a given step."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _CHOICES = {
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a dictionary is trained.
+    """Settings of training.
 
     The loss is (1 / N) sum_n [|e_n|^2 + further terms] / d_out over normalised rows, so that the
     reconstruction part is close to the fraction of variance unexplained and the coefficients of
@@ -178,7 +178,7 @@ class TrainConfig:
 
 
 class Schedule:
-    """What the settings mean at a step, counted from 0.
+    """Values of the settings at a step, counted from 0.
 
     Raises:
         ValueError: settings that do not fit the architecture.

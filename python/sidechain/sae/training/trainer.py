@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`Trainer`: a run from its first step, or from where it was cut off, to the trained dictionary."""
+"""`Trainer`: one run, from its first step or its last checkpoint to the trained dictionary."""
 
 from __future__ import annotations
 
@@ -114,11 +114,11 @@ class Trainer:
         log = self._log(state, offset)
         try:
             with StopRequest() as request:
-                figures = self._loop(state, metrics, log, request)
+                last = self._loop(state, metrics, log, request)
         finally:
             if log is not None:
                 log.close()
-        return self._finish(state, figures)
+        return self._finish(state, last)
 
     # -- beginning ------------------------------------------------------------------------------
 
@@ -181,7 +181,7 @@ class Trainer:
         self, state: TrainState, metrics: Metrics, log: Log | None, request: StopRequest
     ) -> dict[str, float]:
         saved = time.monotonic()
-        figures: dict[str, float] = {}
+        last: dict[str, float] = {}
         batches = self.source.batches(self.train.batch, state.step, self.mesh, self.device)
         while state.step < self.train.steps:
             rows = next(batches, None)
@@ -198,16 +198,16 @@ class Trainer:
             asked = request.asked is not None and self.mesh.world == 1
             if state.step % self.train.log_every and state.step < self.train.steps and not asked:
                 continue
-            figures = self._tell(log, metrics.read()) or figures
+            last = self._report(log, metrics.read()) or last
             due = (time.monotonic() - saved) / 60 >= self.train.checkpoint_minutes
             stop = self.mesh.any(request.asked is not None)
             if (stop or self.mesh.agree(due)) and state.step < self.train.steps:
-                figures = self._tell(log, metrics.flush()) or figures
+                last = self._report(log, metrics.flush()) or last
                 self._save(state, log)
                 saved = time.monotonic()
                 if stop:
                     self._stop(state, request)
-        return self._tell(log, metrics.flush()) or figures
+        return self._report(log, metrics.flush()) or last
 
     def _stop(self, state: TrainState, request: StopRequest) -> None:
         if self.mesh.first:
@@ -218,10 +218,10 @@ class Trainer:
             )
         request.stop()
 
-    def _tell(self, log: Log | None, figures: dict[str, float] | None) -> dict[str, float] | None:
+    def _report(self, log: Log | None, found: dict[str, float] | None) -> dict[str, float] | None:
         if log is not None:
-            log.write(figures)
-        return figures
+            log.write(found)
+        return found
 
     def _save(self, state: TrainState, log: Log | None) -> None:
         if log is not None:
@@ -229,8 +229,8 @@ class Trainer:
         facts = {**self._facts, "metrics_bytes": 0 if log is None else log.offset}
         checkpoint.save(self.out / CHECKPOINTS, state, facts)
 
-    def _finish(self, state: TrainState, figures: dict[str, float]) -> Sae:
-        kept: dict[str, float] = {n: figures[n] for n in ("fvu", "l0", "dead") if n in figures}
+    def _finish(self, state: TrainState, last: dict[str, float]) -> Sae:
+        kept: dict[str, float] = {n: last[n] for n in ("fvu", "l0", "dead") if n in last}
         provenance = replace(
             self.source.provenance(),
             tokens=state.step * self.train.batch,

@@ -18,7 +18,7 @@ import torch
 
 from ...io.run_folder import RunFolder, write_json, write_table
 from ...sae import Sae
-from ...sae.features.evaluate import Health, Moment, measure, top_moments
+from ...sae.features.evaluate import Health, TopExample, measure, top_examples
 from ...sae.features.scoring import (
     METHODS,
     FeatureStatistics,
@@ -57,7 +57,7 @@ class FeatureFound:
     step: int
     kept: tuple[float, float]
     rate: tuple[float, float]
-    moments: list[Moment]
+    moments: list[TopExample]
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class HeardMoment:
         trace: the feature's activation at every token of that step.
     """
 
-    moment: Moment
+    moment: TopExample
     text: str
     audio: Any
     mel: Any
@@ -203,14 +203,11 @@ def _on_store(sae: Sae, store: ActivationStore) -> Sae:
 def _statistics(
     config: DictionaryConfig, pipe: Any, saes: dict[str, Sae], name: str
 ) -> dict[str, FeatureStatistics]:
-    positive, negative = prompt_pairs(VectorConfig(concept=name, pairs=config.pairs))
     return feature_statistics(
         pipe,
         saes,
-        positive,
-        negative,
+        prompt_pairs(VectorConfig(concept=name, pairs=config.pairs, seed=config.seed)),
         activations=config.activations,
-        seeds=[common.noise_seed(config.seed, index) for index in range(len(positive))],
         batch_size=max(1, config.batch_rows // 2),
         num_inference_steps=config.steps,
         guidance_scale=config.guidance,
@@ -229,8 +226,8 @@ def _best(
     scores = read.score(config.score)
     order = torch.sort(scores.mean(0), descending=True, stable=True).indices[: config.features]
     numbers = [int(f) for f in order]
-    moments = top_moments(_on_store(sae, store), store, numbers, config.moments)
-    kept, rate = read.kept.mean(0), read.rate.mean(0)
+    moments = top_examples(_on_store(sae, store), store, numbers, config.moments)
+    kept, rate = read.selected.mean(0), read.rate.mean(0)
     return [
         FeatureFound(
             name,
@@ -301,7 +298,7 @@ def listen(study: DictionaryStudy, found: Sequence[FeatureFound]) -> list[list[H
     return heard
 
 
-def _trace(sae: Sae, store: ActivationStore, feature: int, moment: Moment) -> list[float]:
+def _trace(sae: Sae, store: ActivationStore, feature: int, moment: TopExample) -> list[float]:
     """Kept activation of a feature at every token of one clip and step."""
     part = ActivationStore(store.folder, store.site, steps=[moment.step], prompts=[moment.prompt])
     rows = torch.arange(len(part))
