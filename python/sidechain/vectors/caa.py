@@ -7,15 +7,16 @@ over tokens of what site l puts out at step t in pass p. Source: TADA, arXiv 260
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..pipelines import PromptPairs, SiteList, SitePattern, config_hash
+from ..pipelines import PromptPairs, SiteList, SitePattern
 from ..pipelines import sites as list_sites
-from ..pipelines.generate import generate, model_name, quiet_settings
+from ..pipelines.generate import generate, quiet_settings
 from ..taps import Capture, capture
 from .vector import Provenance, SteeringVector, unit
 
@@ -73,17 +74,7 @@ def caa(
         directions = unit(difference) if normalise else difference
         for place, branch in enumerate(labels.passes):
             tensors[site.name, branch] = directions[:, place].float()
-    provenance = Provenance(
-        concept=pairs.concept,
-        method="caa",
-        model=model_name(pipe),
-        config_hash=config_hash(pipe),
-        normalised=normalise,
-        positive=len(pairs),
-        negative=len(pairs),
-        seeds=tuple(pairs.noise),
-        call={k: v for k, v in call.items() if isinstance(v, str | int | float | None)},
-    )
+    provenance = replace(Provenance.of(pipe, "caa", pairs, call), normalised=normalise)
     return SteeringVector(
         tensors, timesteps=labels.timesteps, sigmas=labels.sigmas, provenance=provenance
     )

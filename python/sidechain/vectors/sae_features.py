@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..pipelines import PromptPairs, config_hash
+from ..pipelines import PromptPairs
 from ..pipelines import sites as list_sites
-from ..pipelines.generate import model_name
 from ..sae import Sae
 from ..sae.features.scoring import FeatureStatistics, on_grid
 from .vector import Provenance, SteeringVector
@@ -82,16 +81,7 @@ def sae_features(
         sae = on_grid(saes[key], *_grid(found))
         tensors[site.name, "cond"] = _directions(sae, found, method, count, weighting, from_steps)
     first = next(iter(statistics.values()))
-    provenance = Provenance(
-        concept="" if pairs is None else pairs.concept,
-        method=f"sae:{method}:{weighting}:{count}",
-        model=model_name(pipe),
-        config_hash=config_hash(pipe),
-        positive=0 if pairs is None else len(pairs),
-        negative=0 if pairs is None else len(pairs),
-        seeds=() if pairs is None else tuple(pairs.noise),
-        call=call,
-    )
+    provenance = Provenance.of(pipe, f"sae:{method}:{weighting}:{count}", pairs, call)
     return SteeringVector(
         tensors, timesteps=first.timesteps, sigmas=first.sigmas, provenance=provenance
     )

@@ -131,7 +131,7 @@ class Implementation:
         return {name: tensor * factor for name, tensor in self.own_of(sae).items()}
 
     def scale_encoder_(self, sae: Sae, length: Tensor) -> None:
-        """Multiply the values by `length` [F] in place; `b_enc` is done elsewhere."""
+        """Multiply the values by `length` [F] in place, all but their `b_enc`."""
         sae.w_enc.mul_(length[:, None])
 
     def moved(self, sae: Sae, shift: Tensor) -> dict[str, Tensor]:

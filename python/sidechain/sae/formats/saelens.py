@@ -97,7 +97,7 @@ def _readable() -> dict[str, str]:
 
 
 def _modern(config: dict[str, Any]) -> dict[str, Any]:
-    """Settings of versions before 6, under their present names."""
+    """Return the settings of versions before 6 under their present names."""
     found = dict(config)
     activation = found.get("activation_fn", found.get("activation_fn_str"))
     if activation == _TOPK and found.get("architecture", _STANDARD) == _STANDARD:

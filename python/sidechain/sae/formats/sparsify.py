@@ -41,7 +41,7 @@ _REFUSED = {
 
 
 def is_tada(config: dict[str, Any]) -> bool:
-    """Whether a cfg.json has the settings that only TADA's trainer writes."""
+    """Return whether a cfg.json has the settings that only TADA's trainer writes."""
     return bool(_TADA_KEYS & config.keys())
 
 

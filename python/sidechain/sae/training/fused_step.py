@@ -62,7 +62,7 @@ def _forward(state: TrainState, x: Tensor, target: Tensor) -> tuple[list[Group],
 
 
 def _first(state: TrainState, codes: Codes, k: int) -> Codes:
-    """The k largest of sorted codes, over all slices of the features."""
+    """Return the k largest of sorted codes, over all slices of the features."""
     first = first_of(state, codes, k)
     return Codes(first.values.contiguous(), first.indices.contiguous(), None)
 
