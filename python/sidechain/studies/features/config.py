@@ -5,24 +5,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from ..._errors import InputError
 from ..._options import choice, option, whole
 from ..config import SCORES, Model, Sampling, dictionaries, folder, seed, sites
 from ..localization.config import read_concepts
 
 ACTIVATIONS = ("relu", "selected")
-#: Words of run folders from before.
-_BEFORE = {"open": "relu", "kept": "selected"}
-
-
-def read_activations(name: str, value: Any) -> str:
-    """Read what scores are made of."""
-    found = _BEFORE.get(value, value) if isinstance(value, str) else value
-    if found not in ACTIVATIONS:
-        raise InputError(f"{name}: expected one of {', '.join(ACTIVATIONS)}, got {value!r}")
-    return str(found)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,12 +23,11 @@ class DictionaryConfig(Sampling, Model):
         ("drums", "vocals", "violin"), "comma list, or all", read_concepts, metavar="A,B,..."
     )
     score: str = choice("tada", "what ranks features", SCORES)
-    activations: str = option(
+    activations: str = choice(
         "relu",
         "relu: all that are positive, as published; selected: those that the dictionary selects",
-        read_activations,
-        choices=ACTIVATIONS,
-        checked=True,
+        ACTIVATIONS,
+        before={"open": "relu", "kept": "selected"},
     )
     features: int = whole(3, "features a concept and site", least=1)
     moments: int = whole(3, "clips a feature", least=1)
