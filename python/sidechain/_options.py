@@ -8,7 +8,7 @@ its options from the fields. Imports nothing but the standard library.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ class Option:
         probe: (name, value); checks files and folders before a command begins.
         checked: whether `read` also runs where the settings are made in Python.
         choices: words that are allowed.
+        before: word in files of earlier versions -> the choice it is now.
         metavar: what stands for the value in the help; None = a flag without a value.
         group: title under which the help lists it.
         flag: "--name" if it is not that of the field.
@@ -43,6 +44,7 @@ class Option:
     probe: Probe | None = None
     checked: bool = False
     choices: tuple[str, ...] = ()
+    before: Mapping[str, str] = field(default_factory=dict)
     metavar: str | None = "VALUE"
     group: str = ""
     flag: str = ""
@@ -80,14 +82,21 @@ def number(default: Any, help: str, *, least: float = -math.inf, **details: Any)
 
 def choice(default: Any, help: str, choices: Sequence[str], **details: Any) -> Any:
     """Declare one word of several."""
+    before = details.get("before", {})
 
     def read(name: str, value: Any) -> str | None:
+        value = now(before, value)
         if value not in choices and not (value is None and default is None):
             raise InputError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
         found: str | None = value
         return found
 
     return option(default, help, read, **{"checked": True, "choices": tuple(choices), **details})
+
+
+def now(before: Mapping[str, str], value: Any) -> Any:
+    """Return the present word for one of an earlier version; other values as they are."""
+    return before.get(value, value) if isinstance(value, str) else value
 
 
 def flag(help: str, **details: Any) -> Any:

@@ -50,7 +50,7 @@ def test_a_step_waits_for_nothing(device: str, case: str, path: str) -> None:
     ]
     for rows in found[:DONE]:
         metrics.add(train_step(state, rows))
-    assert not state.schedule.looks_for_dead(state.step)
+    assert not state.schedule.updates_dead(state.step)
     assert ("aux" in case) == (state.dead_total > 0)
     state, metrics, rows = stand_in(device, (state, metrics, found[DONE]))
     lists = case.startswith(("batch_topk", "matryoshka")) or "batch_topk" in case
@@ -73,9 +73,9 @@ def test_metrics_wait_for_their_own_copy_alone(device: str) -> None:
     if device == "cuda":
         torch.cuda._sleep(10**9)  # half a second
         after = torch.cuda.current_stream().record_event()
-    figures = metrics.flush()
+    found = metrics.flush()
     assert after is None or not after.query()
-    assert figures is not None and figures["step"] == 2 and 0 < figures["fvu"] < 2
+    assert found is not None and found["step"] == 2 and 0 < found["fvu"] < 2
 
 
 SETTINGS: dict[str, dict[str, Any]] = {

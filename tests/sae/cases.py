@@ -7,7 +7,7 @@ import torch
 
 from sae.oracle import planted
 from sidechain.sae import Normaliser, Rows, SaeConfig, TrainConfig
-from sidechain.sae.config import SELECTING
+from sidechain.sae.architectures.registry import ARCHITECTURES
 from sidechain.sae.training.state import TrainState
 
 D, D_OUT, F, N, STEPS = 24, 20, 64, 96, 16
@@ -66,7 +66,7 @@ SHAPE = ("architecture", "k", "d_out", "prefixes", "unit_norm", "tied_bias")
 def make(case, path, dtype=torch.float32, mesh=None, device="cpu"):
     settings = {"aux_k": 0, **CASES[case]}
     config = SaeConfig(D, F, **{n: settings.pop(n) for n in SHAPE if n in settings})
-    if config.architecture not in ("topk", "batch_topk", "matryoshka"):
+    if not config.kind.selects:
         settings.pop("aux_k")
     train = TrainConfig(
         tokens=N * STEPS, batch=N, lr=3e-3, warmup=0.25, decay_share=0.5, path=path, **settings
@@ -92,4 +92,4 @@ def batches(transcoder):
 
 
 def has_fused(case):
-    return CASES[case]["architecture"] in SELECTING
+    return ARCHITECTURES[CASES[case]["architecture"]].fused

@@ -126,7 +126,7 @@ def test_slices():
 
 def test_exact_batch_selection_with_ties(monkeypatch):
     """keep_batch_largest over slices played one after the other: the histograms are sums."""
-    from sidechain.sae.training import select
+    from sidechain.sae.architectures import select
 
     generator = torch.Generator().manual_seed(0)
     rows, features, total = 8, 40, 60

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from sidechain.sae import Normaliser, Sae, SaeConfig
-from sidechain.sae.features.evaluate import measure, top_moments
+from sidechain.sae.features.evaluate import measure, top_examples
 from sidechain.store import ActivationStore, ActivationWriter, Storage
 
 D, F, STEPS, PROMPTS, TOKENS = 5, 12, (0, 3), 4, 7
@@ -56,7 +56,7 @@ def dense(sae, store):
 
 @pytest.mark.parametrize("batch", [4096, 10])
 @pytest.mark.parametrize("architecture", ["topk", "batch_topk"])
-def test_figures_equal_the_dense_expressions(store, architecture, batch):
+def test_metrics_equal_the_dense_expressions(store, architecture, batch):
     sae = dictionary(architecture)
     found = measure(sae, store, batch=batch)
     y, kept, place, scale = dense(sae, store)
@@ -88,11 +88,11 @@ def test_a_perfect_dictionary_explains_everything(tmp_path):
 
 
 @pytest.mark.parametrize("batch", [4096, 5])
-def test_top_moments_are_the_largest_of_each_prompt(store, batch):
+def test_top_examples_are_the_largest_of_each_prompt(store, batch):
     sae = dictionary("topk")
     _, kept, _, _ = dense(sae, store)
     labels = store.labels(torch.arange(len(store)))
-    found = top_moments(sae, store, [2, 4, 9], 3, batch=batch)
+    found = top_examples(sae, store, [2, 4, 9], 3, batch=batch)
     assert list(found) == [2, 4, 9] and found[4] == []
     for feature in (2, 9):
         peaks = {
@@ -111,11 +111,11 @@ def test_top_moments_are_the_largest_of_each_prompt(store, batch):
 
 def test_bad_input(store, tmp_path):
     with pytest.raises(ValueError, match=r"features within \[0, 12\), got 12"):
-        top_moments(dictionary("topk"), store, [12], 1)
+        top_examples(dictionary("topk"), store, [12], 1)
     with ActivationWriter(tmp_path / "nameless", {"s": D}) as writer:
         writer.write({"s": torch.zeros(3, D)})
     nameless = ActivationStore(tmp_path / "nameless")
     with pytest.raises(ValueError, match="rows that know their prompts"):
-        top_moments(dictionary("topk"), nameless, [1], 1)
+        top_examples(dictionary("topk"), nameless, [1], 1)
     with pytest.raises(ValueError, match="expected a store with rows, got an empty one"):
         measure(dictionary("topk"), ActivationStore(tmp_path / "nameless", prompts=[5]))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Metrics of a training run: figures arrive an interval late, their speed must not."""
+"""Metrics of a training run: they arrive an interval late, their speed must not."""
 
 from __future__ import annotations
 

@@ -4,21 +4,23 @@ import pytest
 import torch
 
 from sidechain import capture
+from sidechain.pipelines import PromptPairs
 from sidechain.sae import Normaliser, Sae, SaeConfig
 from sidechain.sae.features.scoring import (
     ACTIVATIONS,
     METHODS,
     FeatureStatistics,
     feature_statistics,
-    kept_sums,
     on_grid,
-    open_sums,
+    relu_sums,
+    selected_sums,
 )
 from sidechain.testing import tiny_pipeline
 
 F, STEPS = 24, 3
 POSITIVE = ["a violin with drums", "a piano with drums", "a flute with drums"]
 NEGATIVE = ["a violin", "a piano", "a flute"]
+PAIRS = PromptPairs(POSITIVE, NEGATIVE)
 CALL = {"num_inference_steps": STEPS, "guidance_scale": 3.0}
 
 
@@ -54,13 +56,13 @@ def dictionary(pipe, seed=0, architecture="topk"):
 def statistics(pipe, sae, batch_size=2, **changes):
     call = {**CALL, **changes}
     return feature_statistics(
-        pipe, {"cross:1": sae}, POSITIVE, NEGATIVE, batch_size=batch_size, progress=False, **call
+        pipe, {"cross:1": sae}, PAIRS, batch_size=batch_size, progress=False, **call
     )["cross:1"]
 
 
 def dense(pipe, sae):
-    """[S, 2 sides, P, T, F] open and kept activations in float64, from a plain capture."""
-    opened, kept = [], []
+    """[S, 2 sides, P, T, F] relu and selected activations in float64, from a plain capture."""
+    positive, selected = [], []
     for prompts in (POSITIVE, NEGATIVE):
         rows = []
         for seed, prompt in enumerate(prompts):
@@ -74,16 +76,16 @@ def dense(pipe, sae):
         if sae.r_mag is not None:
             gate = projected + sae.b_gate.double() > 0
             z = projected * sae.r_mag.double().exp() + sae.b_enc.double()
-            kept.append(z.clamp(min=0) * gate)
+            selected.append(z.clamp(min=0) * gate)
         else:
             z = projected + sae.b_enc.double()
             if sae.config.architecture == "topk":
                 top = z.topk(4, dim=-1).indices
-                kept.append(torch.zeros_like(z).scatter(-1, top, 1.0) * z.clamp(min=0))
+                selected.append(torch.zeros_like(z).scatter(-1, top, 1.0) * z.clamp(min=0))
             else:
-                kept.append(z * (z > sae.threshold.double()))
-        opened.append(z.clamp(min=0))
-    return torch.stack(opened, 1), torch.stack(kept, 1)
+                selected.append(z * (z > sae.threshold.double()))
+        positive.append(z.clamp(min=0))
+    return torch.stack(positive, 1), torch.stack(selected, 1)
 
 
 @pytest.mark.parametrize("activations", ACTIVATIONS)
@@ -91,18 +93,18 @@ def dense(pipe, sae):
 def test_statistics_equal_dense_expressions(pipe, architecture, activations):
     sae = dictionary(pipe, architecture=architecture)
     found = statistics(pipe, sae, activations=activations)
-    opened, kept = (t.detach() for t in dense(pipe, sae))
-    opened = opened if activations == "open" else kept
-    flat = opened.flatten(2, 3)  # [S, 2, P T, F]
+    positive, selected = (t.detach() for t in dense(pipe, sae))
+    positive = positive if activations == "relu" else selected
+    flat = positive.flatten(2, 3)  # [S, 2, P T, F]
     close = {"rtol": 1e-4, "atol": 1e-5}  # batches of other sizes round in other ways
     torch.testing.assert_close(found.mean, flat.mean(2), **close)
     torch.testing.assert_close(found.variance, flat.var(2), **close)
-    torch.testing.assert_close(found.kept, kept.flatten(2, 3).mean(2), **close)
+    torch.testing.assert_close(found.selected, selected.flatten(2, 3).mean(2), **close)
     torch.testing.assert_close(
-        found.rate, (kept > 0).double().flatten(2, 3).mean(2), rtol=0, atol=0.02
+        found.rate, (selected > 0).double().flatten(2, 3).mean(2), rtol=0, atol=0.02
     )
     torch.testing.assert_close(
-        found.pooled.double(), torch.cat([opened[:, 0], opened[:, 1]], 1).mean(2), **close
+        found.pooled.double(), torch.cat([positive[:, 0], positive[:, 1]], 1).mean(2), **close
     )
     assert found.steps.tolist() == list(range(STEPS)) and found.rows == flat.shape[2]
 
@@ -115,12 +117,12 @@ def test_tiles_do_not_matter(pipe, architecture, tile, monkeypatch):
     z = sae.preactivations(x, step=1).detach().relu().view(5, 13, F)
     codes = [sae.encode(sample, step=1) for sample in x]
     monkeypatch.setattr("sidechain.sae.features.scoring._PAIRS", tile)
-    sums, squares = open_sums(sae, x, 1)
+    sums, squares = relu_sums(sae, x, 1)
     torch.testing.assert_close(sums, z.sum(1))
     torch.testing.assert_close(squares, z.square().sum(1))
-    kept = kept_sums(sae, x, 1)
-    assert kept.rows.tolist() == [13] * 5
-    for own, code in zip(kept.sums, codes, strict=True):
+    selected = selected_sums(sae, x, 1)
+    assert selected.rows.tolist() == [13] * 5
+    for own, code in zip(selected.sums, codes, strict=True):
         dense = torch.zeros(F + 1).index_add(
             0, code.indices.flatten().long() % (F + 1), code.values.flatten().detach()
         )
@@ -128,7 +130,7 @@ def test_tiles_do_not_matter(pipe, architecture, tile, monkeypatch):
 
 
 def test_scored_activations_are_known(pipe):
-    with pytest.raises(ValueError, match="activations to be one of open, kept, got 'all'"):
+    with pytest.raises(ValueError, match="activations to be one of relu, selected, got 'all'"):
         statistics(pipe, dictionary(pipe), activations="all")
 
 
@@ -194,8 +196,6 @@ def test_a_dictionary_moves_to_the_grid_of_the_run(pipe):
 
 
 BAD = {
-    "no pairs": ({"positive": [], "negative": []}, "expected as many negative as positive"),
-    "odd pairs": ({"negative": NEGATIVE[:1]}, "got 3 positive and 1 negative"),
     "no dictionary": ({"saes": {}}, "at least one dictionary"),
     "width": ({"saes": {"cross:1": Sae(SaeConfig(3, F, "relu"))}}, "dictionary of width"),
     "generator": ({"generator": None}, "expected no generator"),
@@ -205,7 +205,7 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_bad_calls(pipe, name):
     changes, message = BAD[name]
-    call = {"saes": {"cross:1": dictionary(pipe)}, "positive": POSITIVE, "negative": NEGATIVE}
+    call = {"saes": {"cross:1": dictionary(pipe)}, "pairs": PAIRS}
     with pytest.raises(ValueError, match=message):
         feature_statistics(pipe, **{**call, **changes}, progress=False, **CALL)
 

@@ -280,10 +280,9 @@ class TestSources:
 
     def test_transcoder_from_two_sites(self, tmp_path):
         folder = make_store(tmp_path / "s", sites=("a", "b"), widths=(D, 20))
-        sae = train(
-            folder, tmp_path / "run", site="a", target=ActivationStore(folder, "b"),
-            architecture="topk", k=6, **{**SHORT, "tokens": N * 400},
-        )  # fmt: skip
+        source = StoreSource(ActivationStore(folder, "a"), ActivationStore(folder, "b"))
+        settings = {**SHORT, "tokens": N * 400}
+        sae = train(source, tmp_path / "run", architecture="topk", k=6, **settings)
         assert sae.config.transcoder and sae.config.width_out == 20
         assert (sae.provenance.site, sae.provenance.target_site) == ("a", "b")
         a, b = (ActivationStore(folder, site) for site in "ab")

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from sae.oracle import planted
 from sidechain.ops import Encoder, topk_encode
 from sidechain.sae import Codes, Normaliser, Rows, SaeConfig, TrainConfig
+from sidechain.sae.architectures.dead import dead_codes
 from sidechain.sae.initialise import encoder_scale, geometric_median, random_rows
 from sidechain.sae.training.groups import by_level
-from sidechain.sae.training.losses import dead_codes
 from sidechain.sae.training.resample import resample
 from sidechain.sae.training.state import TrainState
 from sidechain.sae.training.step import train_step
@@ -144,7 +144,7 @@ class TestDeadFeatures:
         state = self.dead_state(path, aux_k=8)
         for _ in range(3):
             train_step(state, Rows(x))
-        state.look_for_dead()
+        state.update_dead()
         assert torch.isin(torch.arange(0, F, 4), state.dead).all()
         before = {n: t.clone() for n, t in state.weights.items()}
         train_step(state, Rows(x))
@@ -162,7 +162,7 @@ class TestDeadFeatures:
         x[3, 2] = torch.nan
         w = {**state.weights, "b_pre": state.b_pre + 0.1}
         compact = {**w, "w_enc": w["w_enc"][state.dead]}
-        monkeypatch.setattr("sidechain.sae.training.losses._TILE", tile)
+        monkeypatch.setattr("sidechain.sae.architectures.dead._TILE", tile)
         codes = dead_codes(state, k, x, compact)
         width = min(k, len(state.dead))
         encoder = Encoder(compact["w_enc"], w["b_enc"][state.dead], w["b_pre"])
@@ -183,7 +183,7 @@ class TestDeadFeatures:
             state = self.dead_state(path, aux_k=aux_k, aux_weight=1.0)
             for _ in range(90):
                 train_step(state, Rows(x))
-            left[aux_k] = int(state.silent()[::4].sum())
+            left[aux_k] = int(state.dead_mask()[::4].sum())
         assert left[8] < left[0] == F // 4
 
     def test_resampling(self):
@@ -211,7 +211,7 @@ class TestDeadFeatures:
             assert torch.equal(state.weights[name][kept], before[name][kept])
             assert all(m[chosen].abs().sum() == 0 for m in state.adam[name])
             assert all((m[kept] == 1).all() for m in state.adam[name])
-        assert int(state.silent().sum()) == 0
+        assert int(state.dead_mask().sum()) == 0
         assert resample(state, Rows(x), loss) == 0
 
     def test_resampling_with_more_dead_than_rows(self):
@@ -306,7 +306,7 @@ def test_running_threshold_keeps_k_features_on_average(path):
 
 
 class TestMetrics:
-    def test_figures(self):
+    def test_values(self):
         state = make()
         metrics = Metrics(state)
         x, _ = planted(3 * N, D, 24)
@@ -316,11 +316,11 @@ class TestMetrics:
             squares += outcome.row_loss.sum()
             metrics.add(outcome)
         assert metrics.read() is None
-        figures = metrics.flush()
-        assert figures["step"] == 3 and figures["tokens"] == 3 * N and figures["k"] == 3
+        found = metrics.flush()
+        assert found["step"] == 3 and found["tokens"] == 3 * N and found["k"] == 3
         variance = (x - x.mean(0)).square().sum()
-        assert figures["fvu"] == pytest.approx(float(squares / variance), rel=1e-5)
-        assert figures["l0"] == pytest.approx(3.0)
+        assert found["fvu"] == pytest.approx(float(squares / variance), rel=1e-5)
+        assert found["l0"] == pytest.approx(3.0)
         assert metrics.flush() is None
         metrics.add(train_step(state, Rows(x[:N])))
         assert metrics.read() is None and metrics.read()["step"] == 4

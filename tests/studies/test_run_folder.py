@@ -20,6 +20,7 @@ from sidechain.io.same import difference, digest, fingerprint
 from sidechain.studies import localization as loc
 from sidechain.studies import steering as st
 from sidechain.studies.demo.config import SHORT, DemoConfig
+from sidechain.studies.features.config import DictionaryConfig
 from sidechain.vectors import SteeringVector
 
 RUNS = Path(__file__).parents[1] / "data" / "runs"
@@ -35,6 +36,21 @@ def started(folder, **changes):
     config = loc.LocalizationConfig(**{**OWN, "out": folder, **changes})
     RunFolder(folder, "localize", config, {"model": "abc"}).save_part("a", pd.DataFrame({"x": [1]}))
     return config
+
+
+def test_a_word_of_an_earlier_version_is_the_same_setting(tmp_path):
+    config = DictionaryConfig(out=tmp_path / "run")
+    RunFolder(config.out, "sae score", config).save_part("a", pd.DataFrame({"x": [1]}))
+    known = manifest(config.out)
+    assert known["config"]["activations"] == "relu"
+    for word, now in (("open", "relu"), ("kept", "selected")):
+        known["config"]["activations"], known["fingerprint"] = word, "of that version"
+        (config.out / "manifest.json").write_text(json.dumps(known))
+        same = replace(config, activations=word)
+        assert same.activations == now
+        RunFolder(config.out, "sae score", same)
+    with pytest.raises(InputError, match="activations is"):
+        RunFolder(config.out, "sae score", config)
 
 
 class TestFingerprint:

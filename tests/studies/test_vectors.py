@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sidechain.studies import common, vectors
-from sidechain.vectors import SteeringVector, caa
+from sidechain.vectors import PromptPairs, SteeringVector, caa
 from sidechain.zoo.music.concepts import concept
 
 
@@ -40,10 +40,12 @@ def test_is_the_difference_of_the_concept_pairs(model, config):
     pairs = concept("vocals").pairs(3, common.VECTOR_PROMPTS)
     plain = caa(
         model.pipe,
-        [pair.clean for pair in pairs],
-        [pair.corrupted for pair in pairs],
+        PromptPairs(
+            [pair.clean for pair in pairs],
+            [pair.corrupted for pair in pairs],
+            seeds=[common.noise_seed(0, index) for index in range(3)],
+        ),
         "cross:*",
-        seeds=[common.noise_seed(0, index) for index in range(3)],
         batch_size=1,
         normalise=False,
         progress=False,

@@ -10,11 +10,12 @@ from torch import Tensor
 import sidechain
 from sidechain.pipelines import config_hash
 from sidechain.testing import generate, tiny_pipeline
-from sidechain.vectors import SteeringVector, caa
+from sidechain.vectors import PromptPairs, SteeringVector, caa
 
 POSITIVE = ["piano song", "slow piano", "piano and bass", "happy piano loop", "jazz piano"]
 NEGATIVE = ["violin song", "slow violin", "violin and bass", "happy violin loop", "jazz violin"]
 SEEDS = [3, 1, 4, 1, 5]
+PAIRS = PromptPairs(POSITIVE, NEGATIVE, seeds=SEEDS)
 
 
 def naive(pipe: Any, site: str, **call: Any) -> Tensor:
@@ -38,7 +39,7 @@ class TestNumerics:
     def test_equals_the_formula(self, pipe: Any, batch_size: int) -> None:
         expected = naive(pipe, "cross:1")
         made = caa(
-            pipe, POSITIVE, NEGATIVE, "cross:1", seeds=SEEDS, batch_size=batch_size,
+            pipe, PAIRS, "cross:1", batch_size=batch_size,
             normalise=False, progress=False, num_inference_steps=4,
         )  # fmt: skip
         for place, branch in enumerate(("uncond", "cond")):
@@ -49,7 +50,7 @@ class TestNumerics:
     def test_unit_norm(self, pipe: Any) -> None:
         raw, unit = (
             caa(
-                pipe, POSITIVE, NEGATIVE, "cross:*", seeds=SEEDS, normalise=normalise,
+                pipe, PAIRS, "cross:*", normalise=normalise,
                 progress=False, num_inference_steps=3, passes="cond",
             )
             for normalise in (False, True)
@@ -60,7 +61,7 @@ class TestNumerics:
             torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-5)
 
     def test_zero_context_gives_zero_not_nan(self, pipe: Any) -> None:
-        made = caa(pipe, POSITIVE, NEGATIVE, "cross:0", progress=False, num_inference_steps=2)
+        made = caa(pipe, PAIRS, "cross:0", progress=False, num_inference_steps=2)
         assert not made["transformer_blocks.0.attn2", "uncond"].any()
 
     def test_a_planted_direction_is_recovered(self, pipe: Any) -> None:
@@ -92,26 +93,26 @@ class TestNumerics:
 
         module.set_processor(Planted())
         made = caa(
-            pipe, POSITIVE, NEGATIVE, "cross:2", progress=False, num_inference_steps=2,
+            pipe, PAIRS, "cross:2", progress=False, num_inference_steps=2,
             passes="cond",
         )  # fmt: skip
         assert (made["transformer_blocks.2.attn2"] @ d > 0.99).all()
 
     def test_negative_prompt_and_guidance_off(self, pipe: Any) -> None:
         made = caa(
-            pipe, POSITIVE, NEGATIVE, "cross:0", progress=False, num_inference_steps=2,
+            pipe, PAIRS, "cross:0", progress=False, num_inference_steps=2,
             negative_prompt="rock",
         )  # fmt: skip
         assert made.passes == ["uncond", "cond"]
         made = caa(
-            pipe, POSITIVE, NEGATIVE, "cross:0", progress=False, num_inference_steps=2,
+            pipe, PAIRS, "cross:0", progress=False, num_inference_steps=2,
             guidance_scale=1.0,
         )  # fmt: skip
         assert made.passes == ["cond"]
 
     def test_heun(self) -> None:
         made = caa(
-            tiny_pipeline(scheduler="heun"), POSITIVE, NEGATIVE, "cross:0", progress=False,
+            tiny_pipeline(scheduler="heun"), PAIRS, "cross:0", progress=False,
             num_inference_steps=3,
         )  # fmt: skip
         assert made.steps == 5
@@ -120,7 +121,7 @@ class TestNumerics:
 class TestProvenance:
     def test_what_is_kept(self, pipe: Any) -> None:
         made = caa(
-            pipe, POSITIVE, NEGATIVE, "cross:0-1", concept="piano", seeds=7, progress=False,
+            pipe, PromptPairs(POSITIVE, NEGATIVE, "piano", 7), "cross:0-1", progress=False,
             num_inference_steps=2, guidance_scale=5.0,
         )  # fmt: skip
         known = made.provenance
@@ -135,34 +136,37 @@ class TestProvenance:
         assert isinstance(made, SteeringVector)
 
     def test_progress_bar(self, pipe: Any, capsys: pytest.CaptureFixture[str]) -> None:
-        caa(pipe, POSITIVE, NEGATIVE, "cross:0", concept="piano", num_inference_steps=2)
+        caa(pipe, PromptPairs(POSITIVE, NEGATIVE, "piano"), "cross:0", num_inference_steps=2)
         assert "caa piano" in capsys.readouterr().err
         assert pipe._progress_bar_config == {"disable": True}  # as tiny_pipeline left it
 
 
 class TestContract:
     @pytest.mark.parametrize(
-        ("positive", "negative", "arguments", "error", "match"),
+        ("sides", "options", "error", "match"),
         [
-            ([], [], {}, ValueError, "at least one, got 0"),
-            (["a"], ["a", "b"], {}, ValueError, "got 1 positive and 2 negative"),
-            ("piano", "drums", {}, TypeError, "expected positive as a list"),
-            (["a"], [1], {}, TypeError, "expected negative as a list"),
-            (["a"], ["b"], {"seeds": []}, ValueError, "at least one seed"),
-            (["a"], ["b"], {"batch_size": 0}, ValueError, "expected batch_size >= 1"),
-            (["a"], ["b"], {"sites": "cross:9"}, ValueError, "sites: expected one of"),
-            (["a"], ["b"], {"generator": None}, ValueError, "expected no generator"),
-            (["a"], ["b"], {"passes": "none"}, ValueError, "expected branches"),
+            (([], []), {}, ValueError, "at least one, got 0"),
+            ((["a"], ["a", "b"]), {}, ValueError, "got 1 positive and 2 negative"),
+            (("piano", "drums"), {}, TypeError, "expected positive as a list"),
+            ((["a"], [1]), {}, TypeError, "expected negative as a list"),
+            ((["a"], ["b"]), {"seeds": []}, ValueError, "at least one seed"),
         ],
     )
-    def test_bad_calls(
-        self,
-        pipe: Any,
-        positive: Any,
-        negative: Any,
-        arguments: dict[str, Any],
-        error: type[Exception],
-        match: str,
+    def test_bad_pairs(
+        self, sides: Any, options: dict[str, Any], error: type[Exception], match: str
     ) -> None:
         with pytest.raises(error, match=match):
-            caa(pipe, positive, negative, progress=False, **arguments)
+            PromptPairs(*sides, **options)
+
+    @pytest.mark.parametrize(
+        ("arguments", "match"),
+        [
+            ({"batch_size": 0}, "expected batch_size >= 1"),
+            ({"sites": "cross:9"}, "sites: expected one of"),
+            ({"generator": None}, "expected no generator"),
+            ({"passes": "none"}, "expected passes"),
+        ],
+    )
+    def test_bad_calls(self, pipe: Any, arguments: dict[str, Any], match: str) -> None:
+        with pytest.raises(ValueError, match=match):
+            caa(pipe, PromptPairs(["a"], ["b"]), progress=False, **arguments)

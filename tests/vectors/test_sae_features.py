@@ -5,7 +5,7 @@ import torch
 from sidechain import sites, steer
 from sidechain.sae import Normaliser, Sae, SaeConfig
 from sidechain.sae.features.scoring import FeatureStatistics
-from sidechain.vectors import WEIGHTINGS, SteeringVector, sae_features
+from sidechain.vectors import WEIGHTINGS, PromptPairs, SteeringVector, sae_features
 
 F, STEPS = 16, 4
 
@@ -41,7 +41,7 @@ def test_directions_are_weighted_decoder_rows(pipe, parts, method):
         ranked = found.score(method)[step].argsort(descending=True)[:5]
         rows = sae.w_dec.detach().double()[ranked] * sae.normaliser.scale[step]
         score = found.score(method)[step, ranked]
-        difference = found.kept[step, 0, ranked] - found.kept[step, 1, ranked]
+        difference = found.selected[step, 0, ranked] - found.selected[step, 1, ranked]
         weights = {
             "natural": difference,
             "none": torch.ones(5).double(),
@@ -58,7 +58,7 @@ def test_directions_are_weighted_decoder_rows(pipe, parts, method):
 def test_all_features_give_the_difference_of_the_reconstructions(pipe, parts):
     site, sae, found = parts
     vector = build(pipe, parts, count=F)
-    mean = found.kept @ sae.w_dec.detach().double() + sae.b_dec.detach().double()
+    mean = found.selected @ sae.w_dec.detach().double() + sae.b_dec.detach().double()
     expected = (mean[:, 0] - mean[:, 1]) * sae.normaliser.scale[:, None]
     torch.testing.assert_close(vector[site.name], expected.float(), rtol=1e-5, atol=1e-6)
 
@@ -72,10 +72,17 @@ def test_features_of_some_steps_at_all_steps(pipe, parts):
 
 
 def test_it_is_an_ordinary_vector(pipe, parts, tmp_path):
-    vector = build(pipe, parts, concept="drums", count=4, pairs=3, seeds=(1, 2, 3))
+    _, sae, found = parts
+    pairs = PromptPairs(["a", "b", "c"], ["d", "e", "f"], "drums", seeds=4)
+    vector = sae_features(
+        pipe, {"cross:1": sae}, {"cross:1": found}, pairs, count=4, num_inference_steps=STEPS
+    )
     vector.save(tmp_path / "v.safetensors")
     again = SteeringVector.load(tmp_path / "v.safetensors", pipe)
     assert again.provenance.method == "sae:tada:natural:4" and again.concept == "drums"
+    assert again.provenance.positive == again.provenance.negative == 3
+    assert again.provenance.seeds == (4, 5, 6)
+    assert again.provenance.call == {"num_inference_steps": STEPS}
     assert again.passes == ["cond"]
     with steer(pipe, again, strength=1.0) as tap:
         assert list(tap.sites.aliases) == ["cross:1"]

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from .. import _values as values
 from .._errors import InputError
 from .._options import choice, defaults, number, option, path, text, whole
-from ..sae.config import ARCHITECTURES, SELECTING, SaeConfig
+from ..sae.architectures.registry import ARCHITECTURES, taking
+from ..sae.config import DEFAULT_K, SaeConfig
 from ..sae.training.train_config import TrainConfig
 from ..studies.config import Model
 from .builder import Command
@@ -61,15 +62,13 @@ class SaeTrainSettings(Model):
     )
     site: str | None = text(None, "which site of the store", "SITE")
     target: str | None = text(None, "reconstruct this site instead: a transcoder", "SITE")
-    architecture: str = choice("batch_topk", "kind of dictionary", ARCHITECTURES)
+    architecture: str = choice("batch_topk", "kind of dictionary", tuple(ARCHITECTURES))
     features: str = option("8x", "or a multiple of the width", read_features, metavar="N|Nx")
-    k: int | None = whole(
-        None, "features a token (default 32; topk, batch_topk, matryoshka)", least=1
-    )
+    k: int | None = whole(None, f"features a token (default {DEFAULT_K}; {taking('k')})", least=1)
     tokens: int = whole(2_000_000, "rows to train on", least=1)
     batch: int = whole(_DEFAULTS["batch"], "rows a step", least=1)
     lr: float | None = number(None, "learning rate (default 2e-4 / sqrt(features / 16384))")
-    sparsity: float = number(_DEFAULTS["sparsity"], "penalty of relu, gated, jumprelu", least=0.0)
+    sparsity: float = number(_DEFAULTS["sparsity"], f"penalty of {taking('sparsity')}", least=0.0)
     seed: int = whole(_DEFAULTS["seed"], "of weights, order and noise", most=2**63 - 1)
     set: tuple[str, ...] = option(
         (),
@@ -211,16 +210,11 @@ def _device(settings: SaeTrainSettings) -> str | None:
 
 def sae_config(settings: SaeTrainSettings, rows: Source) -> SaeConfig:
     """Return the dictionary that the options describe, for rows of these widths."""
-    d_in, d_out = rows.widths()
-    times = d_in if settings.features.endswith("x") else 1
+    from ..sae.training.trainer import config_for
+
+    times = rows.widths()[0] if settings.features.endswith("x") else 1
     count = int(settings.features.rstrip("x")) * times
-    aimed = bool(rows.provenance().target_site)
-    k = settings.k
-    if k is None and settings.architecture in SELECTING:
-        k = min(32, count)
-    return SaeConfig(
-        d_in, count, settings.architecture, k=k, d_out=d_out if aimed else None, transcoder=aimed
-    )
+    return config_for(rows, count, architecture=settings.architecture, k=settings.k)
 
 
 def slug(rows: Source) -> str:

@@ -3,6 +3,7 @@
 
 from . import families as families
 from .adapter import Adapter, CallShape, config_hash, execution_device, register_adapter
+from .prompt_pairs import PromptPairs
 from .sites import Site, SiteList, SitePattern, sites
 from .tracker import Generation, GenerationTracker, Observer, observe, release
 
@@ -12,6 +13,7 @@ __all__ = [
     "Generation",
     "GenerationTracker",
     "Observer",
+    "PromptPairs",
     "Site",
     "SiteList",
     "SitePattern",

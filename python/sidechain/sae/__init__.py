@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sparse dictionaries of what flows through a site: architectures, training, files."""
+"""Sparse dictionaries of the activations at a site: architectures, training, files."""
 
 from typing import TYPE_CHECKING
 
 from .._lazy import lazy
 
 if TYPE_CHECKING:
-    from .config import ARCHITECTURES, Provenance, SaeConfig
+    from .architectures.registry import ARCHITECTURES
+    from .config import Provenance, SaeConfig
     from .model import Codes, Sae
     from .normaliser import Normaliser
     from .training.log import LOGGERS
@@ -41,7 +42,8 @@ __all__ = [
 lazy(
     __name__,
     {
-        **dict.fromkeys(("ARCHITECTURES", "Provenance", "SaeConfig"), ".config"),
+        "ARCHITECTURES": ".architectures.registry",
+        **dict.fromkeys(("Provenance", "SaeConfig"), ".config"),
         **dict.fromkeys(("Codes", "Sae"), ".model"),
         "Normaliser": ".normaliser",
         "LOGGERS": ".training.log",

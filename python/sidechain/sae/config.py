@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a dictionary is: its architecture and sizes."""
+"""Architecture and sizes of a dictionary, and where it comes from."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ from dataclasses import asdict, dataclass, field, fields
 from itertools import pairwise
 from typing import Any
 
-ARCHITECTURES = ("topk", "batch_topk", "matryoshka", "jumprelu", "relu", "gated")
-"""topk: arXiv 2406.04093; batch_topk: 2412.06410; matryoshka (on batch_topk): 2503.17547;
-jumprelu: 2407.14435; relu: Bricken et al. 2023; gated: 2404.16014."""
+from .architectures.registry import ARCHITECTURES, Architecture, taking
 
-SELECTING = frozenset({"topk", "batch_topk", "matryoshka"})
-"""Architectures that keep a given number of features, `k`."""
+#: Active features of a token where none are asked for.
+DEFAULT_K = 32
 
 
 @dataclass(frozen=True)
@@ -25,11 +23,11 @@ class SaeConfig:
         d_in: width of the input.
         features: F, number of dictionary entries.
         architecture: one of `ARCHITECTURES`.
-        k: features kept per token (topk: exactly that many positive ones at most; batch_topk and
+        k: active features per token (topk: that many positive ones at most; batch_topk and
             matryoshka: on average over a batch). None for the others.
         d_out: width of the output; None = d_in, an autoencoder.
         transcoder: output and input are different activations, even where the widths agree.
-        prefixes: matryoshka only: ascending sizes of the nested dictionaries, the last one F.
+        prefixes: of matryoshka: ascending sizes of the nested dictionaries, the last one F.
         unit_norm: rows of `w_dec` have norm 1.
         tied_bias: `b_pre` is `b_dec`; otherwise `b_pre` is a constant of its own (a trained one
             would say the same as `b_enc`).
@@ -68,7 +66,7 @@ class SaeConfig:
         self._check_prefixes()
 
     def _check_k(self) -> None:
-        if self.architecture in SELECTING:
+        if self.kind.takes("k"):
             if self.k is None or self.k > self.features:
                 raise ValueError(
                     f"SaeConfig: expected 1 <= k <= {self.features} [features] with "
@@ -82,11 +80,11 @@ class SaeConfig:
 
     def _check_prefixes(self) -> None:
         sizes = self.prefixes
-        if self.architecture != "matryoshka":
+        if not self.kind.takes("prefixes"):
             if sizes:
                 raise ValueError(
-                    f"SaeConfig: expected no prefixes with architecture={self.architecture!r}, "
-                    f"got {sizes}"
+                    f"SaeConfig: expected no prefixes with architecture={self.architecture!r} "
+                    f"[only with {taking('prefixes')}], got {sizes}"
                 )
             return
         if not sizes:
@@ -99,6 +97,11 @@ class SaeConfig:
                 f"SaeConfig: expected ascending prefixes that end at {self.features} [features], "
                 f"got {sizes}"
             )
+
+    @property
+    def kind(self) -> Architecture:
+        """Traits of the architecture."""
+        return ARCHITECTURES[self.architecture]
 
     @property
     def width_out(self) -> int:
@@ -135,7 +138,7 @@ class Provenance:
         passes: guidance passes the activations are from.
         source: what it was trained on, or the format it was read from.
         tokens: number of training tokens.
-        metrics: figures at the end of training (fvu, l0, dead, ...).
+        metrics: at the end of training (fvu, l0, dead, ...).
         extra: anything else, JSON values only.
     """
 

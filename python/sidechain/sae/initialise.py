@@ -32,7 +32,7 @@ def random_rows(seed: int, stream: int, start: int, stop: int, width: int) -> Te
 
 
 def encoder_scale(d_in: int, features: int, *, selecting: bool) -> float:
-    """Length of the first encoder rows.
+    """Return the length of the first encoder rows.
 
     Selecting architectures take the k largest, whatever the scale: 1. Where every positive feature
     fires, half of them do at first, and with rows of length s the reconstruction is about
@@ -63,7 +63,7 @@ def geometric_median(x: Tensor, *, iterations: int = 100, tolerance: float = 1e-
 
 
 def mix(*numbers: int) -> int:
-    """One seed of several numbers, well spread (SplitMix64's finaliser)."""
+    """Return one seed made of several numbers, well spread (SplitMix64's finaliser)."""
     state = 0
     for number in numbers:
         state = (state + 0x9E3779B97F4A7C15 + number) % (1 << 64)

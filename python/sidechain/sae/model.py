@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`Sae`: a dictionary of what flows through a site."""
+"""`Sae`: a dictionary of the activations at a site."""
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..io.tensors import read_tensors, write_tensors
-from ..ops import Codes, Encoder, sparse_decode, topk_encode
-from .config import SELECTING, Provenance, SaeConfig
+from ..ops import Codes, sparse_decode
+from .architectures.registry import implementation, own_parameters
+from .config import Provenance, SaeConfig
 from .initialise import encoder_scale, random_rows
 from .normaliser import Normaliser
 
@@ -23,7 +23,9 @@ __all__ = ["Codes", "Sae"]
 
 FORMAT = "sidechain.sae"
 FORMAT_VERSION = 1
-WEIGHTS = ("w_enc", "b_enc", "w_dec", "b_dec", "threshold", "b_gate", "r_mag")
+WEIGHTS = ("w_enc", "b_enc", "w_dec", "b_dec")
+#: First threshold of a feature where none is trained.
+_THRESHOLD = 0.001
 
 
 class Sae(nn.Module):
@@ -32,7 +34,7 @@ class Sae(nn.Module):
     With y = (x - mean[s]) / scale[s] and u = y - b_pre:
 
     - z = w_enc u + b_enc; a feature is active where the architecture says so and z > 0;
-    - topk keeps the k largest z of a token, batch_topk and matryoshka the N k largest of a batch
+    - topk selects the k largest z of a token, batch_topk and matryoshka the N k largest of a batch
       while training and z > threshold afterwards, jumprelu z > threshold[f], relu z > 0;
     - gated: active where g = w_enc u + b_gate > 0, with z = exp(r_mag) (w_enc u) + b_enc;
     - x_hat = (sum_f z_f w_dec[f] + b_dec) * scale[s] + mean[s].
@@ -68,6 +70,7 @@ class Sae(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self._kind = implementation(config.architecture)
         self.provenance = provenance or Provenance()
         features, d_in, d_out = config.features, config.d_in, config.width_out
         self.normaliser = normaliser or Normaliser.identity(d_in)
@@ -76,27 +79,23 @@ class Sae(nn.Module):
         self.target_normaliser = target_normaliser
         w_dec = random_rows(seed, 0, 0, features, d_out)
         w_enc = random_rows(seed, 1, 0, features, d_in) if config.transcoder else w_dec.clone()
-        w_enc *= encoder_scale(d_in, features, selecting=config.architecture in SELECTING)
+        w_enc *= encoder_scale(d_in, features, selecting=bool(config.kind.selects))
         self.w_enc = nn.Parameter(w_enc)
         self.w_dec = nn.Parameter(w_dec)
         self.b_enc = nn.Parameter(torch.zeros(features))
         self.b_dec = nn.Parameter(torch.zeros(d_out))
         self.register_buffer("_b_pre", None if config.tied_bias else torch.zeros(d_in))
-        self.register_buffer("threshold", None)
-        for name in ("b_gate", "r_mag"):
-            self.register_parameter(name, None)
-        if config.architecture in ("batch_topk", "matryoshka"):
-            self.threshold = torch.tensor(math.nan)
-        elif config.architecture == "jumprelu":
-            del self.threshold
-            self.threshold = nn.Parameter(torch.full((features,), 0.001))
-        elif config.architecture == "gated":
-            self.b_gate = nn.Parameter(torch.zeros(features))
-            self.r_mag = nn.Parameter(torch.zeros(features))
+        own = self._kind.own(features, _THRESHOLD)
+        for name in ("threshold", *own_parameters()):
+            first = own.get(name)
+            if first is not None and first.dim():
+                self.register_parameter(name, nn.Parameter(first))
+            else:
+                self.register_buffer(name, first)
 
     @property
     def b_pre(self) -> Tensor:
-        """What is subtracted from the normalised input, [d_in]."""
+        """Vector subtracted from the normalised input, [d_in]."""
         return self.b_dec if self._b_pre is None else self._b_pre
 
     @b_pre.setter
@@ -140,51 +139,38 @@ class Sae(nn.Module):
             ValueError: another width, an unknown step, or a threshold that was never trained.
         """
         y = self._normalised(x, step)
-        config = self.config
-        options: dict[str, Any] = {"precision": precision, "backend": backend}
-        encoder = Encoder(self.w_enc, self.b_enc, self.b_pre)
-        if config.architecture == "topk":
-            return topk_encode(y, encoder, k=config.k, mode="topk", **options)
-        if config.architecture in SELECTING and self.training:
-            return topk_encode(y, encoder, k=config.k, mode="batch_topk", **options)
-        w_enc, b_enc, threshold = self.thresholded_encoder()
-        encoder = Encoder(w_enc, b_enc, self.b_pre)
-        return topk_encode(y, encoder, mode="threshold", threshold=threshold, **options)
+        return self._kind.encode(self, y, precision=precision, backend=backend)
 
     def thresholded_encoder(self) -> tuple[Tensor, Tensor, float | Tensor]:
         """Return (w, b, t) with: a feature is active iff z = w u + b > t, with value z.
 
-        t is never negative. A gate is such a threshold too: g > 0 iff z > b_enc - exp(r_mag) b_gate
-        (arXiv 2404.16014, appendix on weight sharing).
+        t is never negative.
 
         Raises:
             ValueError: topk, which compares features of a token with each other, or a threshold
                 that was never trained.
         """
-        architecture = self.config.architecture
-        if architecture == "topk":
-            raise ValueError("Sae: expected an architecture with a threshold, got topk")
-        if architecture == "relu":
-            return self.w_enc, self.b_enc, 0.0
-        if self.r_mag is not None and self.b_gate is not None:
-            gain = self.r_mag.exp()
-            limit = (self.b_enc - gain * self.b_gate).detach().clamp(min=0)
-            return gain[:, None] * self.w_enc, self.b_enc, limit
+        return self._kind.thresholded(self)
+
+    def trained_threshold(self) -> Tensor:
+        """Return `threshold` for every feature [F], not negative.
+
+        Raises:
+            ValueError: it was never trained.
+        """
         if self.threshold is None or bool(self.threshold.isnan().any()):
             raise ValueError(
-                f"Sae: expected a trained threshold [{architecture} in eval mode], got none: "
-                "train it, or call train() to select over the batch"
+                f"Sae: expected a trained threshold [{self.config.architecture} in eval mode], got "
+                "none: train it, or call train() to select over the batch"
             )
-        limit = self.threshold.detach().clamp(min=0).expand(self.config.features)
-        return self.w_enc, self.b_enc, limit
+        return self.threshold.detach().clamp(min=0).expand(self.config.features)
 
     def preactivations(self, x: Tensor, *, step: int | Tensor | None = None) -> Tensor:
         """Return z [N, F] before any selection; dense, for looking at a few rows."""
         y = self._normalised(x, step)
         projected = (y - self.b_pre) @ self.w_enc.T
-        if self.r_mag is not None:
-            projected = projected * self.r_mag.exp()
-        return projected + self.b_enc
+        gain = self._kind.gain(self)
+        return (projected if gain is None else projected * gain) + self.b_enc
 
     def decode(
         self, codes: Codes, *, step: int | Tensor | None = None, backend: str = "auto"
@@ -243,11 +229,8 @@ class Sae(nn.Module):
             made.w_dec.copy_(self.w_dec)
             made.b_dec.copy_(self.b_dec * out_scale + out_mean)
             made.b_pre = self.b_pre * scale + mean
-            if self.threshold is not None and made.threshold is not None:
-                made.threshold.copy_(self.threshold * out_scale)
-            for name, factor in (("b_gate", out_scale), ("r_mag", 1.0)):
-                if getattr(self, name) is not None:
-                    getattr(made, name).copy_(getattr(self, name) * factor)
+            for name, tensor in self._kind.scaled(self, out_scale).items():
+                getattr(made, name).copy_(tensor)
         return made.to(self.w_enc.device).train(self.training)
 
     def normalise_decoder(self) -> None:
@@ -256,13 +239,8 @@ class Sae(nn.Module):
             length = self.w_dec.norm(dim=1)
             length = torch.where(length > 0, length, 1.0)
             self.w_dec.div_(length[:, None])
-            if self.r_mag is not None:
-                self.r_mag.add_(length.log())
-            else:
-                self.w_enc.mul_(length[:, None])
+            self._kind.scale_encoder_(self, length)
             self.b_enc.mul_(length)
-            if isinstance(self.threshold, nn.Parameter):
-                self.threshold.mul_(length)
 
     # -- files ----------------------------------------------------------------------------------
 
@@ -327,6 +305,7 @@ class Sae(nn.Module):
                 tensor.copy_(given[name])
 
     def _weights(self) -> dict[str, Tensor]:
-        """Weights by their names in a file, those that the architecture has."""
-        found = {name: getattr(self, name) for name in WEIGHTS if getattr(self, name) is not None}
+        """Return the weights that the architecture has, by their names in a file."""
+        names = (*WEIGHTS, *self.config.kind.tensors)
+        found = {name: getattr(self, name) for name in names}
         return found if self.config.tied_bias else found | {"b_pre": self.b_pre}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Steering vectors from dictionary features: the decoder rows of what stands for a concept.
+"""Steering vectors from dictionary features: decoder rows of those that score best for a concept.
 
 v[t] = scale[t] sum_{j in top(t)} a_j w_dec[j]: the best features of step t, weighted, in the units
 of the activations. Source: TADA, arXiv 2602.11910.
@@ -13,14 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..pipelines import config_hash
+from ..pipelines import PromptPairs
 from ..pipelines import sites as list_sites
-from ..pipelines.generate import model_name
 from ..sae import Sae
 from ..sae.features.scoring import FeatureStatistics, on_grid
 from .vector import Provenance, SteeringVector
 
-#: Weights of scores [k] that sum to 1; "natural" and "none" are of their own.
+#: Weights made of scores [k], scaled to sum 1 afterwards; "natural" and "none" use no scores.
 _SCORE_WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
     "raw": lambda score: score,
     "softmax": lambda score: score.softmax(0),
@@ -34,15 +33,13 @@ def sae_features(
     pipe: Any,
     saes: Mapping[str, Sae],
     statistics: Mapping[str, FeatureStatistics],
+    pairs: PromptPairs | None = None,
     *,
     method: str = "tada",
     count: int = 20,
     weighting: str = "natural",
     from_steps: Sequence[int] | None = None,
-    concept: str = "",
-    pairs: int = 0,
-    seeds: Sequence[int] = (),
-    call: Mapping[str, Any] | None = None,
+    **call: Any,
 ) -> SteeringVector:
     """Build a steering vector from the features that score best for a concept.
 
@@ -50,17 +47,16 @@ def sae_features(
         pipe: the pipeline that the statistics are of.
         saes: dictionary of each site.
         statistics: of `feature_statistics`, by the same keys.
+        pairs: the prompts behind the statistics, for the record.
         method: score that picks features, one of `sidechain.sae.features.scoring.METHODS`.
         count: features at each step.
-        weighting: "natural": a_j is how much more feature j is kept with the concept than without
-            it, so that strength 1 is the natural difference in these features; "none": a_j = 1,
-            as published; "raw", "softmax", "sqrt" or "log" of the scores, scaled to sum 1.
+        weighting: "natural": a_j is how much larger the selected activation of feature j is with
+            the concept than without it, so that strength 1 is the natural difference in these
+            features; "none": a_j = 1, as published; "raw", "softmax", "sqrt" or "log" of the
+            scores, scaled to sum 1.
         from_steps: pick and weigh by these steps alone and use the mean of their directions at
             every step; None = every step has its own features.
-        concept: name kept with the vector.
-        pairs: prompt pairs behind the statistics, for the record.
-        seeds: of them, for the record.
-        call: arguments of the pipeline calls, for the record.
+        **call: arguments of the pipeline calls behind the statistics, for the record.
 
     Returns:
         Directions [S, C] of the cond pass for each site.
@@ -85,23 +81,14 @@ def sae_features(
         sae = on_grid(saes[key], *_grid(found))
         tensors[site.name, "cond"] = _directions(sae, found, method, count, weighting, from_steps)
     first = next(iter(statistics.values()))
-    provenance = Provenance(
-        concept=concept,
-        method=f"sae:{method}:{weighting}:{count}",
-        model=model_name(pipe),
-        config_hash=config_hash(pipe),
-        positive=pairs,
-        negative=pairs,
-        seeds=tuple(seeds),
-        call=dict(call or {}),
-    )
+    provenance = Provenance.of(pipe, f"sae:{method}:{weighting}:{count}", pairs, call)
     return SteeringVector(
         tensors, timesteps=first.timesteps, sigmas=first.sigmas, provenance=provenance
     )
 
 
 def _grid(found: FeatureStatistics) -> tuple[Tensor, Tensor | None]:
-    """Timesteps and noise levels by step number, as far as they were read."""
+    """Return timesteps and noise levels by step number, as far as they were read."""
     if found.steps.tolist() == list(range(len(found.steps))):
         return found.timesteps, found.sigmas
     raise ValueError(
@@ -117,7 +104,7 @@ def _directions(
     weighting: str,
     from_steps: Sequence[int] | None,
 ) -> Tensor:
-    """[S, C] of one site."""
+    """Return the directions [S, C] of one site."""
     scores, chosen = found.score(method), found.top(method, count)
     rows = sae.w_dec.detach().double().cpu()
     scale = sae.target_normaliser.scale.double().cpu().expand(len(found.steps))
@@ -127,7 +114,7 @@ def _directions(
         if weighting == "none":
             weights = torch.ones(count, dtype=torch.float64)
         elif weighting == "natural":
-            weights = (found.kept[place, 0] - found.kept[place, 1])[picked]
+            weights = (found.selected[place, 0] - found.selected[place, 1])[picked]
         else:
             weights = _SCORE_WEIGHTS[weighting](scores[place, picked])
             weights = (

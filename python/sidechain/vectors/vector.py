@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..io.tensors import read_tensors, write_tensors
-from ..pipelines import SitePattern, config_hash, sites
+from ..pipelines import PromptPairs, SitePattern, config_hash, sites
+from ..pipelines.generate import model_name
 from ..pipelines.time_grid import resample, same_grid
 
 FORMAT = "sidechain.vector"
@@ -48,6 +49,22 @@ class Provenance:
     negative: int = 0
     seeds: tuple[int, ...] = ()
     call: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls, pipe: Any, method: str, pairs: PromptPairs | None, call: Mapping[str, Any]
+    ) -> Provenance:
+        """Describe a vector made with a pipeline from prompt pairs, as far as they are known."""
+        return cls(
+            concept="" if pairs is None else pairs.concept,
+            method=method,
+            model=model_name(pipe),
+            config_hash=config_hash(pipe),
+            positive=0 if pairs is None else len(pairs),
+            negative=0 if pairs is None else len(pairs),
+            seeds=() if pairs is None else tuple(pairs.noise),
+            call={k: v for k, v in call.items() if isinstance(v, str | int | float | None)},
+        )
 
 
 class SteeringVector:

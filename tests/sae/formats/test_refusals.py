@@ -144,7 +144,7 @@ def test_what_cannot_be_represented_is_refused(tmp_path, name, change, error, me
 @pytest.mark.parametrize(
     "name, sae, message",
     [
-        ("sparsify", dictionary("jumprelu"), "expected architecture 'topk'"),
+        ("sparsify", dictionary("jumprelu"), "expected an architecture of topk"),
         ("tada", dictionary(transcoder=True), "expected an autoencoder"),
         ("sparsify", dictionary(d_out=D + 1, transcoder=True), "d_out == d_in"),
         ("saelens", dictionary("topk", transcoder=True), "jumprelu transcoder"),

@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the features of a dictionary stand for: scores, health."""
+"""Features of a dictionary: their health, and scores for concepts."""

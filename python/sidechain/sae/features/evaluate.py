@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How well a dictionary does on rows it was not trained on, and where its features are largest."""
+"""Metrics of a dictionary on rows it was not trained on, and the top examples of its features."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..model import Codes, Sae
 
 @dataclass(frozen=True)
 class Health:
-    """Figures of a dictionary on N rows.
+    """Metrics of a dictionary on N rows.
 
     Attributes:
         rows: N.
@@ -40,7 +40,7 @@ class Health:
 
 
 def measure(sae: Sae, store: ActivationStore, *, batch: int = 4096) -> Health:
-    """Encode and reconstruct every row of a store.
+    """Encode and reconstruct every row of a store, and return the metrics.
 
     Raises:
         ValueError: an empty store, another width, or steps the dictionary does not know.
@@ -87,13 +87,13 @@ def _scales(sae: Sae, steps: Tensor) -> Tensor:
 
 
 def active_counts(codes: Codes, features: int) -> Tensor:
-    """Rows in which each feature is active [F] int64."""
+    """Return the number of rows in which each feature is active [F] int64."""
     live = codes.indices[(codes.indices >= 0) & (codes.values > 0)]
     return torch.bincount(live.long(), minlength=features)
 
 
 def rows_of(codes: Codes) -> Tensor:
-    """Row of every entry of sparse codes, in the shape of the values."""
+    """Return the row of every entry of sparse codes, in the shape of the values."""
     if codes.offsets is None:
         rows = torch.arange(len(codes.values), device=codes.values.device)
         return rows[:, None].expand_as(codes.values)
@@ -102,8 +102,8 @@ def rows_of(codes: Codes) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Moment:
-    """Where a feature is large: prompt, scheduler step and token, and its activation there."""
+class TopExample:
+    """A place where a feature is large: prompt, scheduler step, token, and its activation there."""
 
     prompt: int
     step: int
@@ -111,10 +111,10 @@ class Moment:
     value: float
 
 
-def top_moments(
+def top_examples(
     sae: Sae, store: ActivationStore, features: Sequence[int], count: int, *, batch: int = 4096
-) -> dict[int, list[Moment]]:
-    """The largest activations of some features, at most one for each prompt, largest first.
+) -> dict[int, list[TopExample]]:
+    """Return the largest activations of some features, at most one for each prompt, largest first.
 
     Raises:
         ValueError: a feature that is not there, or rows without prompts.
@@ -122,11 +122,11 @@ def top_moments(
     unknown = [f for f in features if not 0 <= f < sae.config.features]
     if unknown:
         raise ValueError(
-            f"top_moments: expected features within [0, {sae.config.features}), got {unknown[0]}"
+            f"top_examples: expected features within [0, {sae.config.features}), got {unknown[0]}"
         )
     labels = store.labels(torch.arange(len(store)))
     if not len(store) or int(labels.prompt.min()) < 0:
-        raise ValueError("top_moments: expected rows that know their prompts, got others")
+        raise ValueError("top_examples: expected rows that know their prompts, got others")
     place = torch.full((sae.config.features,), -1)
     place[torch.tensor(list(features), dtype=torch.int64)] = torch.arange(len(features))
     prompts = int(labels.prompt.max()) + 1
@@ -150,13 +150,13 @@ def top_moments(
         )
         better = peak > best
         best, where = torch.where(better, peak, best), torch.where(better, first, where)
-    made: dict[int, list[Moment]] = {}
+    made: dict[int, list[TopExample]] = {}
     for index, feature in enumerate(features):
         values = best[index * prompts : (index + 1) * prompts]
         ranked = torch.sort(values, descending=True, stable=True).indices[:count]
         numbers = [int(where[index * prompts + int(p)]) for p in ranked if values[p] > 0]
         made[int(feature)] = [
-            Moment(
+            TopExample(
                 int(labels.prompt[n]),
                 int(labels.step[n]),
                 int(labels.token[n]),

@@ -10,7 +10,7 @@ from torch import Tensor
 def logistic_weights(
     x: Tensor, positive: int, *, cost: float = 1.0, iterations: int = 100
 ) -> Tensor:
-    """Weights [F] of a logistic regression that tells the first rows from the others.
+    """Return the weights [F] of a logistic regression of the first rows against the others.
 
     Minimises |w|^2 / 2 + cost * sum_i log(1 + exp(-s_i (w z_i + b))) over w and b, where z are the
     columns of x scaled to mean 0 and variance 1 (constant columns to 0) and s = 1 for the first
@@ -21,7 +21,7 @@ def logistic_weights(
         x: [M, F] float64.
         positive: rows with the concept, 1 .. M - 1.
         cost: weight of the data against the penalty.
-        iterations: at most so many Newton steps.
+        iterations: largest number of Newton steps.
 
     Raises:
         ValueError: rows of one class only.

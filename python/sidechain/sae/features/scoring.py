@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which features stand for a concept: activation statistics with and without it, and scores.
+"""Scores of features for a concept, from statistics of their activations with and without it.
 
 All sites are read in one generation; of the activations only sums over tokens are kept. Source of
 the scores: TADA, arXiv 2602.11910, and the alternatives of its code.
@@ -8,7 +8,7 @@ the scores: TADA, arXiv 2602.11910, and the alternatives of its code.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,27 +17,26 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ...ops import CodeSums, code_sums_
-from ...pipelines import config_hash
+from ...pipelines import PromptPairs, config_hash
 from ...pipelines import sites as list_sites
-from ...pipelines.generate import generate, quiet_settings, spread_seeds
+from ...pipelines.generate import generate, quiet_settings
 from ...pipelines.time_grid import same_grid
 from ...taps import Where
 from ...taps.stream import StepRows, StreamTap
-from ..config import SELECTING
 from ..model import Sae
 from .logistic import logistic_weights
 
 EPSILON = 1e-6
-#: Activations of so many (token, feature) pairs are held at once.
+#: (token, feature) pairs whose activations are held at once.
 _PAIRS = 1 << 22
-ACTIVATIONS = ("open", "kept")
+ACTIVATIONS = ("relu", "selected")
 
 
 @dataclass(frozen=True)
 class FeatureStatistics:
-    """How active features are with a concept (index 0) and without it (index 1).
+    """Activations of features with a concept (index 0) and without it (index 1).
 
-    "Open" activations are relu(z) of every feature, "kept" ones those that the architecture
+    "relu" activations are relu(z) of every feature, "selected" ones those that the architecture
     selects; both in normalised units. Scores are made of those that were asked for.
 
     Attributes:
@@ -46,8 +45,8 @@ class FeatureStatistics:
         sigmas: of these steps [S] float64, or None.
         mean: of the scored activations over tokens and prompts [S, 2, F] float64.
         variance: of the same, unbiased [S, 2, F].
-        kept: mean of kept activations [S, 2, F].
-        rate: share of tokens in which a feature is kept [S, 2, F].
+        selected: mean of the selected activations [S, 2, F].
+        rate: share of tokens in which a feature is selected [S, 2, F].
         pooled: the scored activations averaged over the tokens of each generation [S, 2 P, F]
             float32, the P generations with the concept first.
         rows: tokens behind each mean, a step and side.
@@ -58,13 +57,13 @@ class FeatureStatistics:
     sigmas: Tensor | None
     mean: Tensor
     variance: Tensor
-    kept: Tensor
+    selected: Tensor
     rate: Tensor
     pooled: Tensor
     rows: int
 
     def score(self, method: str = "tada") -> Tensor:
-        """Score of every feature at every step [S, F] float64; larger speaks for the concept.
+        """Return the scores of all features at all steps [S, F] float64; larger: for the concept.
 
         With m+ and m- the means with and without it:
 
@@ -84,7 +83,7 @@ class FeatureStatistics:
         return METHODS[method](self)
 
     def top(self, method: str = "tada", count: int = 20) -> Tensor:
-        """Numbers of the best features of every step [S, count], best first, ties lowest first.
+        """Return the best features of every step [S, count], best first, ties lowest number first.
 
         Raises:
             ValueError: another method, or count outside 1 .. F.
@@ -124,11 +123,9 @@ METHODS: dict[str, Callable[[FeatureStatistics], Tensor]] = {
 def feature_statistics(
     pipe: Any,
     saes: Mapping[str, Sae],
-    positive: Sequence[str],
-    negative: Sequence[str],
+    pairs: PromptPairs,
     *,
-    activations: str = "open",
-    seeds: int | Sequence[int] = 0,
+    activations: str = "relu",
     batch_size: int = 8,
     tokens: slice | None = None,
     progress: bool = True,
@@ -142,12 +139,10 @@ def feature_statistics(
     Args:
         pipe: diffusers pipeline.
         saes: dictionary of each site.
-        positive: prompts with the concept.
-        negative: prompts without it, one for each positive one.
-        activations: what scores are made of. "open": relu(z) of every feature, as published; it
-            also sees features that lose against others. "kept": what the dictionary itself keeps,
-            without the dense product.
-        seeds: pair i uses seeds[i % len(seeds)]; a number s stands for s, s + 1, ...
+        pairs: prompts with and without the concept.
+        activations: what scores are made of. "relu": relu(z) of every feature, as published; it
+            also sees features that are not selected. "selected": those that the dictionary
+            selects, without the dense product.
         batch_size: pairs in one pipeline call.
         tokens: slice of tokens. None = all.
         progress: show a progress bar.
@@ -157,21 +152,14 @@ def feature_statistics(
         Statistics by the keys of `saes`.
 
     Raises:
-        ValueError: prompts that do not pair up, unknown sites or activations, a dictionary of
-            another width or model.
+        ValueError: unknown sites or activations, a dictionary of another width or model.
     """
     if activations not in ACTIVATIONS:
         raise ValueError(
             f"feature_statistics: expected activations to be one of {', '.join(ACTIVATIONS)}, got "
             f"{activations!r}"
         )
-    if not positive or len(positive) != len(negative):
-        raise ValueError(
-            "feature_statistics: expected as many negative as positive prompts and at least one, "
-            f"got {len(positive)} positive and {len(negative)} negative"
-        )
     names = _check_fit(pipe, saes)
-    all_seeds = spread_seeds("feature_statistics", seeds, len(positive))
     settings = quiet_settings("feature_statistics", pipe, call)
     sums = {alias: _Sums(saes[key], activations) for alias, key in names.items()}
 
@@ -182,18 +170,16 @@ def feature_statistics(
             sums[alias].add(rows, found)
 
     tap = StreamTap(pipe, Where(list(names), tokens=tokens), 1, torch.float32, take)
-    with tap, tqdm(total=len(positive), desc="features", unit="pair", disable=not progress) as bar:
-        for start in range(0, len(positive), batch_size):
-            stop = min(start + batch_size, len(positive))
-            prompts = [*positive[start:stop], *negative[start:stop]]
-            generate(pipe, prompts, all_seeds[start:stop] * 2, settings)
+    with tap, tqdm(total=len(pairs), desc="features", unit="pair", disable=not progress) as bar:
+        for prompts, seeds in pairs.batches(batch_size):
+            generate(pipe, prompts, seeds, settings)
             tap.end()
-            bar.update(stop - start)
+            bar.update(len(prompts) // 2)
     return {key: sums[alias].result() for alias, key in names.items()}
 
 
 def on_grid(sae: Sae, timesteps: Tensor, sigmas: Tensor | None = None) -> Sae:
-    """The dictionary for a run with these timesteps; itself where nothing has to change."""
+    """Return the dictionary for a run with these timesteps; itself where nothing has to change."""
     normalisers = (sae.normaliser, sae.target_normaliser)
     if all(n.steps is None or _has_grid(n, timesteps) for n in normalisers):
         return sae
@@ -214,10 +200,10 @@ def _has_grid(normaliser: Any, timesteps: Tensor) -> bool:
 
 
 @torch.no_grad()
-def open_sums(sae: Sae, x: Tensor, step: int) -> tuple[Tensor, Tensor]:
-    """Sums over tokens of relu(z) and of its square, two [B, F], for x [B, T, d].
+def relu_sums(sae: Sae, x: Tensor, step: int) -> tuple[Tensor, Tensor]:
+    """Return sums over tokens of relu(z) and of its square, two [B, F], for x [B, T, d].
 
-    Half of all features are open in a row: a dense product in tiles, of which only sums stay.
+    Half of all features are positive in a row: a dense product in tiles, of which only sums stay.
     """
     samples, length, _ = x.shape
     tall = min(length, max(1, _PAIRS // sae.config.features))
@@ -235,13 +221,12 @@ def open_sums(sae: Sae, x: Tensor, step: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def kept_sums(sae: Sae, x: Tensor, step: int) -> CodeSums:
-    """Sums over tokens of the features that the dictionary keeps, [B, F] each, for x [B, T, d]."""
+def selected_sums(sae: Sae, x: Tensor, step: int) -> CodeSums:
+    """Return sums over tokens of the selected features, [B, F] each, for x [B, T, d]."""
     samples, length, width = x.shape
     features, rows = sae.config.features, x.reshape(-1, width)
     label = torch.arange(samples, device=x.device).repeat_interleave(length)
-    most = sae.config.k if sae.config.architecture in SELECTING else features
-    chunk = max(1, _PAIRS // (most or features))
+    chunk = max(1, _PAIRS // (sae.config.k or features))
     found = CodeSums.zeros(samples, features, x.device)
     for start in range(0, len(rows), chunk):
         part = slice(start, start + chunk)
@@ -251,7 +236,7 @@ def kept_sums(sae: Sae, x: Tensor, step: int) -> CodeSums:
 
 
 def _check_fit(pipe: Any, saes: Mapping[str, Sae]) -> dict[str, str]:
-    """Alias of each site -> key in `saes`."""
+    """Return alias of each site -> key in `saes`."""
     if not saes:
         raise ValueError("feature_statistics: expected at least one dictionary, got none")
     here, names = config_hash(pipe), {}
@@ -273,11 +258,11 @@ def _check_fit(pipe: Any, saes: Mapping[str, Sae]) -> dict[str, str]:
 
 
 class _Sums:
-    """Sums of one site: [S, 2, F] in float64 by side, and the mean of each generation."""
+    """Sums at one site: [S, 2, F] in float64 by side, and the mean of each generation."""
 
     def __init__(self, sae: Sae, activations: str) -> None:
         self.source = self.sae = sae
-        self.open = activations == "open"
+        self.relu = activations == ACTIVATIONS[0]
         self.generation: Any = None
         self.totals: dict[int, dict[str, Tensor]] = {}
         self.pooled: dict[int, list[Tensor]] = {}
@@ -293,16 +278,16 @@ class _Sums:
         samples, length = found.samples, len(found.tokens)
         features = self.sae.config.features
         x = rows.to(self.sae.w_enc.device).view(samples, length, -1)
-        kept = kept_sums(self.sae, x, found.step)
-        sums, squares = kept.sums, kept.squares
-        if self.open:
-            sums, squares = open_sums(self.sae, x, found.step)
+        selected = selected_sums(self.sae, x, found.step)
+        sums, squares = selected.sums, selected.squares
+        if self.relu:
+            sums, squares = relu_sums(self.sae, x, found.step)
         half = samples // 2
         found_sums = {
             "sum": sums,
             "square": squares,
-            "kept": kept.sums,
-            "fired": kept.counts,
+            "selected": selected.sums,
+            "fired": selected.counts,
         }
         known = self.totals.setdefault(found.step, {})
         for name, value in found_sums.items():
@@ -316,7 +301,7 @@ class _Sums:
         rows = self.rows[steps[0]]
         stacked = {
             name: torch.stack([self.totals[step][name] for step in steps])
-            for name in ("sum", "square", "kept", "fired")
+            for name in ("sum", "square", "selected", "fired")
         }
         mean = stacked["sum"] / rows
         spread = stacked["square"] - rows * mean.square()
@@ -332,7 +317,7 @@ class _Sums:
             sigmas=None if sigmas is None else sigmas[chosen],
             mean=mean,
             variance=spread.clamp(min=0) / max(1, rows - 1),
-            kept=stacked["kept"] / rows,
+            selected=stacked["selected"] / rows,
             rate=stacked["fired"] / rows,
             pooled=torch.stack([torch.cat(sides) for sides in halves]),
             rows=rows,

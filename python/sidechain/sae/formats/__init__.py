@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dictionaries in the files of other libraries: read, write, and tell which one it is.
+"""Dictionaries in the files of other libraries: reading, writing, detection.
 
 | format                | files                             | holds                              |
 |-----------------------|-----------------------------------|------------------------------------|

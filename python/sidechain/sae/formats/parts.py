@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the readers and writers of all formats share."""
+"""Steps that the readers and writers of several formats share."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from ...io import tensors as files
 from ...io.atomic import write_atomic
 from ...io.run_folder import write_json as write_json
+from ..architectures.registry import held_by, implementation
 from ..config import Provenance, SaeConfig
 from ..model import Sae
 
@@ -27,7 +28,7 @@ _UNIT_TOLERANCE = 2.0**-7
 
 
 def folder_of(path: Path) -> Path:
-    """The folder of a format: `path` itself, or the one that holds the file `path`."""
+    """Return the folder of a format: `path` itself, or the one that holds the file `path`."""
     return path.parent if path.is_file() else path
 
 
@@ -154,7 +155,7 @@ def assemble(
 
 
 def plain(sae: Sae, step: int | None) -> Sae:
-    """The same map at one step as a dictionary without normalisation.
+    """Return the same map at one step as a dictionary without normalisation.
 
     Raises:
         ValueError: it normalises each step by itself and no step was given.
@@ -171,28 +172,35 @@ def with_unit_rows(sae: Sae) -> Sae:
     return sae
 
 
-def input_bias(sae: Sae, subtracted: Tensor | None) -> Tensor:
-    """b_enc of the same encoder when `subtracted` is what is taken from its input.
+def encoder_biases(sae: Sae, subtracted: Tensor | None) -> dict[str, Tensor]:
+    """Return b_enc and the architecture's own tensors of the same map with another b_pre.
 
     w (x - b_pre) + b_enc = w (x - s) + b_enc + w (s - b_pre), and likewise for a gate.
 
     Args:
         sae: the dictionary.
-        subtracted: s [d_in], None for 0.
+        subtracted: s [d_in], what is taken from its input then; None for 0.
     """
     with torch.no_grad():
-        moved = shift(sae, subtracted)
-        gain = 1.0 if sae.r_mag is None else sae.r_mag.double().exp()
-        return (sae.b_enc.double() + gain * moved).float()
-
-
-def shift(sae: Sae, subtracted: Tensor | None) -> Tensor:
-    """w_enc (s - b_pre) [F] in float64, exactly zero where nothing has to move."""
-    with torch.no_grad():
         start = torch.zeros_like(sae.b_pre) if subtracted is None else subtracted
-        return sae.w_enc.double() @ (start.double() - sae.b_pre.double())
+        shift = sae.w_enc.double() @ (start.double() - sae.b_pre.double())
+        return implementation(sae.config.architecture).moved(sae, shift)
+
+
+def check_held(sae: Sae, format: str) -> None:
+    """Refuse an architecture that a format does not hold.
+
+    Raises:
+        NotImplementedError: it does not.
+    """
+    name = sae.config.architecture
+    if format not in sae.config.kind.formats:
+        raise NotImplementedError(
+            f"formats: expected an architecture of {held_by(format)} [those of {format}], got "
+            f"{name!r}"
+        )
 
 
 def cpu(tensor: Tensor) -> Tensor:
-    """A detached copy in memory order, as files want it."""
+    """Return a detached copy on the CPU, contiguous, as files need it."""
     return tensor.detach().cpu().contiguous()

@@ -15,15 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..architectures.registry import ARCHITECTURES, implementation
 from ..config import SaeConfig
 from ..model import Sae
 from .parts import (
     assemble,
-    input_bias,
+    check_held,
+    encoder_biases,
     leftover,
     read_json,
     read_safetensors,
-    shift,
     take,
     with_unit_rows,
     write_json,
@@ -33,46 +34,36 @@ from .parts import (
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 #: Version whose configuration is written: later ones read it unchanged.
 _VERSION = "6.0.0"
-_ARCHITECTURES = {
-    "standard": "relu",
-    "topk": "topk",
-    "jumprelu": "jumprelu",
-    "gated": "gated",
-    "batchtopk": "batch_topk",
-    "transcoder": "relu",
-    "jumprelu_transcoder": "jumprelu",
-}
+_TRANSCODER = "transcoder"
+_STANDARD, _TOPK = "standard", "topk"
 
 
 def read(folder: Path) -> Sae:
     """Read a folder of SAELens; see `formats.load`."""
     config = _modern(read_json(folder / CONFIG))
-    name = config.get("architecture", "standard")
-    if name not in _ARCHITECTURES:
+    name = config.get("architecture", _STANDARD)
+    known = _readable()
+    if name not in known:
         raise NotImplementedError(
-            f"formats: expected a SAELens architecture of {', '.join(_ARCHITECTURES)}, got {name!r}"
+            f"formats: expected a SAELens architecture of {', '.join(known)}, got {name!r}"
         )
     _refuse(config, folder)
+    architecture = known[name]
+    kind, layout = ARCHITECTURES[architecture], implementation(architecture).saelens
     path = folder / WEIGHTS
     tensors = read_safetensors(path)
     w_enc = take(tensors, "W_enc", where=path).T
-    transcoder = name.endswith("transcoder")
+    transcoder = name.endswith(_TRANSCODER)
     found = {
         "w_enc": w_enc,
         "w_dec": take(tensors, "W_dec", where=path),
         "b_dec": take(tensors, "b_dec", where=path),
     }
-    if name == "gated":
-        found["b_gate"] = take(tensors, "b_gate", where=path)
-        found["b_enc"] = take(tensors, "b_mag", where=path)
-        found["r_mag"] = take(tensors, "r_mag", where=path)
-    else:
-        found["b_enc"] = take(tensors, "b_enc", where=path)
-    if _ARCHITECTURES[name] == "jumprelu":
+    for own in ("b_enc", *kind.tensors):
+        found[own] = take(tensors, layout.tensors.get(own, own), where=path)
+    if kind.threshold == "feature":
         # A threshold below zero does not open a feature: the ReLU before it does not let it.
-        found["threshold"] = take(tensors, "threshold", where=path).clamp(min=0)
-    elif name == "batchtopk":
-        found["threshold"] = take(tensors, "topk_threshold", where=path)
+        found["threshold"] = found["threshold"].clamp(min=0)
     leftover(tensors, path)
     subtracts = bool(config.get("apply_b_dec_to_input", True)) and not transcoder
     if not subtracts:
@@ -80,8 +71,8 @@ def read(folder: Path) -> Sae:
     shape = SaeConfig(
         d_in=w_enc.shape[1],
         features=w_enc.shape[0],
-        architecture=_ARCHITECTURES[name],
-        k=_active(config) if name in ("topk", "batchtopk") else None,
+        architecture=architecture,
+        k=_active(config) if kind.takes("k") else None,
         d_out=found["w_dec"].shape[1] if transcoder else None,
         transcoder=transcoder,
         tied_bias=subtracts,
@@ -92,12 +83,25 @@ def read(folder: Path) -> Sae:
     return sae
 
 
+def _readable() -> dict[str, str]:
+    """Return SAELens's name -> ours, of all that can be read; transcoders last."""
+    layouts = {name: implementation(name).saelens for name in ARCHITECTURES}
+    plain = {layout.read: name for name, layout in layouts.items() if layout.read}
+    # What is written under another architecture's name is read as that one.
+    coders = {
+        layout.transcoder: name
+        for name, layout in layouts.items()
+        if layout.transcoder and layout.read == layout.written
+    }
+    return plain | coders
+
+
 def _modern(config: dict[str, Any]) -> dict[str, Any]:
-    """Settings of versions before 6, under their present names."""
+    """Return the settings of versions before 6 under their present names."""
     found = dict(config)
     activation = found.get("activation_fn", found.get("activation_fn_str"))
-    if activation == "topk" and found.get("architecture", "standard") == "standard":
-        found["architecture"] = "topk"
+    if activation == _TOPK and found.get("architecture", _STANDARD) == _STANDARD:
+        found["architecture"] = _TOPK
         found["k"] = (found.get("activation_fn_kwargs") or {}).get("k")
     normalised = found.get("normalize_activations") or "none"
     if normalised is True:
@@ -136,33 +140,31 @@ def _active(config: dict[str, Any]) -> int:
 
 def write(sae: Sae, folder: Path) -> None:
     """Write a folder that `sae_lens.SAE.load_from_disk` opens."""
-    config = sae.config
+    check_held(sae, "saelens")
+    config, kind = sae.config, sae.config.kind
+    layout = implementation(config.architecture).saelens
+    if config.transcoder and not layout.transcoder:
+        raise NotImplementedError(
+            "formats: expected a relu or jumprelu transcoder [those of SAELens], got "
+            f"{layout.written!r}"
+        )
     subtracts = not config.transcoder
-    subtracted = sae.b_dec if subtracts else None
     tensors: dict[str, Tensor] = {"W_enc": sae.w_enc.T, "W_dec": sae.w_dec, "b_dec": sae.b_dec}
+    own = encoder_biases(sae, sae.b_dec if subtracts else None)
+    if kind.threshold:  # of every feature, also where one number holds for all
+        tensors["threshold"] = sae.trained_threshold()
+        del own["threshold"]
+    tensors |= {layout.tensors.get(name, name): tensor for name, tensor in own.items()}
     settings: dict[str, Any] = {}
-    bias = input_bias(sae, subtracted)
-    if config.architecture == "gated":
-        assert sae.b_gate is not None and sae.r_mag is not None
-        name = "gated"
-        tensors["b_gate"] = (sae.b_gate.double() + shift(sae, subtracted)).float()
-        tensors |= {"b_mag": bias, "r_mag": sae.r_mag}
-    else:
-        tensors["b_enc"] = bias
-        name = {"relu": "standard", "topk": "topk"}.get(config.architecture, "jumprelu")
-    if name == "topk":
+    if kind.takes("k") and not kind.threshold:
         settings = {"k": config.k, "rescale_acts_by_decoder_norm": False}
-    elif name == "jumprelu":
-        threshold = sae.thresholded_encoder()[2]
-        tensors["threshold"] = torch.as_tensor(threshold).detach().expand(config.features)
     if config.transcoder:
-        name = _transcoder(name)
         settings["d_out"] = config.width_out
     write_safetensors(folder / WEIGHTS, tensors)
     write_json(
         folder / CONFIG,
         {
-            "architecture": name,
+            "architecture": layout.transcoder if config.transcoder else layout.written,
             "d_in": config.d_in,
             "d_sae": config.features,
             "dtype": "float32",
@@ -174,12 +176,3 @@ def write(sae: Sae, folder: Path) -> None:
             "metadata": {"sae_lens_version": _VERSION, "hook_name": sae.provenance.site or None},
         },
     )
-
-
-def _transcoder(name: str) -> str:
-    known = {"standard": "transcoder", "jumprelu": "jumprelu_transcoder"}
-    if name not in known:
-        raise NotImplementedError(
-            f"formats: expected a relu or jumprelu transcoder [those of SAELens], got {name!r}"
-        )
-    return known[name]

@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 
+from ..architectures.registry import ARCHITECTURES, implementation
 from ..config import SaeConfig
 from ..model import Sae
 from .parts import (
     assemble,
-    input_bias,
+    check_held,
+    encoder_biases,
     leftover,
     read_json,
     read_safetensors,
@@ -27,6 +29,7 @@ from .parts import (
 )
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
+_ACTIVATION = "topk"  # where a config names none
 _TADA_KEYS = frozenset({"batch_topk", "sample_topk", "input_unit_norm"})
 #: Settings that change the map in a way `Sae` has no word for, with what they would be.
 _REFUSED = {
@@ -38,7 +41,7 @@ _REFUSED = {
 
 
 def is_tada(config: dict[str, Any]) -> bool:
-    """Whether a cfg.json has the settings that only TADA's trainer writes."""
+    """Return whether a cfg.json has the settings that only TADA's trainer writes."""
     return bool(_TADA_KEYS & config.keys())
 
 
@@ -52,9 +55,12 @@ def read(folder: Path) -> Sae:
                 f"formats: expected {name} without {setting} [{meaning}], got {setting}=true in "
                 f"{folder / CONFIG}"
             )
-    if config.get("activation", "topk") != "topk":
+    words = {implementation(own).sparsify: own for own in ARCHITECTURES}
+    activation = config.get("activation", _ACTIVATION)
+    if not activation or activation not in words:
+        known = ", ".join(repr(word) for word in words if word)
         raise NotImplementedError(
-            f"formats: expected sparsify with activation 'topk', got {config['activation']!r}"
+            f"formats: expected sparsify with activation {known}, got {activation!r}"
         )
     path = folder / WEIGHTS
     tensors = read_safetensors(path)
@@ -72,7 +78,7 @@ def read(folder: Path) -> Sae:
     shape = SaeConfig(
         d_in=weight.shape[1],
         features=weight.shape[0],
-        architecture="topk",
+        architecture=words[activation],
         k=int(config["k"]),
         transcoder=transcode,
     )
@@ -83,7 +89,8 @@ def write(sae: Sae, folder: Path) -> None:
     """Write a folder that `sparsify.SparseCoder.load_from_disk` opens."""
     _check(sae, "sparsify")
     transcode = sae.config.transcoder
-    settings = {"activation": "topk", "skip_connection": False, "transcode": transcode}
+    activation = implementation(sae.config.architecture).sparsify
+    settings = {"activation": activation, "skip_connection": False, "transcode": transcode}
     _write(sae, folder, settings, subtracts=not transcode)
 
 
@@ -97,12 +104,8 @@ def write_tada(sae: Sae, folder: Path) -> None:
 
 
 def _check(sae: Sae, name: str) -> None:
+    check_held(sae, name)
     config = sae.config
-    if config.architecture != "topk":
-        raise NotImplementedError(
-            f"formats: expected architecture 'topk' [the only one of {name}], got "
-            f"{config.architecture!r}"
-        )
     if config.width_out != config.d_in:
         raise NotImplementedError(
             f"formats: expected d_out == d_in [{name} has one width], got {config.width_out} and "
@@ -116,7 +119,7 @@ def _write(sae: Sae, folder: Path, settings: dict[str, Any], *, subtracts: bool)
         folder / WEIGHTS,
         {
             "encoder.weight": sae.w_enc,
-            "encoder.bias": input_bias(sae, sae.b_dec if subtracts else None),
+            "encoder.bias": encoder_biases(sae, sae.b_dec if subtracts else None)["b_enc"],
             "W_dec": sae.w_dec,
             "b_dec": sae.b_dec,
         },

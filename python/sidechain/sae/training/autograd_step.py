@@ -6,9 +6,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..config import SELECTING
+from ..architectures.base import Loss
+from ..architectures.registry import implementation
 from . import optimiser
-from .losses import Loss, tile_loss
 from .state import Rows, TrainState
 from .train_metrics import Outcome
 
@@ -26,13 +26,12 @@ def autograd_step(state: TrainState, rows: Rows) -> Outcome:
     x, target = state.normalised(rows)
     leaves = {n: state.weights[n].detach().requires_grad_() for n in state.trained}
     leaves["b_pre"] = state.b_pre.detach().requires_grad_()
-    if state.config.architecture in ("batch_topk", "matryoshka"):
-        leaves["threshold"] = state.weights["threshold"]
     trained = [*state.trained, "b_pre"]
     grads = {n: torch.zeros_like(leaves[n]) for n in trained}
+    kind = implementation(state.config.architecture)
     parts: list[Loss] = []
     for tile in _tiles(state, len(x)):
-        part = tile_loss(state, leaves, x[tile], target[tile])
+        part = kind.loss(state, leaves, x[tile], target[tile])
         found = torch.autograd.grad(part.total, [leaves[n] for n in trained], allow_unused=True)
         for name, grad in zip(trained, found, strict=True):
             if grad is not None:
@@ -43,7 +42,7 @@ def autograd_step(state: TrainState, rows: Rows) -> Outcome:
     state.step += 1
     state.last_fired.masked_fill_(fired > 0, state.step)
     optimiser.apply(state, grads)
-    if state.config.architecture in ("batch_topk", "matryoshka"):
+    if state.config.kind.threshold == "batch":
         follow_threshold(state, torch.stack([p.smallest for p in parts]).amin())
     error = torch.cat([p.error for p in parts])
     active = torch.stack([p.active for p in parts]).sum()
@@ -52,7 +51,7 @@ def autograd_step(state: TrainState, rows: Rows) -> Outcome:
 
 def _tiles(state: TrainState, rows: int) -> list[slice]:
     """Cut the rows so that dense architectures hold a bounded array; selection needs them whole."""
-    if state.config.architecture in SELECTING:
+    if state.config.kind.selects:
         return [slice(0, rows)]
     size = max(1, _HELD // state.size)
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
@@ -68,9 +67,9 @@ def _share(state: TrainState, grads: dict[str, Tensor]) -> None:
 
 
 def follow_threshold(state: TrainState, smallest: Tensor) -> None:
-    """Move the running threshold towards the smallest value that this batch kept."""
+    """Move the running threshold towards the smallest value that this batch selected."""
     state.smallest = smallest
-    smallest = state.mesh.least(smallest)
+    smallest = state.mesh.minimum(smallest)
     threshold = state.weights["threshold"]
     before = torch.where(threshold.isnan(), smallest, threshold)
     moved = torch.lerp(smallest, before, state.schedule.threshold_decay(state.step - 1))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoints: everything a run needs to go on, bit for bit, on any number of feature slices.
+"""Checkpoints, from which a run continues bit for bit, on any number of feature slices.
 
     FOLDER/step-000000400/manifest.json
     FOLDER/step-000000400/features-00000-of-00002.safetensors

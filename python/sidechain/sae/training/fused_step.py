@@ -19,12 +19,13 @@ from ...ops import (
     sae_gradient_square,
     sae_update_,
 )
+from ..architectures.dead import dead_codes
+from ..architectures.registry import implementation
+from ..architectures.selecting import first_of, smallest_selected
 from ..model import Codes
 from .autograd_step import follow_threshold
 from .groups import Group, compared, nested
-from .losses import dead_codes, first_of, selection, smallest_kept
 from .optimiser import adam_, clip_factor
-from .select import keep_row_largest
 from .state import Rows, TrainState
 from .train_metrics import Outcome
 
@@ -43,14 +44,15 @@ def fused_step(state: TrainState, rows: Rows) -> Outcome:
     state.step += 1
     _update(state, state.mesh.gather_rows(x), [_whole(state, g) for g in groups])
     if "threshold" in state.weights:
-        follow_threshold(state, smallest_kept(main))
+        follow_threshold(state, smallest_selected(main))
     return outcome
 
 
 def _forward(state: TrainState, x: Tensor, target: Tensor) -> tuple[list[Group], Codes]:
     train, weights = state.train, {**state.weights, "b_pre": state.b_pre}
     k, options = state.schedule.k(state.step), {"precision": train.precision}
-    codes = selection(state, train.multi_k or k, x, weights, **options)
+    kind = implementation(state.config.architecture)
+    codes = kind.select(state, train.multi_k or k, x, weights, **options)
     main = codes if train.multi_k is None else _first(state, codes, k)
     groups = [(nested if state.config.prefixes else compared)(state, main, target)]
     if train.multi_k is not None:
@@ -61,18 +63,18 @@ def _forward(state: TrainState, x: Tensor, target: Tensor) -> tuple[list[Group],
         dead = dead_codes(state, aux_k, x, compact)
         share = train.aux_weight * min(1.0, state.dead_total / aux_k)
         dead = _renumbered(dead, state.dead)
-        groups.append(compared(state, dead, groups[0].left, share, biased=False))
+        groups.append(compared(state, dead, groups[0].residual, share, biased=False))
     return groups, main
 
 
 def _first(state: TrainState, codes: Codes, k: int) -> Codes:
     """Return the k largest of sorted codes, over all slices of the features."""
-    kept = keep_row_largest(first_of(codes, k), k, state.mesh)
-    return Codes(kept.values.contiguous(), kept.indices.contiguous(), None)
+    first = first_of(state, codes, k)
+    return Codes(first.values.contiguous(), first.indices.contiguous(), None)
 
 
 def _renumbered(codes: Codes, numbers: Tensor) -> Codes:
-    """Return codes of a list of features with the numbers of those features."""
+    """Number codes of a list of features as those features are."""
     if not len(numbers):
         return codes
     indices = numbers[codes.indices.clamp(min=0).long()].int()
@@ -151,7 +153,7 @@ def _of_levels(state: TrainState, group: Group) -> CodeGroup:
 
 
 def _pre_gradient(state: TrainState, groups: list[Group]) -> Tensor:
-    """Gradient of a tied `b_pre` before the update, [d_in]: -sum_f g_b[f] w_enc[f]."""
+    """Return the gradient of a tied `b_pre` before the update, [d_in]: -sum_f g_b[f] w_enc[f]."""
     sums = torch.zeros(state.size + 1, dtype=torch.float64, device=state.device)
     for group in groups:
         values, indices, _ = group.codes

@@ -34,8 +34,8 @@ class Group(NamedTuple):
     biased: bool
 
     @property
-    def left(self) -> Tensor:
-        """Residual of the target after the whole code, [N', d_out]."""
+    def residual(self) -> Tensor:
+        """Target minus what the whole code decodes to, [N', d_out]."""
         whole = self.error if self.error.dim() == 2 else self.error[:, -1]
         return whole / -self.weight
 
@@ -128,7 +128,7 @@ def by_level(codes: Codes, prefixes: Tensor, first: int) -> Codes:
 
 
 class _Decoded:
-    """x_hat without bias, summed over the slices of the features, and the way back from it."""
+    """x_hat without bias, summed over the slices of the features, and its backward pass."""
 
     def __init__(self, state: TrainState, codes: Codes) -> None:
         with torch.enable_grad():
@@ -140,5 +140,5 @@ class _Decoded:
         self.x_hat = state.mesh.sum_features(self._part.detach())
 
     def dvalues(self, grad: Tensor) -> Tensor:
-        """<grad[n], w_dec[f]> for every code."""
+        """Return <grad[n], w_dec[f]> for every code."""
         return torch.autograd.grad(self._part, self._values, grad)[0]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ctrl-C and SIGTERM while a run trains: the step is finished and a checkpoint written first."""
+"""Ctrl-C and SIGTERM during training: the step is finished and a checkpoint written first."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """Whether the process was asked to stop while the block runs.
+    """Note whether the process was asked to stop while the block runs.
 
     The first signal is kept in `asked`; a second one does what it did before the block. Outside of
     the main thread, where Python allows no handlers, signals keep their meaning.

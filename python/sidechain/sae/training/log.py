@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run tells: a progress bar, one JSON line an interval, and other loggers on request."""
+"""Progress of a run: a bar, one JSON line an interval, and other loggers on request."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Log:
         self._bar = tqdm(
             total=total, initial=done, desc="sae", unit="step", disable=not progress, smoothing=0.1
         )
-        # Figures come after the fact, so the speed is read from when the steps were counted.
+        # Metrics come an interval late, so the speed is read from when the steps were counted.
         self._step = self._last = done
         self._times = {done: time.perf_counter()}
         self.absent: dict[str, str] = {}
@@ -79,21 +79,21 @@ class Log:
         self._times[self._step] = time.perf_counter()
         self._bar.update()
 
-    def write(self, figures: dict[str, float] | None) -> None:
-        """Write the figures of an interval, once they are there."""
-        if figures is None:
+    def write(self, metrics: dict[str, float] | None) -> None:
+        """Write the metrics of an interval, once they are there."""
+        if metrics is None:
             return
-        step = int(figures["step"])
+        step = int(metrics["step"])
         passed = self._times[step] - self._times[self._last]
         speed = (step - self._last) * self._rows / max(1e-9, passed)
         self._last = step
         self._times = {at: moment for at, moment in self._times.items() if at >= step}
-        line = {**figures, "tokens_per_s": round(speed, 1)}
+        line = {**metrics, "tokens_per_s": round(speed, 1)}
         with naming(self._path):
             self._file.write(json.dumps(line).encode() + b"\n")
             self._file.flush()
         self._bar.set_postfix_str(
-            f"fvu {figures['fvu']:.3f}, L0 {figures['l0']:.1f}, dead {figures['dead']:.1%}, "
+            f"fvu {metrics['fvu']:.3f}, L0 {metrics['l0']:.1f}, dead {metrics['dead']:.1%}, "
             f"{speed:,.0f} tokens/s"
         )
         for writer in self._writers:
@@ -117,8 +117,8 @@ class _TensorBoard:
 
         self._writer = SummaryWriter(str(folder / "tensorboard"))
 
-    def __call__(self, step: int, figures: dict[str, float]) -> None:
-        for name, value in figures.items():
+    def __call__(self, step: int, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
             self._writer.add_scalar(name, value, step)
 
 
@@ -128,8 +128,8 @@ class _WandB:
 
         self._run = wandb.init(dir=str(folder), config=settings, resume="allow", id=folder.name)
 
-    def __call__(self, step: int, figures: dict[str, float]) -> None:
-        self._run.log(figures, step=step)
+    def __call__(self, step: int, metrics: dict[str, float]) -> None:
+        self._run.log(metrics, step=step)
 
 
 _WRITERS: dict[str, Any] = {"tensorboard": _TensorBoard, "wandb": _WandB}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who holds what: rows are split over one axis of the processes, features over the other."""
+"""Grid of processes: rows are split over one of its axes, features over the other."""
 
 from __future__ import annotations
 
@@ -80,8 +80,8 @@ class Mesh:
             dist.all_reduce(t)
         return t
 
-    def least(self, t: Tensor) -> Tensor:
-        """Least of a number over all processes, in place."""
+    def minimum(self, t: Tensor) -> Tensor:
+        """Reduce a number to its minimum over all processes, in place."""
         if self.world > 1:
             dist.all_reduce(t, op=dist.ReduceOp.MIN)
         return t

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training rows straight from a running pipeline: nothing but one buffer is ever kept."""
+"""Training rows from a running pipeline, of which one buffer at a time is kept."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from ...pipelines import SitePattern, config_hash
 from ...pipelines import sites as list_sites
 from ...pipelines.generate import generate, model_name, quiet_settings
 from ...store import Permutation, Statistics
-from ...taps.options import Steps, Where
+from ...taps.options import Where
 from ...taps.stream import StepRows, StreamTap
 from ..config import Provenance
 from ..initialise import mix
@@ -36,16 +37,12 @@ class PipelineSource:
 
     Args:
         pipe: diffusers pipeline.
-        site: one site.
+        where: one site; branches, steps and a slice of its tokens that become rows.
         prompts: drawn without replacement, over and over.
         target: another site, for a transcoder.
-        buffer: rows that are shuffled together, at least.
+        every: N keeps every Nth of the steps.
+        buffer: least number of rows that are shuffled together.
         batch_size: prompts in one call.
-        passes: "cond", "uncond" or "all".
-        steps: window of steps, see `taps.Where`.
-        every: keep every so manieth step.
-        tokens: slice of tokens. None = all.
-        dtype: of the rows in the buffer.
         seed: of prompts, noise and order.
         **call: arguments of every pipeline call (num_inference_steps, guidance_scale, ...).
 
@@ -56,33 +53,29 @@ class PipelineSource:
     def __init__(
         self,
         pipe: Any,
-        site: SitePattern,
+        where: Where | SitePattern,
         prompts: Sequence[str],
         *,
         target: SitePattern | None = None,
+        every: int = 1,
         buffer: int = 1 << 18,
         batch_size: int = 8,
-        passes: str = "cond",
-        steps: Steps = None,
-        every: int = 1,
-        tokens: slice | None = None,
-        dtype: torch.dtype = torch.float32,
         seed: int = 0,
         **call: Any,
     ) -> None:
         if isinstance(prompts, str) or not len(prompts):
             raise ValueError(f"PipelineSource: expected a list of prompts, got {prompts!r}")
         self._pipe, self._prompts = pipe, list(prompts)
+        where = Where.of(where)
+        site = "*" if where.sites is None else where.sites
         patterns = [site] if target is None else [site, target]
         self._sites = [_one_site(pipe, pattern) for pattern in patterns]
         self._settings = quiet_settings("PipelineSource", pipe, call)
         self._buffer, self._batch_size, self._seed = buffer, batch_size, seed
-        self._passes, self._steps = passes, steps
+        self._branches = where.branches or "cond"
         self._found: list[StepRows] = []
-        where = Where(list({s.name: s.alias for s in self._sites}.values()), passes, steps, tokens)
-        self._tap = StreamTap(
-            pipe, where, every, dtype, self._found.append,
-        )  # fmt: skip
+        both = replace(where, sites=list({s.name: s.alias for s in self._sites}.values()))
+        self._tap = StreamTap(pipe, both, every, torch.float32, self._found.append)
         self._first: Rows | None = None
         self._facts: dict[str, Any] = {
             "prompts": len(self._prompts),
@@ -91,10 +84,11 @@ class PipelineSource:
             "config_hash": config_hash(pipe),
             "buffer": buffer,
             "batch_size": batch_size,
-            "passes": passes,
-            "steps": steps,
+            # "passes": as checkpoints of every version call the branches.
+            "passes": self._branches,
+            "steps": where.steps,
             "every": every,
-            "tokens": str(tokens),
+            "tokens": str(where.tokens),
             "seed": seed,
             "call": {k: v for k, v in call.items() if isinstance(v, str | int | float | None)},
         }
@@ -145,7 +139,7 @@ class PipelineSource:
             target_site=self._sites[1].alias if len(self._sites) > 1 else "",
             model=self._facts["model"],
             config_hash=self._facts["config_hash"],
-            passes=(self._passes,),
+            passes=(self._branches,),
             source="generation",
         )
 
@@ -156,7 +150,7 @@ class PipelineSource:
         return len(self._first.x)
 
     def _calls_per_fill(self, parts: int) -> int:
-        """Calls that each of `parts` processes makes for one buffer."""
+        """Return how many calls each of `parts` processes makes for one buffer."""
         return max(1, -(-self._buffer // (self._rows_per_call * parts)))
 
     def _fill(self, number: int, part: int, parts: int) -> Rows:

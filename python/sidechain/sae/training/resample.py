@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dead features get a new direction from rows that are reconstructed badly.
+"""Resampling: dead features get a new direction from rows with a large error.
 
 Source: Bricken et al. 2023, "Towards Monosemanticity", appendix on neuron resampling.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..architectures.registry import implementation
 from ..initialise import mix
 from .state import Rows, TrainState
 
@@ -35,25 +36,25 @@ def resample(state: TrainState, rows: Rows, row_loss: Tensor) -> int:
     x, target = state.normalised(rows)
     x, target = state.mesh.gather_rows(x), state.mesh.gather_rows(target)
     loss = state.mesh.gather_rows(row_loss).cpu().double()
-    silent = state.mesh.gather_features(state.silent())
-    dead = silent.nonzero()[:, 0].cpu()
+    mask = state.mesh.gather_features(state.dead_mask())
+    dead = mask.nonzero()[:, 0].cpu()
     count = min(len(dead), int((loss > 0).sum()))
     if not count:
         return 0
     generator = torch.Generator().manual_seed(mix(state.train.seed, 2, state.step))
     drawn = torch.multinomial(loss.square(), count, generator=generator).to(x.device)
-    length = _mean_length(state, silent)
+    length = _mean_length(state, mask)
     mine = (dead[:count] >= state.first) & (dead[:count] < state.first + state.size)
     place = (dead[:count][mine] - state.first).to(x.device)
     picked = drawn[mine.to(x.device)]
     weights = state.weights
     weights["w_dec"][place] = _unit(target[picked] - weights["b_dec"])
     weights["w_enc"][place] = _unit(x[picked] - state.b_pre) * length * ENCODER_SHARE
-    for name in ("b_enc", "b_gate", "r_mag"):
-        if name in weights:
-            weights[name][place] = 0.0
-    if "threshold" in state.trained:
-        weights["threshold"][place] = state.schedule.threshold_init
+    own = implementation(state.config.architecture).own(len(place), state.schedule.threshold_init)
+    weights["b_enc"][place] = 0.0
+    for name, first in own.items():
+        if first.dim():
+            weights[name][place] = first.to(weights[name])
     for name, statistics in state.adam.items():
         if name != "b_dec":
             for statistic in statistics:
@@ -62,8 +63,8 @@ def resample(state: TrainState, rows: Rows, row_loss: Tensor) -> int:
     return count
 
 
-def _mean_length(state: TrainState, silent: Tensor) -> Tensor:
-    alive = ~silent[state.first : state.first + state.size]
+def _mean_length(state: TrainState, dead: Tensor) -> Tensor:
+    alive = ~dead[state.first : state.first + state.size]
     length = state.weights["w_enc"].norm(dim=1)
     sums = torch.stack([torch.where(alive, length, 0.0).sum(), alive.sum().to(length.dtype)])
     total, count = state.mesh.sum_features(sums).unbind()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where training rows come from: a store, or any iterable of tensors."""
+"""Sources of training rows: a store, or any iterable of tensors."""
 
 from __future__ import annotations
 

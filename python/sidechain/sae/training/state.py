@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything a training run changes, as tensors of the features this process owns."""
+"""State of a training run: tensors of the features that this process owns."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..config import SELECTING, Provenance, SaeConfig
+from ..architectures.registry import implementation
+from ..config import Provenance, SaeConfig
 from ..initialise import encoder_scale, geometric_median, random_rows
 from ..model import Sae
 from ..normaliser import Normaliser
@@ -38,14 +38,14 @@ class TrainState:
     """Weights, running statistics and counters of a run.
 
     Attributes:
-        weights: trained tensors by name, the slice of this process; `threshold` of batch_topk and
-            matryoshka is among them though no gradient reaches it.
+        weights: trained tensors by name, the slice of this process; a threshold that follows the
+            batches is among them though no gradient reaches it.
         adam: running (mean, mean square) of the gradient of each trained tensor.
         last_fired: [F'] int64, number of the step (from 1) in which a feature last fired.
-        dead: local numbers of the features found dead at the last look, int64.
+        dead: local numbers of the features in the dead mask when it was last updated, int64.
         dead_total: number of them over all processes.
-        smallest: smallest value that the last batch kept, of batch_topk and matryoshka, or None.
-            It is not saved: no result depends on it.
+        smallest: smallest value that the last batch selected, where a threshold follows it, or
+            None. It is not saved: no result depends on it.
         prefixes: of the config, [P] int64 on the device.
         step: steps done.
         fixed_b_pre: [d_in] of an untied bias, or None.
@@ -93,21 +93,15 @@ class TrainState:
         w_enc = w_dec.clone()
         if config.transcoder:
             w_enc = random_rows(seed, 1, self.first, stop, config.d_in)
-        selecting = config.architecture in SELECTING
+        selecting = bool(config.kind.selects)
         w_enc *= encoder_scale(config.d_in, config.features, selecting=selecting)
-        made = {
+        return {
             "w_enc": w_enc,
             "w_dec": w_dec,
             "b_enc": torch.zeros(size),
             "b_dec": torch.zeros(config.width_out),
+            **implementation(config.architecture).own(size, self.schedule.threshold_init),
         }
-        if config.architecture in ("batch_topk", "matryoshka"):
-            made["threshold"] = torch.tensor(math.nan)
-        elif config.architecture == "jumprelu":
-            made["threshold"] = torch.full((size,), self.schedule.threshold_init)
-        elif config.architecture == "gated":
-            made["b_gate"], made["r_mag"] = torch.zeros(size), torch.zeros(size)
-        return made
 
     def _zeros(self, name: str) -> tuple[Tensor, Tensor]:
         weight = self.weights[name]
@@ -122,7 +116,7 @@ class TrainState:
 
     @property
     def b_pre(self) -> Tensor:
-        """What is subtracted before encoding, [d_in]."""
+        """Vector subtracted before encoding, [d_in]."""
         return self.weights["b_dec"] if self.fixed_b_pre is None else self.fixed_b_pre
 
     @property
@@ -158,13 +152,14 @@ class TrainState:
             return x.to(normaliser.mean.dtype)
         return normaliser.normalise(x, rows.step)
 
-    def look_for_dead(self) -> None:
-        """Renew the set of dead features; the one place of a step that waits for the device."""
-        self.dead = self.silent().nonzero()[:, 0]
-        self.dead_total = int(self.mesh.sum_features(self.silent().sum()))
+    def update_dead(self) -> None:
+        """Update the set of dead features; the one place of a step that waits for the device."""
+        mask = self.dead_mask()
+        self.dead = mask.nonzero()[:, 0]
+        self.dead_total = int(self.mesh.sum_features(mask.sum()))
 
-    def silent(self) -> Tensor:
-        """Return which features count as dead now, [F'] bool."""
+    def dead_mask(self) -> Tensor:
+        """Return which features are dead after this step, [F'] bool."""
         return self.step - self.last_fired >= self.schedule.dead_steps
 
     def named(self) -> Iterator[tuple[str, Tensor, bool]]:

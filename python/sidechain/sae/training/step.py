@@ -19,11 +19,11 @@ def train_step(state: TrainState, rows: Rows) -> Outcome:
 
     Returns:
         Loss of each row, as tensors: nothing here waits for the device, but for the lists of a
-        batch (batch_topk, matryoshka), whose size the host has to know, once a step; the look at
-        which features are dead every `dead_every` steps; and a resampling.
+        batch (batch_topk, matryoshka), whose size the host has to know, once a step; the update of
+        the dead mask every `dead_every` steps; and a resampling.
     """
-    if state.schedule.looks_for_dead(state.step):
-        state.look_for_dead()
+    if state.schedule.updates_dead(state.step):
+        state.update_dead()
     outcome = (fused_step if state.schedule.fused else autograd_step)(state, rows)
     if state.schedule.resamples(state.step - 1):
         resample(state, rows, outcome.row_loss)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a dictionary is trained: settings, and what they mean at a given step."""
+"""Settings of training, and their values at a given step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from ..config import SELECTING, SaeConfig
+from ..architectures.registry import ARCHITECTURES, taking
+from ..config import SaeConfig
 
 SCHEDULES = ("linear", "cosine", "constant")
 NORMALISATIONS = ("step", "global", "none")
@@ -29,7 +30,7 @@ _CHOICES = {
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How a dictionary is trained.
+    """Settings of training.
 
     The loss is (1 / N) sum_n [|e_n|^2 + further terms] / d_out over normalised rows, so that the
     reconstruction part is close to the fraction of variance unexplained and the coefficients of
@@ -53,17 +54,18 @@ class TrainConfig:
             to 16 prefixes), "autograd", or "auto".
         precision: of the encoder, see `sidechain.ops.topk_encode`; bf16: on a GPU only; autograd:
             fp32 only.
-        k_start: features kept at the beginning; None = k.
+        k_start: features selected at the beginning; None = k.
         k_anneal: share of the steps in which k falls linearly from `k_start`.
         multi_k: topk only: a second reconstruction from this many features (arXiv 2406.04093,
             appendix A.5); None = none.
         multi_weight: its weight.
-        threshold_decay: of the running mean of the smallest value kept, batch_topk and matryoshka.
+        threshold_decay: of the running mean of the smallest value that a batch selects
+            (batch_topk, matryoshka).
         aux_k: dead features that reconstruct the residual; None = d_out / 2; 0 = none.
         aux_weight: its weight.
         dead_tokens: a feature that did not fire for this many rows is dead; None = a tenth of the
             run, at most 10 million.
-        dead_every: steps between looks at which features are dead.
+        dead_every: steps between updates of the dead mask.
         resample: share of the steps between resamplings of dead features; 0 = never
             (Bricken et al. 2023). Not in the last quarter of the run.
         sparsity: coefficient of the penalty of relu, gated and jumprelu.
@@ -177,7 +179,7 @@ class TrainConfig:
 
 
 class Schedule:
-    """What the settings mean at a step, counted from 0.
+    """Values of the settings at a step, counted from 0.
 
     Raises:
         ValueError: settings that do not fit the architecture.
@@ -192,14 +194,15 @@ class Schedule:
     def _choose_path(self) -> bool:
         from ...ops.sae_update import PREFIXES_MOST  # settings alone need no torch
 
-        selecting, levels = self.config.architecture in SELECTING, len(self.config.prefixes)
-        can = selecting and levels <= PREFIXES_MOST
+        fused, levels = self.config.kind.fused, len(self.config.prefixes)
+        can = fused and levels <= PREFIXES_MOST
         if self.train.path == "fused" and not can:
+            known = ", ".join(name for name, found in ARCHITECTURES.items() if found.fused)
             got = repr(self.config.architecture)
             raise NotImplementedError(
-                f"TrainConfig: expected an architecture of {', '.join(sorted(SELECTING))} with at "
-                f"most {PREFIXES_MOST} prefixes and path='fused', got "
-                + (f"{got} with {levels} prefixes" if selecting else got)
+                f"TrainConfig: expected an architecture of {known} with at most {PREFIXES_MOST} "
+                "prefixes and path='fused', got "
+                + (f"{got} with {levels} prefixes" if fused else got)
             )
         return can and self.train.path != "autograd"
 
@@ -213,19 +216,19 @@ class Schedule:
             raise NotImplementedError(
                 "TrainConfig: expected bf16_moments=False [autograd path], got True"
             )
-        selecting = config.architecture in SELECTING
         if train.k_start is not None and (
-            not selecting or not (config.k or 0) <= train.k_start <= config.features
+            not config.kind.takes("k_start")
+            or not (config.k or 0) <= train.k_start <= config.features
         ):
             raise ValueError(
                 f"TrainConfig: expected k_start between {config.k} [k] and {config.features} "
                 f"[features] or None, got {train.k_start}"
             )
         if train.multi_k is not None:
-            if config.architecture != "topk" or train.k_start is not None:
+            if not config.kind.takes("multi_k") or train.k_start is not None:
                 raise ValueError(
-                    "TrainConfig: expected architecture='topk' and no k_start with multi_k, got "
-                    f"{config.architecture!r} and k_start={train.k_start}"
+                    f"TrainConfig: expected architecture={taking('multi_k')!r} and no k_start with "
+                    f"multi_k, got {config.architecture!r} and k_start={train.k_start}"
                 )
             if not (config.k or 0) < train.multi_k <= config.features:
                 raise ValueError(
@@ -239,19 +242,19 @@ class Schedule:
             )
 
     def lr(self, step: int) -> float:
-        """Learning rate of a step."""
+        """Return the learning rate of a step."""
         train = self.train
         base = 2e-4 / math.sqrt(self.config.features / 2**14) if train.lr is None else train.lr
         warm = round(train.warmup * train.steps)
         if step < warm:
             return base * (step + 1) / warm
-        left = (train.steps - step) / max(1.0, train.decay_share * train.steps)
-        if train.decay == "constant" or left >= 1:
+        share = (train.steps - step) / max(1.0, train.decay_share * train.steps)
+        if train.decay == "constant" or share >= 1:
             return base
-        return base * (left if train.decay == "linear" else 0.5 - 0.5 * math.cos(math.pi * left))
+        return base * (share if train.decay == "linear" else 0.5 - 0.5 * math.cos(math.pi * share))
 
     def k(self, step: int) -> int:
-        """Features kept at a step."""
+        """Return how many features are selected at a step."""
         k, start = self.config.k or 0, self.train.k_start
         length = self.train.k_anneal * self.train.steps
         if start is None or step >= length:
@@ -259,19 +262,19 @@ class Schedule:
         return round(start + (k - start) * step / length)
 
     def sparsity(self, step: int) -> float:
-        """Coefficient of the penalty at a step."""
+        """Return the coefficient of the penalty at a step."""
         length = self.train.sparsity_warmup * self.train.steps
         return self.train.sparsity * min(1.0, (step + 1) / max(1.0, length))
 
     def threshold_decay(self, step: int) -> float:
-        """Decay of the running threshold; short at first, so that the start is forgotten."""
+        """Return the decay of the running threshold; short at first: the start is forgotten."""
         return min(self.train.threshold_decay, (1 + step) / (10 + step))
 
     @property
     def aux_k(self) -> int:
         """Number of dead features that reconstruct the residual; 0 = none."""
         train = self.train
-        if self.config.architecture not in SELECTING or train.resample or not train.aux_weight:
+        if not self.config.kind.takes("aux_k") or train.resample or not train.aux_weight:
             return 0
         return self.config.width_out // 2 if train.aux_k is None else train.aux_k
 
@@ -286,12 +289,12 @@ class Schedule:
         )
         return max(1, rows // train.batch)
 
-    def looks_for_dead(self, step: int) -> bool:
-        """Whether the set of dead features is renewed before a step."""
+    def updates_dead(self, step: int) -> bool:
+        """Return whether the dead mask is updated before a step."""
         return step > 0 and step % self.train.dead_every == 0
 
     def resamples(self, step: int) -> bool:
-        """Whether dead features are resampled after a step."""
+        """Return whether dead features are resampled after a step."""
         every = round(self.train.resample * self.train.steps)
         return bool(every) and (step + 1) % every == 0 and step < 0.75 * self.train.steps
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Figures of a run, summed on the device and read one interval late."""
+"""Metrics of a run, summed on the device and read one interval late."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _NAMES = ("squares", "target_squares", "rows", "active")
 
 
 class Outcome(NamedTuple):
-    """What a step did.
+    """Result of a step.
 
     Attributes:
         row_loss: |e_n|^2 of each own row [N'].
@@ -65,11 +65,11 @@ class Metrics:
         """
         before = self.flush()
         state = self._state
-        figures = self._figures()
-        on_gpu = figures.device.type == "cuda"
-        host = torch.empty(figures.shape, dtype=figures.dtype, pin_memory=on_gpu)
-        host.copy_(figures, non_blocking=True)
-        copied = torch.cuda.current_stream(figures.device).record_event() if on_gpu else None
+        computed = self._compute()
+        on_gpu = computed.device.type == "cuda"
+        host = torch.empty(computed.shape, dtype=computed.dtype, pin_memory=on_gpu)
+        host.copy_(computed, non_blocking=True)
+        copied = torch.cuda.current_stream(computed.device).record_event() if on_gpu else None
         self._pending = (state.step, host, copied)
         self.totals.zero_()
         self.target_sum.zero_()
@@ -87,18 +87,18 @@ class Metrics:
         schedule = self._state.schedule
         made = {"step": step, "tokens": step * self._state.train.batch, "fvu": fvu, "l0": l0}
         made |= {"dead": dead, "lr": schedule.lr(step - 1)}
-        if self._state.config.k is not None:
+        if self._state.config.kind.takes("k"):
             made["k"] = schedule.k(step - 1)
         else:
             made["sparsity"] = schedule.sparsity(step - 1)
         return made
 
-    def _figures(self) -> Tensor:
+    def _compute(self) -> Tensor:
         state = self._state
         sums = state.mesh.sum_data(torch.cat([self.totals, self.target_sum]))
         squares, target_squares, rows, active = sums[: len(_NAMES)].unbind()
         active = state.mesh.sum_features(active.clone())
         mean = sums[len(_NAMES) :] / rows
         variance = target_squares - rows * mean.square().sum()
-        dead = state.mesh.sum_features(state.silent().sum())
+        dead = state.mesh.sum_features(state.dead_mask().sum())
         return torch.stack([squares / variance, active / rows, dead / state.config.features])

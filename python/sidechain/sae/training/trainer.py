@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`Trainer`: a run from its first step, or from where it was cut off, to the trained dictionary."""
+"""`Trainer`: one run, from its first step or its last checkpoint to the trained dictionary."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from ..._errors import InputError
 from ...io.run_folder import read_json, write_json
 from ...io.same import difference
 from ...store import ActivationStore
-from ..config import SaeConfig
+from ..architectures.registry import ARCHITECTURES
+from ..config import DEFAULT_K, SaeConfig
 from ..model import Sae
 from . import checkpoint
 from .interrupt import StopRequest
@@ -113,11 +114,11 @@ class Trainer:
         log = self._log(state, offset)
         try:
             with StopRequest() as request:
-                figures = self._loop(state, metrics, log, request)
+                last = self._loop(state, metrics, log, request)
         finally:
             if log is not None:
                 log.close()
-        return self._finish(state, figures)
+        return self._finish(state, last)
 
     # -- beginning ------------------------------------------------------------------------------
 
@@ -180,7 +181,7 @@ class Trainer:
         self, state: TrainState, metrics: Metrics, log: Log | None, request: StopRequest
     ) -> dict[str, float]:
         saved = time.monotonic()
-        figures: dict[str, float] = {}
+        last: dict[str, float] = {}
         batches = self.source.batches(self.train.batch, state.step, self.mesh, self.device)
         while state.step < self.train.steps:
             rows = next(batches, None)
@@ -197,16 +198,16 @@ class Trainer:
             asked = request.asked is not None and self.mesh.world == 1
             if state.step % self.train.log_every and state.step < self.train.steps and not asked:
                 continue
-            figures = self._tell(log, metrics.read()) or figures
+            last = self._report(log, metrics.read()) or last
             due = (time.monotonic() - saved) / 60 >= self.train.checkpoint_minutes
             stop = self.mesh.any(request.asked is not None)
             if (stop or self.mesh.agree(due)) and state.step < self.train.steps:
-                figures = self._tell(log, metrics.flush()) or figures
+                last = self._report(log, metrics.flush()) or last
                 self._save(state, log)
                 saved = time.monotonic()
                 if stop:
                     self._stop(state, request)
-        return self._tell(log, metrics.flush()) or figures
+        return self._report(log, metrics.flush()) or last
 
     def _stop(self, state: TrainState, request: StopRequest) -> None:
         if self.mesh.first:
@@ -217,10 +218,10 @@ class Trainer:
             )
         request.stop()
 
-    def _tell(self, log: Log | None, figures: dict[str, float] | None) -> dict[str, float] | None:
+    def _report(self, log: Log | None, found: dict[str, float] | None) -> dict[str, float] | None:
         if log is not None:
-            log.write(figures)
-        return figures
+            log.write(found)
+        return found
 
     def _save(self, state: TrainState, log: Log | None) -> None:
         if log is not None:
@@ -228,8 +229,8 @@ class Trainer:
         facts = {**self._facts, "metrics_bytes": 0 if log is None else log.offset}
         checkpoint.save(self.out / CHECKPOINTS, state, facts)
 
-    def _finish(self, state: TrainState, figures: dict[str, float]) -> Sae:
-        kept: dict[str, float] = {n: figures[n] for n in ("fvu", "l0", "dead") if n in figures}
+    def _finish(self, state: TrainState, last: dict[str, float]) -> Sae:
+        kept: dict[str, float] = {n: last[n] for n in ("fvu", "l0", "dead") if n in last}
         provenance = replace(
             self.source.provenance(),
             tokens=state.step * self.train.batch,
@@ -249,11 +250,6 @@ def train(
     *,
     features: int,
     tokens: int,
-    architecture: str = "batch_topk",
-    k: int | None = None,
-    site: str | None = None,
-    target: ActivationStore | None = None,
-    prefixes: Sequence[int] = (),
     mesh: Mesh | None = None,
     device: Any = None,
     progress: bool = True,
@@ -263,43 +259,28 @@ def train(
     """Train a dictionary, or go on with the run in `out`.
 
     Args:
-        data: a store (open, or its folder), anything `IterableSource` takes, or a `Source`.
+        data: a store (open, or the folder of one with a single site), anything `IterableSource`
+            takes, or a `Source`; `StoreSource(store, target)` trains a transcoder.
         out: folder of the run; see `Trainer`.
         features: F.
         tokens: rows to train on.
-        architecture: one of `ARCHITECTURES`.
-        k: features per token of topk, batch_topk and matryoshka; None = 32.
-        site: of a store given as a folder.
-        target: for a transcoder: the same rows at another site.
-        prefixes: of matryoshka.
         mesh: see `Mesh`.
         device: see `Trainer`.
         progress: show a bar.
         loggers: see `Trainer`.
-        **settings: of `TrainConfig`.
+        **settings: of `SaeConfig` (architecture, k, prefixes, ...) and of `TrainConfig`.
 
     Raises:
         TypeError, ValueError, NotImplementedError: settings that do not fit.
     """
-    seed = settings.get("seed", 0)
     if isinstance(data, str | Path):
-        data = ActivationStore(data, site)
+        data = ActivationStore(data)
     if isinstance(data, ActivationStore):
-        data = StoreSource(data, target, seed=seed)
+        data = StoreSource(data, seed=settings.get("seed", 0))
     source: Any = data if hasattr(data, "normalisers") else IterableSource(data)
-    d_in, d_out = source.widths()
-    selecting = architecture in ("topk", "batch_topk", "matryoshka")
-    config = SaeConfig(
-        d_in,
-        features,
-        architecture,
-        k=(32 if k is None else k) if selecting else k,
-        d_out=d_out if target is not None or d_out != d_in else None,
-        transcoder=target is not None,
-        prefixes=tuple(prefixes),
-    )
+    shape = {f.name: settings.pop(f.name) for f in fields(SaeConfig) if f.name in settings}
     return Trainer(
-        config,
+        config_for(source, features, **shape),
         TrainConfig(tokens=tokens, **settings),
         source,
         out,
@@ -308,3 +289,21 @@ def train(
         progress=progress,
         loggers=loggers,
     ).run()
+
+
+def config_for(source: Source, features: int, **shape: Any) -> SaeConfig:
+    """Return the dictionary that fits the rows of a source: its widths, and k where it needs one.
+
+    Args:
+        source: rows.
+        features: F.
+        **shape: of `SaeConfig`; k = None is 32, or F if that is less.
+    """
+    d_in, d_out = source.widths()
+    shape.setdefault("transcoder", bool(source.provenance().target_site))
+    if shape["transcoder"] or d_out != d_in:
+        shape.setdefault("d_out", d_out)
+    kind = ARCHITECTURES.get(shape.get("architecture", SaeConfig.architecture))
+    if kind is not None and kind.takes("k") and shape.get("k") is None:
+        shape["k"] = min(DEFAULT_K, features)
+    return SaeConfig(d_in, features, **shape)

@@ -10,7 +10,7 @@ from ..._options import choice, option, whole
 from ..config import SCORES, Model, Sampling, dictionaries, folder, seed, sites
 from ..localization.config import read_concepts
 
-ACTIVATIONS = ("open", "kept")
+ACTIVATIONS = ("relu", "selected")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,9 +24,10 @@ class DictionaryConfig(Sampling, Model):
     )
     score: str = choice("tada", "what ranks features", SCORES)
     activations: str = choice(
-        "open",
-        "open: all that are positive, as published; kept: those that the dictionary keeps",
+        "relu",
+        "relu: all that are positive, as published; selected: those that the dictionary selects",
         ACTIVATIONS,
+        before={"open": "relu", "kept": "selected"},
     )
     features: int = whole(3, "features a concept and site", least=1)
     moments: int = whole(3, "clips a feature", least=1)

@@ -19,7 +19,7 @@ import torch
 from ...io.run_folder import RunFolder, write_json, write_table
 from ...report.data import Clip
 from ...sae import Sae
-from ...sae.features.evaluate import Health, Moment, measure, top_moments
+from ...sae.features.evaluate import Health, TopExample, measure, top_examples
 from ...sae.features.scoring import (
     METHODS,
     FeatureStatistics,
@@ -59,7 +59,7 @@ class FeatureFound:
     step: int
     kept: tuple[float, float]
     rate: tuple[float, float]
-    moments: list[Moment]
+    moments: list[TopExample]
 
 
 @dataclass(frozen=True)
@@ -185,14 +185,11 @@ def _on_store(sae: Sae, store: ActivationStore) -> Sae:
 def _statistics(
     config: DictionaryConfig, pipe: Any, saes: dict[str, Sae], name: str
 ) -> dict[str, FeatureStatistics]:
-    positive, negative = prompt_pairs(VectorConfig(concept=name, pairs=config.pairs))
     return feature_statistics(
         pipe,
         saes,
-        positive,
-        negative,
+        prompt_pairs(VectorConfig(concept=name, pairs=config.pairs, seed=config.seed)),
         activations=config.activations,
-        seeds=[common.noise_seed(config.seed, index) for index in range(len(positive))],
         batch_size=max(1, config.batch_rows // 2),
         num_inference_steps=config.steps,
         guidance_scale=config.guidance,
@@ -211,8 +208,8 @@ def _best(
     scores = read.score(config.score)
     order = torch.sort(scores.mean(0), descending=True, stable=True).indices[: config.features]
     numbers = [int(f) for f in order]
-    moments = top_moments(_on_store(sae, store), store, numbers, config.moments)
-    kept, rate = read.kept.mean(0), read.rate.mean(0)
+    moments = top_examples(_on_store(sae, store), store, numbers, config.moments)
+    kept, rate = read.selected.mean(0), read.rate.mean(0)
     return [
         FeatureFound(
             name,
@@ -281,21 +278,21 @@ def listen(study: DictionaryStudy, found: Sequence[FeatureFound]) -> list[list[C
     return heard
 
 
-def _clip(moment: Moment, text: str, sound: tuple[Any, Any], trace: list[float]) -> Clip:
+def _clip(example: TopExample, text: str, sound: tuple[Any, Any], trace: list[float]) -> Clip:
     # Token 0 is the global token that the denoiser puts before the clip.
     along = trace[1:]
-    place = (moment.token - 0.5) / max(1, len(along)) if moment.token else None
+    place = (example.token - 0.5) / max(1, len(along)) if example.token else None
     when = "global token" if place is None else f"{place * CLIP_SECONDS:.2f} s"
-    note = f"{moment.value:.2f} at {when}, step {moment.step}"
+    note = f"{example.value:.2f} at {when}, step {example.step}"
     return Clip(f"“{text}”", *sound, note=note, place=place, trace=along)
 
 
-def _trace(sae: Sae, store: ActivationStore, feature: int, moment: Moment) -> list[float]:
+def _trace(sae: Sae, store: ActivationStore, feature: int, example: TopExample) -> list[float]:
     """Return the selected activation of a feature at every token of one clip and step."""
-    part = ActivationStore(store.folder, store.site, steps=[moment.step], prompts=[moment.prompt])
+    part = ActivationStore(store.folder, store.site, steps=[example.step], prompts=[example.prompt])
     rows = torch.arange(len(part))
     with torch.no_grad():
-        codes = sae.encode(part.read(rows).float(), step=moment.step)
+        codes = sae.encode(part.read(rows).float(), step=example.step)
     trace = torch.zeros(len(rows))
     if codes.offsets is None:
         trace = torch.where(codes.indices == feature, codes.values, 0.0).sum(1)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..._errors import InputError
+from ...pipelines import PromptPairs
 from ...pipelines import sites as list_sites
 from ...sae import Sae
 from ...sae.features.scoring import feature_statistics
@@ -34,8 +35,7 @@ def build(pipe: Any, config: VectorConfig, *, progress: bool = True) -> Steering
 
 
 def _build(pipe: Any, config: VectorConfig, progress: bool) -> SteeringVector:
-    positive, negative = prompt_pairs(config)
-    seeds = [common.noise_seed(config.seed, index) for index in range(len(positive))]
+    pairs = prompt_pairs(config)
     call: dict[str, Any] = {
         "num_inference_steps": config.steps,
         "guidance_scale": config.guidance,
@@ -44,50 +44,40 @@ def _build(pipe: Any, config: VectorConfig, progress: bool) -> SteeringVector:
     if config.method == "caa":
         return caa(
             pipe,
-            positive,
-            negative,
+            pairs,
             common.site_patterns(config.sites),
-            seeds=seeds,
             batch_size=batch_size,
             normalise=config.normalise,
-            concept=config.concept or "",
             progress=progress,
             **call,
         )
     saes = dictionaries(pipe, config.sites, config.dictionaries)
     statistics = feature_statistics(
-        pipe,
-        saes,
-        positive,
-        negative,
-        seeds=seeds,
-        batch_size=batch_size,
-        progress=progress,
-        **call,
+        pipe, saes, pairs, batch_size=batch_size, progress=progress, **call
     )
     return sae_features(
         pipe,
         saes,
         statistics,
+        pairs,
         method=config.score,
         count=config.features,
         weighting=config.weighting,
-        concept=config.concept or "",
-        pairs=len(positive),
-        seeds=seeds,
-        call=call,
+        **call,
     )
 
 
-def prompt_pairs(config: VectorConfig) -> tuple[list[str], list[str]]:
+def prompt_pairs(config: VectorConfig) -> PromptPairs:
     """Return prompts with and without the concept: given ones, or from its templates."""
     if config.prompts is None and config.concept is None:
         raise InputError("vector: expected a concept or prompts, got neither")
     if config.prompts is not None:
-        positive, negative = (list(side)[: config.pairs] for side in config.prompts)
-        return positive, negative
-    pairs = concept(config.concept or "").pairs(config.pairs, common.VECTOR_PROMPTS)
-    return [pair.clean for pair in pairs], [pair.corrupted for pair in pairs]
+        sides = [list(side)[: config.pairs] for side in config.prompts]
+    else:
+        pairs = concept(config.concept or "").pairs(config.pairs, common.VECTOR_PROMPTS)
+        sides = [[pair.clean for pair in pairs], [pair.corrupted for pair in pairs]]
+    seeds = [common.noise_seed(config.seed, index) for index in range(len(sides[0]))]
+    return PromptPairs(sides[0], sides[1], config.concept or "", seeds)
 
 
 def dictionaries(pipe: Any, pattern: str, folder: Path | None) -> dict[str, Sae]:

@@ -3,7 +3,8 @@
 
 It shares nothing with the scorers of this package (data, labels, front end, authors), so agreement
 with it is evidence. Architecture: Pons & Serra 2019, arXiv:1909.06654; the weights are ISC licensed
-(weights/musicnn/LICENSE) and were converted by `recipes.convert_musicnn`.
+(weights/musicnn/LICENSE), converted to float16 from the MTT_musicnn checkpoint of PyPI's
+musicnn 0.1.0, with its batch normalisations folded into a scale and a shift.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The k largest over features that several processes hold: exact, and without reading counts back.
+"""Find the k largest of features that several processes hold, exactly, without reading counts back.
 
 Every process offers its own candidates; what does not belong to the whole's largest is blanked
 (value 0, index -1), which the sparse ops take as nothing.
@@ -7,11 +7,15 @@ Every process offers its own candidates; what does not belong to the whole's lar
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from ..model import Codes
-from .mesh import Mesh
+from ...ops import Codes
+
+if TYPE_CHECKING:
+    from ..training.mesh import Mesh
 
 # 31 bits of a positive float32, most significant first: (shift, bits) of each digit.
 _VALUE_DIGITS = ((20, 11), (10, 10), (0, 10))
