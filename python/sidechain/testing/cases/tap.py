@@ -59,7 +59,7 @@ class TapCase:
             args["index"] = (torch.arange(rows, dtype=torch.int32) % (TABLE + 1)) - 1
         if self.steer_mask:
             args["steer_mask"] = torch.rand(self.steer_mask, tokens, generator=g) < 0.7
-        if self.renorm:
+        if self.renorm and "vectors" in args:
             args["renorm"] = True
         args |= capture_arguments(self, SLOTS, channels, g)
         return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in args.items()}
