@@ -19,7 +19,7 @@ PAIRS = PromptPairs(POSITIVE, NEGATIVE, seeds=SEEDS)
 
 
 def naive(pipe: Any, site: str, **call: Any) -> Tensor:
-    """mean a(x+) - mean a(x-) by plain hooks, one generation at a time; [steps, passes, C]."""
+    """mean a(x+) - mean a(x-) by plain hooks, one generation at a time; [steps, branches, C]."""
     module = sidechain.sites(pipe)[site].module
     means: dict[bool, list[Tensor]] = {True: [], False: []}
     for is_positive, prompts in ((True, POSITIVE), (False, NEGATIVE)):
@@ -51,7 +51,7 @@ class TestNumerics:
         raw, unit = (
             caa(
                 pipe, PAIRS, "cross:*", normalise=normalise,
-                progress=False, num_inference_steps=3, passes="cond",
+                progress=False, num_inference_steps=3, branches="cond",
             )
             for normalise in (False, True)
         )  # fmt: skip
@@ -94,7 +94,7 @@ class TestNumerics:
         module.set_processor(Planted())
         made = caa(
             pipe, PAIRS, "cross:2", progress=False, num_inference_steps=2,
-            passes="cond",
+            branches="cond",
         )  # fmt: skip
         assert (made["transformer_blocks.2.attn2"] @ d > 0.99).all()
 
@@ -103,12 +103,12 @@ class TestNumerics:
             pipe, PAIRS, "cross:0", progress=False, num_inference_steps=2,
             negative_prompt="rock",
         )  # fmt: skip
-        assert made.passes == ["uncond", "cond"]
+        assert made.branches == ["uncond", "cond"]
         made = caa(
             pipe, PAIRS, "cross:0", progress=False, num_inference_steps=2,
             guidance_scale=1.0,
         )  # fmt: skip
-        assert made.passes == ["cond"]
+        assert made.branches == ["cond"]
 
     def test_heun(self) -> None:
         made = caa(
@@ -164,7 +164,7 @@ class TestContract:
             ({"batch_size": 0}, "expected batch_size >= 1"),
             ({"sites": "cross:9"}, "sites: expected one of"),
             ({"generator": None}, "expected no generator"),
-            ({"passes": "none"}, "expected passes"),
+            ({"branches": "none"}, "expected branches"),
         ],
     )
     def test_bad_calls(self, pipe: Any, arguments: dict[str, Any], match: str) -> None:

@@ -2,7 +2,7 @@
 """Contrastive activation addition: mean output with a concept minus mean output without it.
 
 v[t, p, l] = mean_i a(x_i+) - mean_i a(x_i-), scaled to unit norm on request, where a is the mean
-over tokens of what site l puts out at step t in pass p. Source: TADA, arXiv 2602.11910.
+over tokens of what site l puts out at step t in branch p. Source: TADA, arXiv 2602.11910.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def caa(
     *,
     batch_size: int = 8,
     normalise: bool = True,
-    passes: str = "all",
+    branches: str = "all",
     tokens: slice | Tensor | None = None,
     progress: bool = True,
     **call: Any,
@@ -44,21 +44,21 @@ def caa(
         sites: see `SiteList.select`.
         batch_size: pairs in one pipeline call.
         normalise: scale every direction to unit norm; a zero difference stays zero.
-        passes: "cond", "uncond" or "all".
+        branches: "cond", "uncond" or "all".
         tokens: which tokens to average over, see `taps.Where`.
         progress: show a progress bar.
         **call: arguments of every pipeline call (num_inference_steps, guidance_scale, ...).
 
     Returns:
-        Directions [steps, C] for each site and pass.
+        Directions [steps, C] for each site and branch.
 
     Raises:
         ValueError: unknown sites or options.
     """
     chosen = list_sites(pipe, sites)
     settings = quiet_settings("caa", pipe, call)
-    totals: dict[str, Tensor] = {}  # [2, steps, passes, C] float64: sums over + and over -
-    tap = capture(pipe, Where(chosen, passes, tokens=tokens), reduce="mean")
+    totals: dict[str, Tensor] = {}  # [2, steps, branches, C] float64: sums over + and over -
+    tap = capture(pipe, Where(chosen, branches, tokens=tokens), reduce="mean")
     title = f"caa {pairs.concept}".strip()
     with tap, tqdm(total=len(pairs), desc=title, unit="pair", disable=not progress) as bar:
         for prompts, seeds in pairs.batches(batch_size):
@@ -70,7 +70,7 @@ def caa(
     tensors = {}
     for site in chosen:
         plus, minus = totals[site.name] / len(pairs)
-        difference = plus - minus  # [steps, passes, C]
+        difference = plus - minus  # [steps, branches, C]
         directions = unit(difference) if normalise else difference
         for place, branch in enumerate(labels.branches):
             tensors[site.name, branch] = directions[:, place].float()
@@ -82,7 +82,7 @@ def caa(
 
 def _accumulate(totals: dict[str, Tensor], tap: Capture, chosen: SiteList, pairs: int) -> None:
     for site in chosen:
-        means = tap[site].double()  # [steps, passes, 2 * pairs, C]
+        means = tap[site].double()  # [steps, branches, 2 * pairs, C]
         sums = torch.stack([means[:, :, :pairs].sum(2), means[:, :, pairs:].sum(2)])
         known = totals.get(site.name)
         totals[site.name] = sums if known is None else known + sums
