@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import sidechain
+from sidechain import Where
 from sidechain.pipelines import config_hash
 from sidechain.testing import generate, tiny_pipeline
 from sidechain.vectors import PromptPairs, SteeringVector, caa
@@ -50,8 +51,8 @@ class TestNumerics:
     def test_unit_norm(self, pipe: Any) -> None:
         raw, unit = (
             caa(
-                pipe, PAIRS, "cross:*", normalise=normalise,
-                progress=False, num_inference_steps=3, branches="cond",
+                pipe, PAIRS, Where("cross:*", "cond"), normalise=normalise,
+                progress=False, num_inference_steps=3,
             )
             for normalise in (False, True)
         )  # fmt: skip
@@ -93,8 +94,7 @@ class TestNumerics:
 
         module.set_processor(Planted())
         made = caa(
-            pipe, PAIRS, "cross:2", progress=False, num_inference_steps=2,
-            branches="cond",
+            pipe, PAIRS, Where("cross:2", "cond"), progress=False, num_inference_steps=2,
         )  # fmt: skip
         assert (made["transformer_blocks.2.attn2"] @ d > 0.99).all()
 
@@ -159,14 +159,18 @@ class TestContract:
             PromptPairs(*sides, **options)
 
     @pytest.mark.parametrize(
-        ("arguments", "match"),
+        ("arguments", "error", "match"),
         [
-            ({"batch_size": 0}, "expected batch_size >= 1"),
-            ({"sites": "cross:9"}, "sites: expected one of"),
-            ({"generator": None}, "expected no generator"),
-            ({"branches": "none"}, "expected branches"),
+            ({"batch_size": 0}, ValueError, "expected batch_size >= 1"),
+            ({"where": "cross:9"}, ValueError, "sites: expected one of"),
+            ({"where": Where(steps=(0, 1))}, ValueError, "caa: expected all steps"),
+            ({"generator": None}, ValueError, "expected no generator"),
+            ({"where": Where(branches="none")}, ValueError, "expected branches"),
+            ({"passes": "cond"}, TypeError, "caa: expected its own arguments .*got passes"),
         ],
     )
-    def test_bad_calls(self, pipe: Any, arguments: dict[str, Any], match: str) -> None:
-        with pytest.raises(ValueError, match=match):
+    def test_bad_calls(
+        self, pipe: Any, arguments: dict[str, Any], error: type[Exception], match: str
+    ) -> None:
+        with pytest.raises(error, match=match):
             caa(pipe, PromptPairs(["a"], ["b"]), progress=False, **arguments)

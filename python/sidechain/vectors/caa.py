@@ -15,7 +15,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..pipelines import PromptPairs, SiteList, SitePattern
-from ..pipelines import sites as list_sites
 from ..pipelines.generate import generate, quiet_settings
 from ..taps import Capture, Where, capture
 from .vector import Provenance, SteeringVector, unit
@@ -24,12 +23,10 @@ from .vector import Provenance, SteeringVector, unit
 def caa(
     pipe: Any,
     pairs: PromptPairs,
-    sites: SitePattern = "cross:*",
+    where: Where | SitePattern = "cross:*",
     *,
     batch_size: int = 8,
     normalise: bool = True,
-    branches: str = "all",
-    tokens: slice | Tensor | None = None,
     progress: bool = True,
     **call: Any,
 ) -> SteeringVector:
@@ -41,11 +38,9 @@ def caa(
     Args:
         pipe: diffusers pipeline.
         pairs: prompts with and without the concept.
-        sites: see `SiteList.select`.
+        where: sites, branches (None = all there are) and tokens to average over; all steps.
         batch_size: pairs in one pipeline call.
         normalise: scale every direction to unit norm; a zero difference stays zero.
-        branches: "cond", "uncond" or "all".
-        tokens: which tokens to average over, see `taps.Where`.
         progress: show a progress bar.
         **call: arguments of every pipeline call (num_inference_steps, guidance_scale, ...).
 
@@ -55,10 +50,16 @@ def caa(
     Raises:
         ValueError: unknown sites or options.
     """
-    chosen = list_sites(pipe, sites)
+    where = Where.of(where)
+    if where.steps is not None:
+        raise ValueError(
+            f"caa: expected all steps [a vector has a direction for each], got {where.steps!r}"
+        )
+    chosen = where.chosen(pipe, "cross:*")
+    where = replace(where, sites=chosen, branches=where.branches or "all")
     settings = quiet_settings("caa", pipe, call)
     totals: dict[str, Tensor] = {}  # [2, steps, branches, C] float64: sums over + and over -
-    tap = capture(pipe, Where(chosen, branches, tokens=tokens), reduce="mean")
+    tap = capture(pipe, where, reduce="mean")
     title = f"caa {pairs.concept}".strip()
     with tap, tqdm(total=len(pairs), desc=title, unit="pair", disable=not progress) as bar:
         for prompts, seeds in pairs.batches(batch_size):
