@@ -32,7 +32,7 @@ __device__ inline void add_value(CodeMoments& m, float value) {
   m.square += value * value;
 }
 
-// Moments of entries [begin, end), the same in every lane.
+// Sums and squares of entries [begin, end), the same in every lane.
 __device__ inline CodeMoments warp_moments(const CscEntry* entries, int32_t begin, int32_t end) {
   CodeMoments m = {};
   for (int32_t e = begin + static_cast<int32_t>(threadIdx.x % 32); e < end; e += 32) {
@@ -56,7 +56,7 @@ __device__ inline void count_label(const CodeSumsParams& p, int64_t n) {
 }
 
 // Two things that need no more than the sorted entries: the first blocks count the rows of each
-// label, a thread a row; the others take the moments of the whole tiles that lie within one list,
+// label, a thread a row; the others take the sums of the whole tiles that lie within one list,
 // a warp a tile.
 __global__ void __launch_bounds__(kSumThreads)
     sum_tiles_kernel(const __grid_constant__ CodeSumsParams p, Csc csc, int64_t row_blocks,
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(kSumThreads)
   if (threadIdx.x % 32 == 0) partial[tile] = m;
 }
 
-// Moments of a long list, the same in every lane.
+// Sums and squares of a long list, the same in every lane.
 __device__ inline CodeMoments list_moments(const Csc& csc, const CodeMoments* partial,
                                            int32_t begin, int32_t end) {
   const ListTiles tiles = list_tiles(begin, end);

@@ -30,6 +30,7 @@ class Option:
         checked: whether `read` also runs where the settings are made in Python.
         choices: words that are allowed.
         before: word in files of earlier versions -> the choice it is now.
+        was: name of the field in files of earlier versions, if it had another.
         metavar: what stands for the value in the help; None = a flag without a value.
         group: title under which the help lists it.
         flag: "--name" if it is not that of the field.
@@ -45,6 +46,7 @@ class Option:
     checked: bool = False
     choices: tuple[str, ...] = ()
     before: Mapping[str, str] = field(default_factory=dict)
+    was: str = ""
     metavar: str | None = "VALUE"
     group: str = ""
     flag: str = ""
@@ -97,6 +99,16 @@ def choice(default: Any, help: str, choices: Sequence[str], **details: Any) -> A
 def now(before: Mapping[str, str], value: Any) -> Any:
     """Return the present word for one of an earlier version; other values as they are."""
     return before.get(value, value) if isinstance(value, str) else value
+
+
+def present(known: Mapping[str, Option], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings that any version wrote by the names and words of today."""
+    names = {option.was: name for name, option in known.items() if option.was}
+    found = {names.get(name, name): value for name, value in settings.items()}
+    return {
+        name: now(known[name].before, value) if name in known else value
+        for name, value in found.items()
+    }
 
 
 def flag(help: str, **details: Any) -> Any:

@@ -108,7 +108,7 @@ def test_capture(studies, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(capture, "run", run)
     prompts = write(tmp_path / "p.txt", "one\n\n two \n")
     line = (
-        f"capture --prompts {prompts} --sites cross:5 --passes all --window 2:10 --every 4 "
+        f"capture --prompts {prompts} --sites cross:5 --branches all --window 2:10 --every 4 "
         "--tokens 1: --dtype int8 --queue-mb 8 --shard-mb 2 --steps 12 "
         "--guidance 2 --seed 5 --batch-rows 4 --out x"
     )
@@ -117,7 +117,7 @@ def test_capture(studies, capsys, tmp_path, monkeypatch):
     assert studies.capture == CaptureConfig(
         prompts=("one", "two"),
         sites="cross:5",
-        passes="all",
+        branches="all",
         window=(2, 10),
         every=4,
         tokens=slice(1, None),
@@ -150,7 +150,7 @@ def test_vector(studies, capsys, tmp_path):
 def test_steer(studies):
     line = (
         "steer --concept drums --strengths -4,2,4 --sites cross:3 --prompts 8 --renorm --audio "
-        "--arms localized,random --passes both_cond --steps 12 --guidance 2 --seed 5 --out x"
+        "--arms localized,random --branches both_cond --steps 12 --guidance 2 --seed 5 --out x"
     )
     assert cli.main(line.split()) == 0
     assert studies.steering == SteeringConfig(
@@ -161,7 +161,7 @@ def test_steer(studies):
         renorm=True,
         audio=True,
         arms=("localized", "random"),
-        passes="both_cond",
+        branches="both_cond",
         steps=12,
         guidance=2.0,
         seed=5,

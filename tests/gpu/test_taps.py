@@ -38,8 +38,10 @@ def _swapped(pipe: Any, **options: Any) -> Any:
 
 TAPS: dict[str, Taps] = {
     "mean": lambda p: [sidechain.capture(p, Where("cross:*", branches="all"))],
-    "moments, mask": lambda p: [
-        sidechain.capture(p, Where("cross:*", tokens=drawn(SAMPLES, TOKENS) > 0), reduce="moments")
+    "mean square, mask": lambda p: [
+        sidechain.capture(
+            p, Where("cross:*", tokens=drawn(SAMPLES, TOKENS) > 0), reduce="mean_square"
+        )
     ],
     "tokens": lambda p: [
         sidechain.capture(p, Where("cross:*", tokens=slice(1, 60, 3)), reduce="tokens")
@@ -78,8 +80,8 @@ def outcome(taps: Taps, device: str, dtype: torch.dtype = torch.float32) -> dict
         for tap in attached:
             if isinstance(tap, Capture):
                 found |= {site.alias: tap[site] for site in tap.sites}
-                if tap.reduce == "moments":
-                    found["square"] = tap.second_moment("cross:1")
+                if tap.reduce == "mean_square":
+                    found["square"] = tap.mean_square("cross:1")
     return found
 
 
@@ -180,7 +182,7 @@ class TestGraph:
 
     def test_capture_fills_the_slot_of_the_step(self, device: str) -> None:
         call = Denoiser(device)
-        with attached(sidechain.capture(call.pipe, "cross:*", reduce="moments")) as tap:
+        with attached(sidechain.capture(call.pipe, "cross:*", reduce="mean_square")) as tap:
             call.begin(tap)
             replay = captured(device, call)
             tap.clear()

@@ -93,7 +93,7 @@ class TestArchitectures:
 
     def test_file(self, architecture, tmp_path):
         sae = make(architecture, normaliser=grid())
-        sae.provenance = Provenance(site="cross:3", passes=("cond",), metrics={"fvu": 0.25})
+        sae.provenance = Provenance(site="cross:3", branches=("cond",), metrics={"fvu": 0.25})
         again = Sae.load(sae.save(tmp_path / "sae.safetensors"))
         assert again.config == sae.config and again.provenance == sae.provenance
         assert not again.training

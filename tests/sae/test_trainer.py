@@ -403,7 +403,7 @@ class TestCommand:
         assert capsys.readouterr().out.strip() == str(out / "sae.safetensors")
         sae = Sae.load(out / "sae.safetensors")
         assert sae.config == SaeConfig(D, 2 * D, "batch_topk", k=4)
-        assert sae.provenance.site == "cross:1" and sae.provenance.passes == ("cond",)
+        assert sae.provenance.site == "cross:1" and sae.provenance.branches == ("cond",)
         assert sae.provenance.extra["train"]["betas"] == [0.9, 0.99]
         lines = metrics(out)
         assert [json.loads(line)["step"] for line in lines] == [5, 10, 15, 19]

@@ -25,7 +25,7 @@ def rows_of(unit: int, site: str = "cross:3") -> Tensor:
 
 
 def write_unit(writer: ActivationWriter, unit: int) -> None:
-    """Write unit number `unit`: steps 0 to 3, both passes, one prompt for each unit."""
+    """Write unit number `unit`: steps 0 to 3, both branches, one prompt for each unit."""
     with writer.transaction(cursor=unit + 1):
         for site in writer.sites:
             writer.write(

@@ -141,7 +141,7 @@ class TestContent:
         assert abs(float(batch.x.double().square().mean()) - 1) < 1e-5
 
     def test_statistics_follow_the_filters(self, store: ActivationStore) -> None:
-        some = ActivationStore(store.folder, "cross:3", steps=[1, 2], passes="cond")
+        some = ActivationStore(store.folder, "cross:3", steps=[1, 2], branches="cond")
         (batch,) = some.batches(len(some))
         total = some.statistics.total()
         assert total.count == len(some)

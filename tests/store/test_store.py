@@ -87,10 +87,10 @@ class TestFilters:
         [
             ({"steps": [1]}, lambda u: u % 4 == 1),
             ({"steps": (1, 3)}, lambda u: u % 4 in (1, 2)),
-            ({"passes": "cond"}, lambda u: u % 2 == 1),
-            ({"passes": ["cond", "uncond"]}, lambda u: True),
+            ({"branches": "cond"}, lambda u: u % 2 == 1),
+            ({"branches": ["cond", "uncond"]}, lambda u: True),
             ({"prompts": range(5, 9)}, lambda u: 5 <= u < 9),
-            ({"steps": [0, 3], "passes": "uncond"}, lambda u: u % 4 == 0),
+            ({"steps": [0, 3], "branches": "uncond"}, lambda u: u % 4 == 0),
             ({"steps": [7]}, lambda u: False),
         ],
     )
@@ -173,7 +173,7 @@ class TestStatistics:
 BAD_STORES = [
     ({"site": None}, "expected a site of .'cross:3', 'bcd'., got None"),
     ({"site": "b"}, "expected a site of .'cross:3', 'bcd'., got 'b'"),
-    ({"passes": "both"}, "expected passes of cond, uncond, or all, got 'both'"),
+    ({"branches": "both"}, "expected branches of cond, uncond, or all, got 'both'"),
     ({"steps": (3, 1)}, "expected steps as"),
 ]
 

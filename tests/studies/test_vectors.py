@@ -26,7 +26,7 @@ def test_run_saves_a_file_that_loads(model, config):
     again = SteeringVector.load(config.out, model.pipe)
     assert again.concept == "vocals"
     assert again.steps == 2
-    assert again.passes == ["uncond", "cond"] or again.passes == ["cond", "uncond"]
+    assert again.branches == ["uncond", "cond"] or again.branches == ["cond", "uncond"]
     assert len(again.sites) == 3
     assert again.provenance.positive == 3
     for key, value in made.tensors.items():
@@ -90,7 +90,7 @@ def test_own_prompts_and_sites(model, tmp_path):
         )
     )
     assert made.sites == ["transformer_blocks.0.attn2", "transformer_blocks.2.attn2"]
-    assert made.passes == ["cond"]
+    assert made.branches == ["cond"]
     assert made.provenance.positive == 2
     for norms in made.norms().values():
         torch.testing.assert_close(norms, torch.ones(2))

@@ -42,10 +42,10 @@ class TestNumerics:
 
     def test_moments(self, pipe: Any, hooked: Hook) -> None:
         plain = outputs(pipe, hooked, "self:2")[:, None, 2:]
-        with sidechain.capture(pipe, "self:2", reduce="moments") as cap:
+        with sidechain.capture(pipe, "self:2", reduce="mean_square") as cap:
             generate(pipe, PROMPTS)
         torch.testing.assert_close(cap["self:2"], plain.mean(3))
-        torch.testing.assert_close(cap.second_moment("self:2"), plain.square().mean(3))
+        torch.testing.assert_close(cap.mean_square("self:2"), plain.square().mean(3))
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("tokens", [None, slice(1, None), slice(1, 8, 3)])
@@ -276,10 +276,10 @@ class TestContract:
         ):
             pass
 
-    def test_second_moment_needs_moments(self, pipe: Any) -> None:
+    def test_mean_square_needs_its_reduction(self, pipe: Any) -> None:
         with sidechain.capture(pipe, "cross:1") as cap:
             generate(pipe, PROMPTS)
-        with pytest.raises(ValueError, match="expected reduce='moments'"):
-            cap.second_moment("cross:1")
+        with pytest.raises(ValueError, match="expected reduce='mean_square'"):
+            cap.mean_square("cross:1")
         with pytest.raises(ValueError, match="sites: expected one of"):
             cap["cross:0"]

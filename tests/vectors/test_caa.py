@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import sidechain
+from sidechain import Where
 from sidechain.pipelines import config_hash
 from sidechain.testing import generate, tiny_pipeline
 from sidechain.vectors import PromptPairs, SteeringVector, caa
@@ -19,7 +20,7 @@ PAIRS = PromptPairs(POSITIVE, NEGATIVE, seeds=SEEDS)
 
 
 def naive(pipe: Any, site: str, **call: Any) -> Tensor:
-    """mean a(x+) - mean a(x-) by plain hooks, one generation at a time; [steps, passes, C]."""
+    """mean a(x+) - mean a(x-) by plain hooks, one generation at a time; [steps, branches, C]."""
     module = sidechain.sites(pipe)[site].module
     means: dict[bool, list[Tensor]] = {True: [], False: []}
     for is_positive, prompts in ((True, POSITIVE), (False, NEGATIVE)):
@@ -50,8 +51,8 @@ class TestNumerics:
     def test_unit_norm(self, pipe: Any) -> None:
         raw, unit = (
             caa(
-                pipe, PAIRS, "cross:*", normalise=normalise,
-                progress=False, num_inference_steps=3, passes="cond",
+                pipe, PAIRS, Where("cross:*", "cond"), normalise=normalise,
+                progress=False, num_inference_steps=3,
             )
             for normalise in (False, True)
         )  # fmt: skip
@@ -93,8 +94,7 @@ class TestNumerics:
 
         module.set_processor(Planted())
         made = caa(
-            pipe, PAIRS, "cross:2", progress=False, num_inference_steps=2,
-            passes="cond",
+            pipe, PAIRS, Where("cross:2", "cond"), progress=False, num_inference_steps=2,
         )  # fmt: skip
         assert (made["transformer_blocks.2.attn2"] @ d > 0.99).all()
 
@@ -103,12 +103,12 @@ class TestNumerics:
             pipe, PAIRS, "cross:0", progress=False, num_inference_steps=2,
             negative_prompt="rock",
         )  # fmt: skip
-        assert made.passes == ["uncond", "cond"]
+        assert made.branches == ["uncond", "cond"]
         made = caa(
             pipe, PAIRS, "cross:0", progress=False, num_inference_steps=2,
             guidance_scale=1.0,
         )  # fmt: skip
-        assert made.passes == ["cond"]
+        assert made.branches == ["cond"]
 
     def test_heun(self) -> None:
         made = caa(
@@ -159,14 +159,18 @@ class TestContract:
             PromptPairs(*sides, **options)
 
     @pytest.mark.parametrize(
-        ("arguments", "match"),
+        ("arguments", "error", "match"),
         [
-            ({"batch_size": 0}, "expected batch_size >= 1"),
-            ({"sites": "cross:9"}, "sites: expected one of"),
-            ({"generator": None}, "expected no generator"),
-            ({"passes": "none"}, "expected passes"),
+            ({"batch_size": 0}, ValueError, "expected batch_size >= 1"),
+            ({"where": "cross:9"}, ValueError, "sites: expected one of"),
+            ({"where": Where(steps=(0, 1))}, ValueError, "caa: expected all steps"),
+            ({"generator": None}, ValueError, "expected no generator"),
+            ({"where": Where(branches="none")}, ValueError, "expected branches"),
+            ({"passes": "cond"}, TypeError, "caa: expected its own arguments .*got passes"),
         ],
     )
-    def test_bad_calls(self, pipe: Any, arguments: dict[str, Any], match: str) -> None:
-        with pytest.raises(ValueError, match=match):
+    def test_bad_calls(
+        self, pipe: Any, arguments: dict[str, Any], error: type[Exception], match: str
+    ) -> None:
+        with pytest.raises(error, match=match):
             caa(pipe, PromptPairs(["a"], ["b"]), progress=False, **arguments)

@@ -83,7 +83,7 @@ def test_it_is_an_ordinary_vector(pipe, parts, tmp_path):
     assert again.provenance.positive == again.provenance.negative == 3
     assert again.provenance.seeds == (4, 5, 6)
     assert again.provenance.call == {"num_inference_steps": STEPS}
-    assert again.passes == ["cond"]
+    assert again.branches == ["cond"]
     with steer(pipe, again, strength=1.0) as tap:
         assert list(tap.sites.aliases) == ["cross:1"]
         pipe("a song", num_inference_steps=STEPS)

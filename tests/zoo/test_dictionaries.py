@@ -37,7 +37,7 @@ def test_files_agree_with_their_card(site, card, pipe):
     sae, row = zoo.dictionary(site), card["sites"][site]
     assert path.stat().st_size < 10e6
     facts = sae.provenance
-    assert facts.site == site and facts.model == "zoo:music" and facts.passes == ("cond",)
+    assert facts.site == site and facts.model == "zoo:music" and facts.branches == ("cond",)
     assert facts.config_hash == config_hash(pipe)
     assert facts.tokens == row["trained_tokens"] > 0
     assert (sae.config.features, sae.config.k) == (row["features"], row["k"])

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// code_sums_: moments and firing counts of sparse codes for each label.
+// code_sums_: sums, squares and firing counts of sparse codes for each label.
 #pragma once
 
 #include <cstdint>

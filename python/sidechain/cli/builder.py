@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .._errors import InputError
-from .._options import Option, Settings, defaults, options
+from .._options import Option, Settings, defaults, options, present
 
 BAD_INPUT = 2
 #: "--strengths -4,0,4" would read as an unknown option to argparse.
@@ -119,7 +119,7 @@ def build(
     if "config" in given and replay is not None:
         if not given["config"]:
             raise InputError("--config: expected a file or a run folder, got ''")
-        for key, value in replay(Path(given["config"])).items():
+        for key, value in present(found, replay(Path(given["config"]))).items():
             if key not in found:
                 raise InputError(
                     f"--config: expected settings of {', '.join(found)}, got {key!r} in "

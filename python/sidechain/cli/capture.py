@@ -33,7 +33,7 @@ COMMAND = Command(
     CaptureConfig,
     run,
     "Generate from prompts and stream every token that the chosen sites put out into checksummed "
-    "shards, with step, pass, prompt and token of every row. The same command continues a run that "
-    "was cut off, and adds prompts to one that was finished.",
+    "shards, with step, branch, prompt and token of every row. The same command continues a run "
+    "that was cut off, and adds prompts to one that was finished.",
     replays=True,
 )

@@ -39,7 +39,7 @@ def run(config: VectorConfig, given: Mapping[str, Any]) -> int:
 COMMAND = Command(
     VectorConfig,
     run,
-    "Average the attention outputs of prompts with and without a concept, per step, pass and site, "
-    "and save their difference as one safetensors file.",
+    "Average the attention outputs of prompts with and without a concept, per step, branch and "
+    "site, and save their difference as one safetensors file.",
     replays=True,
 )

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._errors import InputError
-from .._options import defaults, now, options
+from .._options import defaults, options, present
 from .._version import __version__
 from .atomic import write_text
 from .same import difference, digest, fingerprint, plain
@@ -198,12 +198,8 @@ class RunFolder:
         theirs = known.get("config")
         if not isinstance(theirs, dict):
             raise InputError(f"{self.path / MANIFEST}: expected settings, got none")
-        known_options = options(type(config))
-        theirs = {
-            name: now(known_options[name].before, value) if name in known_options else value
-            for name, value in theirs.items()
-            if name not in _PLACE
-        }
+        theirs = present(options(type(config)), theirs)
+        theirs = {name: value for name, value in theirs.items() if name not in _PLACE}
         if first:
             if "vector" in read:
                 wanted["vector"] = read["vector"]

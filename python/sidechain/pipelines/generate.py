@@ -36,11 +36,19 @@ def quiet_settings(name: str, pipe: Any, call: dict[str, Any]) -> dict[str, Any]
 
     Raises:
         ValueError: an argument that `generate` sets itself.
+        TypeError: an argument that the pipeline does not know.
     """
     taken = {"prompt", "generator", "latents", "num_waveforms_per_prompt"} & call.keys()
     if taken:
         raise ValueError(f"{name}: expected no {', '.join(sorted(taken))} [set by {name}], got it")
-    if "output_type" in inspect.signature(type(pipe).__call__).parameters:
+    known = inspect.signature(type(pipe).__call__).parameters
+    other = [key for key in call if key not in known]
+    if other and not any(p.kind is p.VAR_KEYWORD for p in known.values()):
+        raise TypeError(
+            f"{name}: expected its own arguments or those of a {type(pipe).__name__} call, got "
+            f"{', '.join(other)}"
+        )
+    if "output_type" in known:
         return {"output_type": "latent", **call}
     return dict(call)
 

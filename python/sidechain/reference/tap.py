@@ -2,7 +2,8 @@
 """Reference of ``tap_``: capture statistics of a site, then steer it, driven by device tensors.
 
 Nothing here reads a value back to the host, so the same code traces under ``torch.compile``.
-Source: steering and projection removal as in TADA (arXiv 2602.11910); capture is plain moments.
+Source: steering and projection removal as in TADA (arXiv 2602.11910); capture is plain
+sums and sums of squares.
 """
 
 from __future__ import annotations

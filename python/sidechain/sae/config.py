@@ -135,7 +135,7 @@ class Provenance:
         target_site: of the output; "" = the same.
         model: name or path of the pipeline.
         config_hash: of the denoiser; "" fits any.
-        passes: guidance passes the activations are from.
+        branches: guidance branches the activations are from.
         source: what it was trained on, or the format it was read from.
         tokens: number of training tokens.
         metrics: at the end of training (fvu, l0, dead, ...).
@@ -146,7 +146,7 @@ class Provenance:
     target_site: str = ""
     model: str = ""
     config_hash: str = ""
-    passes: tuple[str, ...] = ()
+    branches: tuple[str, ...] = ()
     source: str = ""
     tokens: int = 0
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -161,4 +161,6 @@ class Provenance:
         """Read what `to_json` gave; names this version does not know are left out."""
         known = {f.name for f in fields(cls)}
         kept = {name: value for name, value in values.items() if name in known}
-        return cls(**{**kept, "passes": tuple(kept.get("passes", ()))})
+        # "passes": the name in files of version 0.1.0.
+        branches = kept.get("branches", values.get("passes", ()))
+        return cls(**{**kept, "branches": tuple(branches)})

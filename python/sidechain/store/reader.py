@@ -35,13 +35,13 @@ class ActivationStore:
         folder: of the store.
         site: which site; None = the only one.
         steps: keep these steps: (start, stop), or a list of numbers. None = all.
-        passes: keep these CFG passes: a name, several names, or "all".
+        branches: keep these guidance branches: a name, several names, or "all".
         prompts: keep the rows of these prompts. None = all.
 
     Attributes:
         site, width, dtype: what a row is; `dtype` is as stored.
         branches, timesteps, sigmas: what the numbers of the labels stand for.
-        statistics: `Statistics` of all rows of the site at the steps and passes that are kept;
+        statistics: `Statistics` of all rows of the site at the steps and branches that are kept;
             those of other prompts are still in it.
 
     Raises:
@@ -55,7 +55,7 @@ class ActivationStore:
         site: str | None = None,
         *,
         steps: tuple[int, int] | Sequence[int] | None = None,
-        passes: str | Sequence[str] = "all",
+        branches: str | Sequence[str] = "all",
         prompts: Iterable[int] | None = None,
     ) -> None:
         self.folder = Path(folder)
@@ -73,7 +73,7 @@ class ActivationStore:
             MappedShard(self.folder, self._manifest, self.site, shard) for shard in entry.shards
         ]
         wanted = None if prompts is None else sorted(set(prompts))
-        self._filter = (_steps(steps), self._passes(passes), wanted)
+        self._filter = (_steps(steps), self._branch_numbers(branches), wanted)
         found = load_statistics(self.folder, self._manifest, self.site)
         self.statistics = found.select(*self._filter[:2])
         self._rows = RowIndex([self._kept(shard) for shard in self._shards])
@@ -180,16 +180,16 @@ class ActivationStore:
             raise ValueError(f"store: expected a site of {list(self.sites)}, got {site!r}")
         return site
 
-    def _passes(self, passes: str | Sequence[str]) -> list[int] | None:
-        if passes == "all":
+    def _branch_numbers(self, names: str | Sequence[str]) -> list[int] | None:
+        if names == "all":
             return None
-        names = [passes] if isinstance(passes, str) else list(passes)
-        for name in names:
+        chosen = [names] if isinstance(names, str) else list(names)
+        for name in chosen:
             if name not in self.branches:
                 raise ValueError(
-                    f"store: expected passes of {', '.join(self.branches)}, or all, got {name!r}"
+                    f"store: expected branches of {', '.join(self.branches)}, or all, got {name!r}"
                 )
-        return [self.branches.index(name) for name in names]
+        return [self.branches.index(name) for name in chosen]
 
     def _kept(self, shard: MappedShard) -> NDArray[np.bool_]:
         keep = np.ones(len(shard.rows), dtype=np.bool_)

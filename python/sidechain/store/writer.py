@@ -42,7 +42,7 @@ class ActivationWriter:
         folder: made if it is not there.
         sites: width C by name of the site.
         storage: dtype and sizes; None = those of `Storage()`.
-        branches: names of the CFG passes.
+        branches: names of the guidance branches.
         mode: "create" (refuses a store that is there), "append" (needs one), "resume" (either).
         provenance: kept in the manifest.
 

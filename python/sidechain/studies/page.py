@@ -17,6 +17,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from .._errors import InputError
+from .._options import options, present
 from ..io.run_folder import MANIFEST, read_json, read_table
 from ..report.data import Block, Commands, Facts, Files, Section, Text
 from .common import today
@@ -51,13 +52,14 @@ class RunRead:
         return str(self.config.get("model", "zoo:music"))
 
 
-def read_run(folder: Path, command: str, table: str) -> RunRead:
+def read_run(folder: Path, command: str, table: str, settings: type) -> RunRead:
     """Read a run folder of a study, of any version, finished or not.
 
     Args:
         folder: of the run.
         command: whose it has to be.
         table: file with all its rows; the parts count where it is not there yet.
+        settings: class of its settings.
 
     Raises:
         InputError: nothing measured there, or a run of another command.
@@ -76,6 +78,7 @@ def read_run(folder: Path, command: str, table: str) -> RunRead:
         raise InputError(f"{folder}: expected a run with something measured, got none")
     rows = pd.concat([read_table(file) for file in files], ignore_index=True)
     finished = (folder / "summary.json").is_file()
+    config = present(options(settings), config)
     return RunRead(folder, config, manifest.get("versions", {}), today(rows), finished)
 
 

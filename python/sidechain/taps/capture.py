@@ -20,7 +20,7 @@ from .base import Tap
 from .options import Where, placed
 from .processor import ContextRecord, Operation, Record
 
-REDUCTIONS = ("mean", "moments", "tokens", "context")
+REDUCTIONS = ("mean", "mean_square", "tokens", "context")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -67,7 +67,7 @@ class Capture(Tap):
     """Recorded activations; made by `capture`.
 
     `cap[site]` is, with several pipeline calls in one context joined along B:
-    - reduce="mean" and "moments": mean over tokens [steps, branches, B, C] float32;
+    - reduce="mean" and "mean_square": mean over tokens [steps, branches, B, C] float32;
     - reduce="tokens": [steps, branches, B, T', C];
     - reduce="context": what the site's keys and values are computed from, [branches, B, S, C].
     """
@@ -128,11 +128,11 @@ class Capture(Tap):
         joined = torch.cat(parts, axis) if len(parts) > 1 else parts[0]
         return joined.to(self.dtype)
 
-    def second_moment(self, site: str | Site | int) -> Tensor:
-        """Return the mean square over tokens, [steps, branches, B, C] (reduce="moments")."""
-        if self.reduce != "moments":
+    def mean_square(self, site: str | Site | int) -> Tensor:
+        """Return the mean square over tokens, [steps, branches, B, C] (reduce="mean_square")."""
+        if self.reduce != "mean_square":
             raise ValueError(
-                f"capture: expected reduce='moments' for second_moment, got {self.reduce!r}"
+                f"capture: expected reduce='mean_square' for mean_square, got {self.reduce!r}"
             )
         name = self.sites[site].name
         return torch.cat(
@@ -308,7 +308,7 @@ class Capture(Tap):
             "sums": (steps, rows, site.width),
             "counts": (steps, rows),
         }
-        if self.reduce == "moments":
+        if self.reduce == "mean_square":
             shapes["squares"] = (steps, rows, site.width)
         return shapes
 
@@ -356,7 +356,7 @@ def capture(
     Args:
         pipe: diffusers pipeline.
         where: sites, or a `Where`, which names branches, steps and tokens too.
-        reduce: "mean" over tokens, "moments" (mean and mean square), "tokens" (all of them), or
+        reduce: "mean" over tokens, "mean_square" (mean and mean square), "tokens" (all of them), or
             "context" (the text that a cross-attention site sees, once for each generation).
         dtype: of the results; sums are kept in float32.
 

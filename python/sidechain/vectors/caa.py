@@ -2,7 +2,7 @@
 """Contrastive activation addition: mean output with a concept minus mean output without it.
 
 v[t, p, l] = mean_i a(x_i+) - mean_i a(x_i-), scaled to unit norm on request, where a is the mean
-over tokens of what site l puts out at step t in pass p. Source: TADA, arXiv 2602.11910.
+over tokens of what site l puts out at step t in branch p. Source: TADA, arXiv 2602.11910.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..pipelines import PromptPairs, SiteList, SitePattern
-from ..pipelines import sites as list_sites
 from ..pipelines.generate import generate, quiet_settings
 from ..taps import Capture, Where, capture
 from .vector import Provenance, SteeringVector, unit
@@ -24,12 +23,10 @@ from .vector import Provenance, SteeringVector, unit
 def caa(
     pipe: Any,
     pairs: PromptPairs,
-    sites: SitePattern = "cross:*",
+    where: Where | SitePattern = "cross:*",
     *,
     batch_size: int = 8,
     normalise: bool = True,
-    passes: str = "all",
-    tokens: slice | Tensor | None = None,
     progress: bool = True,
     **call: Any,
 ) -> SteeringVector:
@@ -41,24 +38,28 @@ def caa(
     Args:
         pipe: diffusers pipeline.
         pairs: prompts with and without the concept.
-        sites: see `SiteList.select`.
+        where: sites, branches (None = all there are) and tokens to average over; all steps.
         batch_size: pairs in one pipeline call.
         normalise: scale every direction to unit norm; a zero difference stays zero.
-        passes: "cond", "uncond" or "all".
-        tokens: which tokens to average over, see `taps.Where`.
         progress: show a progress bar.
         **call: arguments of every pipeline call (num_inference_steps, guidance_scale, ...).
 
     Returns:
-        Directions [steps, C] for each site and pass.
+        Directions [steps, C] for each site and branch.
 
     Raises:
         ValueError: unknown sites or options.
     """
-    chosen = list_sites(pipe, sites)
+    where = Where.of(where)
+    if where.steps is not None:
+        raise ValueError(
+            f"caa: expected all steps [a vector has a direction for each], got {where.steps!r}"
+        )
+    chosen = where.chosen(pipe, "cross:*")
+    where = replace(where, sites=chosen, branches=where.branches or "all")
     settings = quiet_settings("caa", pipe, call)
-    totals: dict[str, Tensor] = {}  # [2, steps, passes, C] float64: sums over + and over -
-    tap = capture(pipe, Where(chosen, passes, tokens=tokens), reduce="mean")
+    totals: dict[str, Tensor] = {}  # [2, steps, branches, C] float64: sums over + and over -
+    tap = capture(pipe, where, reduce="mean")
     title = f"caa {pairs.concept}".strip()
     with tap, tqdm(total=len(pairs), desc=title, unit="pair", disable=not progress) as bar:
         for prompts, seeds in pairs.batches(batch_size):
@@ -70,7 +71,7 @@ def caa(
     tensors = {}
     for site in chosen:
         plus, minus = totals[site.name] / len(pairs)
-        difference = plus - minus  # [steps, passes, C]
+        difference = plus - minus  # [steps, branches, C]
         directions = unit(difference) if normalise else difference
         for place, branch in enumerate(labels.branches):
             tensors[site.name, branch] = directions[:, place].float()
@@ -82,7 +83,7 @@ def caa(
 
 def _accumulate(totals: dict[str, Tensor], tap: Capture, chosen: SiteList, pairs: int) -> None:
     for site in chosen:
-        means = tap[site].double()  # [steps, passes, 2 * pairs, C]
+        means = tap[site].double()  # [steps, branches, 2 * pairs, C]
         sums = torch.stack([means[:, :, :pairs].sum(2), means[:, :, pairs:].sum(2)])
         known = totals.get(site.name)
         totals[site.name] = sums if known is None else known + sums

@@ -59,7 +59,7 @@ def sae_features(
         **call: arguments of the pipeline calls behind the statistics, for the record.
 
     Returns:
-        Directions [S, C] of the cond pass for each site.
+        Directions [S, C] of the cond branch for each site.
 
     Raises:
         ValueError: unknown options, steps that were not read, sites without a dictionary.

@@ -137,7 +137,7 @@ class SteeringVector:
         return list(dict.fromkeys(name for name, _ in self._tensors))
 
     @property
-    def passes(self) -> list[str]:
+    def branches(self) -> list[str]:
         """CFG branches, in order."""
         return list(dict.fromkeys(branch for _, branch in self._tensors))
 
@@ -148,7 +148,7 @@ class SteeringVector:
             return self._tensors[full]
         except KeyError:
             raise ValueError(
-                f"SteeringVector: expected a site of {self.sites} and a pass of {self.passes}, "
+                f"SteeringVector: expected a site of {self.sites} and a branch of {self.branches}, "
                 f"got {full}"
             ) from None
 
@@ -179,7 +179,7 @@ class SteeringVector:
     def __repr__(self) -> str:
         return (
             f"SteeringVector({self.concept or 'unnamed'!r}, sites={self.sites}, "
-            f"passes={self.passes}, steps={self.steps})"
+            f"branches={self.branches}, steps={self.steps})"
         )
 
     # -- algebra --------------------------------------------------------------------------------
@@ -201,14 +201,14 @@ class SteeringVector:
         return self.scaled(-1.0)
 
     def __add__(self, other: SteeringVector) -> SteeringVector:
-        """Add direction by direction; both need the same sites, passes, widths and time grid."""
+        """Add direction by direction; both need the same sites, branches, widths and time grid."""
         if not isinstance(other, SteeringVector):
             return NotImplemented
         shapes = {k: t.shape for k, t in self._tensors.items()}
         others = {k: t.shape for k, t in other._tensors.items()}
         if shapes != others:
             raise ValueError(
-                f"SteeringVector: expected equal sites, passes and shapes in a sum, got {self} "
+                f"SteeringVector: expected equal sites, branches and shapes in a sum, got {self} "
                 f"and {other}"
             )
         if self.config_hash and other.config_hash and self.config_hash != other.config_hash:

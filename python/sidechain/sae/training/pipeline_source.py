@@ -133,13 +133,13 @@ class PipelineSource:
         return self._facts
 
     def provenance(self) -> Provenance:
-        """Return site, model and passes."""
+        """Return site, model and branches."""
         return Provenance(
             site=self._sites[0].alias,
             target_site=self._sites[1].alias if len(self._sites) > 1 else "",
             model=self._facts["model"],
             config_hash=self._facts["config_hash"],
-            passes=(self._branches,),
+            branches=(self._branches,),
             source="generation",
         )
 

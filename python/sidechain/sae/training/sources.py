@@ -125,7 +125,7 @@ class StoreSource:
             target_site="" if self.target is None else self.target.site,
             model=str(known.get("model", "")),
             config_hash=str(known.get("config_hash", "")),
-            passes=tuple(self.store.branches[number] for number in branches),
+            branches=tuple(self.store.branches[number] for number in branches),
             source=Path(self.store.folder).name,
         )
 

@@ -27,7 +27,9 @@ class CaptureConfig(Sampling, Model):
         metavar="N|FILE",
     )
     sites: str = sites("sites to record")
-    passes: str = choice("cond", "guidance passes to record", ("cond", "uncond", "all"))
+    branches: str = choice(
+        "cond", "guidance branches to record", ("cond", "uncond", "all"), was="passes"
+    )
     window: tuple[int | float, int | float] | None = option(
         None,
         "steps A to B - 1, or fractions of the run such as 0.25:0.75 (default: all)",

@@ -19,7 +19,7 @@ def run(config: CaptureConfig) -> dict[str, ActivationStore]:
     prompts = fresh_captions(count) if isinstance(count, int) else count
     seeds = [common.noise_seed(config.seed, index) for index in range(len(prompts))]
     dtype = getattr(torch, config.dtype)
-    where = Where(common.site_patterns(config.sites), config.passes, config.window, config.tokens)
+    where = Where(common.site_patterns(config.sites), config.branches, config.window, config.tokens)
     return record(
         pipe,
         where,

@@ -19,6 +19,7 @@ from ...zoo.music.concepts import concept
 from .. import page as shared
 from ..page import PAGE, RunRead, counted, listed, scorer_label
 from .analyse import BOTH, STEERED_SHARE, Localization, analyse
+from .config import LocalizationConfig
 from .presets import clip_name
 
 _FILES = {
@@ -43,7 +44,7 @@ def write(folder: Path) -> Path:
 
 def read(folder: Path) -> tuple[RunRead, Localization, list[str]]:
     """Read a run back: its files, what it found, and the concepts not measured yet."""
-    run = shared.read_run(folder, "localize", "scores.csv")
+    run = shared.read_run(folder, "localize", "scores.csv", LocalizationConfig)
     rows, seeds = run.table, list(run.config["seeds"])
     single = rows[~rows.preset.str.startswith("top:")]
     measured = {seed: set(single.concept[single.seed == seed]) for seed in seeds}

@@ -14,7 +14,14 @@ from ..config import Method, Model, Sampling, folder, seed
 
 ARMS = ("localized", "all", "ablated", "random")
 #: The modes of `sidechain.taps.steer`.
-PASSES = ("cond_only", "uncond_only", "both_cond", "both_uncond", "separate", "uncond_for_cond")
+BRANCH_MODES = (
+    "cond_only",
+    "uncond_only",
+    "both_cond",
+    "both_uncond",
+    "separate",
+    "uncond_for_cond",
+)
 
 
 def _arms(name: str, value: Any) -> tuple[str, ...]:
@@ -52,7 +59,7 @@ class SteeringConfig(Method, Sampling, Model):
         metavar="N|FILE",
     )
     arms: tuple[str, ...] = option(ARMS, "which arms to compare", _arms, metavar="LIST")
-    passes: str = choice("cond_only", "guidance passes to steer", PASSES)
+    branches: str = choice("cond_only", "guidance branches to steer", BRANCH_MODES, was="passes")
     renorm: bool = flag("keep the length of every steered token")
     audio: bool = flag("also write clips to listen to")
     seed: int = seed()

@@ -20,6 +20,7 @@ from ...zoo.music.concepts import concept
 from .. import page as shared
 from ..page import PAGE, RunRead, counted, listed, scorer_label
 from .analyse import Steering, analyse, clip_name, kept_attribute
+from .config import SteeringConfig
 
 _FILES = {
     "scores.csv": "area, smoothness and best point of every arm and scorer",
@@ -43,7 +44,7 @@ def write(folder: Path) -> Path:
 
 def read(folder: Path) -> tuple[RunRead, Steering]:
     """Read a run back: its files and what it found."""
-    run = shared.read_run(folder, "steer", "readings.csv")
+    run = shared.read_run(folder, "steer", "readings.csv", SteeringConfig)
     if run.finished:
         sites = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["localized"]
     else:
@@ -200,7 +201,7 @@ def _method(config: Mapping[str, Any], found: Steering) -> list[str]:
     made = "the given vector" if config.get("vector") else f"the vector ({config['method']})"
     return [
         f"{made.capitalize()} times the strength is added to the output of each site, in guidance "
-        f"mode {config['passes']}. Arms: the localized sites ({listed(found.localized)}), all "
+        f"mode {config['branches']}. Arms: the localized sites ({listed(found.localized)}), all "
         "sites, all but the localized ones, and a random direction of the same length at the "
         "localized sites. All strengths and arms of a prompt run in one batch from the same noise; "
         "strength 0 is the plain model.",

@@ -210,7 +210,7 @@ def generate_rows(
                     steer(
                         pipe,
                         direction,
-                        Where(chosen, config.passes),
+                        Where(chosen, config.branches),
                         strength=strength,
                         renorm=config.renorm,
                     )

@@ -244,9 +244,9 @@ class MusicPipeline(DiffusionPipeline):  # type: ignore[misc, unused-ignore]
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         latents = self.prepare_latents(batch, dtype, device, generator, latents)
         rotary = tuple(table.to(device) for table in rotary_embedding(self.transformer))
-        passes = 2 if guided else 1
+        branches = 2 if guided else 1
         condition = latents.new_zeros(
-            passes * batch, 1, self.transformer.config.global_states_input_dim
+            branches * batch, 1, self.transformer.config.global_states_input_dim
         )
         limit = self.scheduler.config.num_train_timesteps
         with self.progress_bar(total=num_inference_steps) as progress:
@@ -254,10 +254,10 @@ class MusicPipeline(DiffusionPipeline):  # type: ignore[misc, unused-ignore]
                 context = prompt_embeds
                 if guided and negative_prompt_embeds is not None:
                     context = torch.cat([negative_prompt_embeds, prompt_embeds])
-                rows = self.scheduler.scale_model_input(torch.cat([latents] * passes), timestep)
+                rows = self.scheduler.scale_model_input(torch.cat([latents] * branches), timestep)
                 velocity = self.transformer(
                     rows,
-                    (timestep / limit).to(dtype).expand(passes * batch),
+                    (timestep / limit).to(dtype).expand(branches * batch),
                     encoder_hidden_states=context,
                     global_hidden_states=condition,
                     rotary_embedding=rotary,

@@ -117,7 +117,7 @@ def publish(
     trained.provenance = replace(
         trained.provenance,
         model="zoo:music",  # the path it was loaded from is private
-        passes=("cond",),
+        branches=("cond",),
         metrics=figures,
         extra={**trained.provenance.extra, **facts},
     )
@@ -162,7 +162,7 @@ def card(recipe: SaeRecipe, figures: dict[str, dict[str, Any]]) -> str:
         "# Dictionaries of the music model",
         "",
         f"Sparse autoencoders ({recipe.architecture}, {recipe.features} features, "
-        f"{recipe.k} active) of what cross-attentions of `zoo.music()` put out: cond pass, all "
+        f"{recipe.k} active) of what cross-attentions of `zoo.music()` put out: cond branch, all "
         f"tokens, {recipe.steps} steps, guidance {recipe.guidance:g}, random captions. Each "
         "scheduler step is normalised by itself; the normaliser is part of the file.",
         "",
