@@ -37,8 +37,10 @@ def run(folder: Path, *arguments: str, **env: str) -> subprocess.CompletedProces
         "--journal", str(folder / "lines"), *arguments, str(folder),
     ]  # fmt: skip
     path = f"{ROOT / 'bench'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    # The run is no worker of the one that tests it.
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
     return subprocess.run(
-        command, cwd=folder, env=os.environ | {"PYTHONPATH": path} | env, capture_output=True,
+        command, cwd=folder, env=clean | {"PYTHONPATH": path} | env, capture_output=True,
         text=True, check=False,
     )  # fmt: skip
 
