@@ -15,6 +15,7 @@ from ._lazy import lazy
 if TYPE_CHECKING:
     from ._errors import InputError
     from .pipelines.sites import sites
+    from .taps.base import attached, detach_all
     from .taps.cache_context import cache_context
     from .taps.capture import capture, contexts
     from .taps.options import Where
@@ -47,9 +48,11 @@ __all__ = [
     "InputError",
     "SteeringVector",
     "Where",
+    "attached",
     "cache_context",
     "capture",
     "contexts",
+    "detach_all",
     "patch",
     "sites",
     "steer",
@@ -59,7 +62,17 @@ lazy(
     __name__,
     {
         **dict.fromkeys(
-            ("Where", "cache_context", "capture", "contexts", "patch", "steer"), ".taps"
+            (
+                "Where",
+                "attached",
+                "cache_context",
+                "capture",
+                "contexts",
+                "detach_all",
+                "patch",
+                "steer",
+            ),
+            ".taps",
         ),
         "sites": ".pipelines",
         "SteeringVector": ".vectors",

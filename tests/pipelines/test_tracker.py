@@ -23,6 +23,12 @@ class Recorder:
     def advance(self, step: int) -> None:
         self.steps.append(step)
 
+    def before_call(self) -> None:
+        pass
+
+    def after_call(self, step: int) -> None:
+        assert step == self.steps[-1]
+
 
 @pytest.fixture
 def watched(pipe: Any) -> Any:

@@ -5,7 +5,7 @@ from . import families as families
 from .adapter import Adapter, CallShape, config_hash, execution_device, register_adapter
 from .prompt_pairs import PromptPairs
 from .sites import Site, SiteList, SitePattern, sites
-from .tracker import Generation, GenerationTracker, Observer, observe, release
+from .tracker import Generation, GenerationTracker, Observer, observe, observers, release
 
 __all__ = [
     "Adapter",
@@ -20,6 +20,7 @@ __all__ = [
     "config_hash",
     "execution_device",
     "observe",
+    "observers",
     "register_adapter",
     "release",
     "sites",

@@ -98,7 +98,11 @@ def find_denoiser(pipe: Any) -> tuple[nn.Module, nn.Module, Adapter]:
     Raises:
         TypeError: the pipeline holds no denoiser of a known family.
     """
-    seen = []
+    seen = {
+        name: type(unwrap(part)).__name__
+        for name, part in dict(getattr(pipe, "components", {})).items()
+        if isinstance(part, nn.Module)
+    }
     for component in dict.fromkeys(c for a in _REGISTRY.values() for c in a.components):
         called = getattr(pipe, component, None)
         if not isinstance(called, nn.Module):
@@ -108,10 +112,10 @@ def find_denoiser(pipe: Any) -> tuple[nn.Module, nn.Module, Adapter]:
             adapter = _REGISTRY.get(cls.__name__)
             if adapter is not None and component in adapter.components:
                 return called, denoiser, adapter
-        seen.append(f"{component}={type(denoiser).__name__}")
+        seen[component] = type(denoiser).__name__
     raise TypeError(
         f"sites: expected a pipeline with a denoiser of class {' | '.join(sorted(_REGISTRY))}, got "
-        f"{type(pipe).__name__}({', '.join(seen)})"
+        f"{type(pipe).__name__}({', '.join(f'{k}={v}' for k, v in seen.items())})"
     )
 
 

@@ -197,6 +197,7 @@ def _discover(denoiser: nn.Module) -> Iterator[Site]:
     for name, module in denoiser.named_modules():
         if not (hasattr(module, "set_processor") and hasattr(module, "to_k")):
             continue
+        name = name.replace("_orig_mod.", "")  # of a block under torch.compile
         # Never by name: some families call a self-attention `attn2`.
         kind = "cross" if module.is_cross_attention else "self"
         yield Site(

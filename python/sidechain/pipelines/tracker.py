@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tracking of a generation: the step, guidance branch and sample that a site cannot see itself.
 
-The step comes from `scheduler.step`, the number of samples from `prepare_latents`, the branch of
-each row from the adapter's table. Everything is watched on instances and put back afterwards.
+The step is the place of the timestep in the schedule, so a schedule that is cut at the front (image
+to image) counts from where it begins; `scheduler.step` has to agree with it. The number of samples
+comes from `prepare_latents`, the branch of each row from the adapter's table. Everything is watched
+on instances and put back afterwards.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import _device
-from .adapter import Adapter, CallShape, find_denoiser
+from .adapter import Adapter, CallShape, call_argument, find_denoiser
+from .watch import Hook, Override
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +62,12 @@ class Observer(Protocol):
     def advance(self, step: int) -> None:
         """Point the device buffers at a step; called before the first denoiser call of it."""
 
+    def before_call(self) -> None:
+        """Note that a denoiser call begins."""
+
+    def after_call(self, step: int) -> None:
+        """Check that every site ran once in the denoiser call that ends."""
+
 
 class GenerationTracker:
     """Follows the generations of one pipeline and tells its observers; exists while it has any."""
@@ -74,9 +82,14 @@ class GenerationTracker:
         self._number = 0
         self._timesteps: Tensor | None = None  # None: no generation has begun
         self._published = -1
-        self._undo: list[Callable[[], None]] = []
+        self._called = -1  # step of the last denoiser call
+        self._by_hand = False
+        self._announced: int | None = None  # step that the scheduler was asked about since
+        self._state = 0  # counts what the buffers held
+        self._states_with_gradient: set[int] = set()
+        self._overrides: list[Override] = []
         self._watched: tuple[nn.Module, bool] | None = None
-        self._unwatch: Callable[[], None] = lambda: None
+        self._watchers: list[Hook | Override] = []
         self._adapter: Adapter
 
     # -- life ---------------------------------------------------------------------------------
@@ -87,6 +100,8 @@ class GenerationTracker:
             self._watch_denoiser()
             self._override(self.scheduler, "set_timesteps", self._around_set_timesteps)
             self._override(self.scheduler, "step", self._around_step)
+            if hasattr(self.scheduler, "scale_model_input"):
+                self._override(self.scheduler, "scale_model_input", self._around_scaling)
             if hasattr(self.pipe, "prepare_latents"):
                 self._override(self.pipe, "prepare_latents", self._around_prepare_latents)
         except BaseException:
@@ -96,26 +111,18 @@ class GenerationTracker:
     def close(self) -> None:
         """Put everything back."""
         self._unwatch()
-        self._watched = None
-        while self._undo:
-            self._undo.pop()()
+        while self._overrides:
+            self._overrides.pop().restore()
 
     def _override(
         self, owner: Any, name: str, around: Callable[[Callable[..., Any]], Callable[..., Any]]
     ) -> None:
-        attributes = vars(owner)
-        had, old = name in attributes, attributes.get(name)
-        inner = getattr(owner, name)
-        # functools.wraps: pipelines inspect the signature of scheduler.step.
-        attributes[name] = functools.wraps(inner)(around(inner))
+        self._overrides.append(Override(owner, name, around))
 
-        def undo() -> None:
-            if had:
-                attributes[name] = old
-            else:
-                attributes.pop(name, None)
-
-        self._undo.append(undo)
+    def _unwatch(self) -> None:
+        while self._watchers:
+            self._watchers.pop().restore()
+        self._watched = None
 
     def _watch_denoiser(self) -> None:
         """Observe denoiser calls from outside of any compiled region.
@@ -127,20 +134,21 @@ class GenerationTracker:
         if self._watched == (called, compiled):
             return
         self._unwatch()
-        if compiled:
-            inner = called._compiled_call_impl
 
+        def around(inner: Callable[..., Any]) -> Callable[..., Any]:
             def call(*args: Any, **kwargs: Any) -> Any:
                 self._before_denoiser(called, args, kwargs)
-                return inner(*args, **kwargs)  # type: ignore[misc]
+                result = inner(*args, **kwargs)
+                self._after_denoiser()
+                return result
 
-            called.__dict__["_compiled_call_impl"] = call
-            self._unwatch = functools.partial(
-                called.__dict__.__setitem__, "_compiled_call_impl", inner
-            )
+            return call
+
+        if compiled:
+            self._watchers.append(Override(called, "_compiled_call_impl", around))
         else:
-            handle = called.register_forward_pre_hook(self._before_denoiser, with_kwargs=True)
-            self._unwatch = handle.remove
+            self._watchers.append(Hook(called, self._before_denoiser))
+            self._watchers.append(Hook(called, self._after_denoiser, after=True))
         self._watched = (called, compiled)
 
     # -- what the pipeline does ---------------------------------------------------------------
@@ -170,11 +178,63 @@ class GenerationTracker:
                     f"sites: expected {self.samples} samples in scheduler.step [B of "
                     f"prepare_latents], got {sample.shape[0]}"
                 )
+            timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
+            place = self._place(timestep)
+            if place is not None and self._called == self.step and place != self.step:
+                raise RuntimeError(
+                    f"sites: expected scheduler.step at step {self.step} [of the denoiser call "
+                    f"before it], got the timestep of step {place}"
+                )
             result = inner(*args, **kwargs)
-            self.step += 1
+            self.step = (self.step if place is None else place) + 1
+            self._announced = None
             return result
 
         return step
+
+    def _around_scaling(self, inner: Callable[..., Any]) -> Callable[..., Any]:
+        def scale_model_input(*args: Any, **kwargs: Any) -> Any:
+            timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
+            self._announced = self._place(timestep)
+            return inner(*args, **kwargs)
+
+        return scale_model_input
+
+    def _place(self, timestep: Any, *, by_value: bool = True) -> int | None:
+        """Return the number of a timestep in the schedule; None if that cannot be told for free.
+
+        An element of the schedule, the usual case, is known by its address: nothing is read from
+        a device. Where a value stands there twice (Heun), it is the one at or after this step.
+        """
+        grid = self._timesteps
+        if grid is None or grid.dim() != 1 or self._by_hand:
+            return None
+        if isinstance(timestep, Tensor):
+            if timestep.numel() == 0 or timestep.device != grid.device:
+                return None
+            same = timestep.untyped_storage().data_ptr() == grid.untyped_storage().data_ptr()
+            if same and timestep.dtype == grid.dtype and grid.device.type != "meta":
+                place = (timestep.storage_offset() - grid.storage_offset()) // grid.stride(0)
+                return place if 0 <= place < len(grid) else None
+            if grid.device.type != "cpu" or not by_value:
+                return None
+            timestep = timestep.reshape(-1)[0].item()
+        elif not isinstance(timestep, int | float) or grid.device.type != "cpu":
+            return None
+        places: list[int] = (grid == timestep).nonzero()[:, 0].tolist()
+        return next((p for p in places if p >= self.step), places[-1] if places else None)
+
+    def _locate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Find the step of a denoiser call."""
+        place = self._announced
+        if place is None:
+            # Not by value: denoisers may get it in other units.
+            place = self._place(call_argument(args, kwargs, 1, "timestep"), by_value=False)
+        if place is None and self._called < 0:
+            begin = getattr(self.scheduler, "begin_index", None)
+            place = begin if isinstance(begin, int) and self.step == 0 else None
+        if place is not None:
+            self.step = place
 
     def begin(self, samples: int, timesteps: Tensor | int = 1) -> None:
         """Announce a generation by hand, for calling the denoiser without its pipeline.
@@ -187,10 +247,29 @@ class GenerationTracker:
             timesteps = torch.arange(timesteps - 1, -1, -1, dtype=torch.float64)
         self.samples = samples
         self._start(timesteps)
+        self._by_hand = True
 
     def next_step(self) -> None:
         """Do by hand what `scheduler.step` does in a pipeline."""
         self.step += 1
+
+    def touch(self) -> None:
+        """Note that buffers of a tap have changed."""
+        self._state += 1
+
+    def recomputed(self) -> None:
+        """Refuse what a gradient checkpoint computes again once the buffers have moved on.
+
+        Raises:
+            RuntimeError: steps, strengths or vectors are not those of the forward pass.
+        """
+        if self._states_with_gradient != {self._state}:
+            raise RuntimeError(
+                "sites: expected backward before the next step or change of a tap [gradient "
+                "checkpoints compute their part again, with the step and strength of now], got it "
+                f"at step {self.step} after other calls: begin a generation for each backward, or "
+                "disable gradient checkpointing"
+            )
 
     def invalidate(self) -> None:
         """Have every observer bound again at the next denoiser call."""
@@ -202,6 +281,9 @@ class GenerationTracker:
         self._watch_denoiser()
         self._number += 1
         self.step, self._timesteps, self.generation = 0, timesteps, None
+        self._by_hand = False
+        self._called, self._announced = -1, None
+        self._states_with_gradient.clear()
 
     def _before_denoiser(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -216,6 +298,7 @@ class GenerationTracker:
                 "sites: expected a generation [scheduler.set_timesteps, or tracker.begin(samples, "
                 "timesteps) to call the denoiser by hand], got a denoiser call outside of one"
             )
+        self._locate(args, kwargs)
         if self.step >= len(self._timesteps):
             raise RuntimeError(
                 f"sites: expected at most {len(self._timesteps)} scheduler steps in this "
@@ -229,12 +312,28 @@ class GenerationTracker:
                 "graph is captured [it makes and fills the buffers of the taps, which replays "
                 "would fill again], got the first one within the capture"
             )
+        if self._called == self.step and not _device.capturing():
+            raise RuntimeError(
+                f"sites: expected one denoiser call for each scheduler step [family "
+                f"{self._adapter.family}: its branches are rows of one call], got a second one at "
+                f"step {self.step}: its branch and rows are not known"
+            )
         if not known:
             self._bind(shape, self._timesteps, args, kwargs)
         if self._published != self.step:
             for observer in self.observers:
                 observer.advance(self.step)
             self._published = self.step
+            self._state += 1
+        for observer in self.observers:
+            observer.before_call()
+        if torch.is_grad_enabled():
+            self._states_with_gradient.add(self._state)
+        self._called = self.step
+
+    def _after_denoiser(self, *ignored: Any) -> None:
+        for observer in self.observers:
+            observer.after_call(self.step)
 
     def _bind(
         self, shape: CallShape, timesteps: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -305,6 +404,11 @@ def observe(pipe: Any, observer: Observer) -> GenerationTracker:
     tracker.observers.append(observer)
     tracker.invalidate()
     return tracker
+
+
+def observers(pipe: Any) -> list[Observer]:
+    """Return all that observe a pipeline, in the order in which they came."""
+    return [o for tracker in _OPEN.values() if tracker.pipe is pipe for o in tracker.observers]
 
 
 def release(pipe: Any, observer: Observer) -> None:

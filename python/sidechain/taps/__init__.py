@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What happens at a site: record it, replace it, steer it."""
 
-from .base import Tap
+from .base import Tap, attached, detach_all
 from .cache_context import CachedContext, cache_context
 from .capture import Capture, Labels, capture, contexts
 from .options import Where
@@ -18,9 +18,11 @@ __all__ = [
     "Tap",
     "VectorLike",
     "Where",
+    "attached",
     "cache_context",
     "capture",
     "contexts",
+    "detach_all",
     "patch",
     "steer",
 ]

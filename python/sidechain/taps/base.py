@@ -10,7 +10,15 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from ..pipelines import Generation, GenerationTracker, Site, SiteList, observe, release
+from ..pipelines import (
+    Generation,
+    GenerationTracker,
+    Site,
+    SiteList,
+    observe,
+    observers,
+    release,
+)
 from . import processor
 from .options import Steps, Window, same_device
 from .processor import Operation
@@ -33,6 +41,8 @@ class Tap:
         self._generation: Generation | None = None
         self._span = (0, 0)
         self._ever_active = False
+        self._calls = 0
+        self._by_handle = False
 
     # -- life ---------------------------------------------------------------------------------
 
@@ -53,16 +63,38 @@ class Tap:
         return self._tracker
 
     def attach(self) -> Self:
-        """Put the tap in place.
+        """Put the tap in place until `remove`; warns if another such tap was attached like this.
 
         Raises:
             RuntimeError: it is there already.
         """
+        lost = [
+            tap for tap in attached(self.pipe)
+            if tap._by_handle and type(tap) is type(self) and not tap._sites_apart(self)
+        ]  # fmt: skip
+        if lost and self._tracker is None:
+            warnings.warn(
+                f"{self.name}: expected no other {self.name} attached at these sites, got "
+                f"{lost[0]!r}, which stays [if its handle is lost: sidechain.detach_all(pipe)]",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        self._put_in()
+        self._by_handle = True
+        return self
+
+    def _sites_apart(self, other: Tap) -> bool:
+        return not {s.name for s in self.sites} & {s.name for s in other.sites}
+
+    def _put_in(self) -> None:
         if self._tracker is not None:
             raise RuntimeError(f"{self.name}: expected a tap that is not attached, got an attached")
         self._operations = {site.name: self._operations_at(site) for site in self.sites}
-        self._generation, self._ever_active = None, False
+        self._generation, self._ever_active, self._calls = None, False, 0
         self._tracker = observe(self.pipe, self)
+        for operations in self._operations.values():
+            for operation in operations:
+                operation.tracker = self._tracker
         done: list[tuple[Site, Operation]] = []
         try:
             for site in self.sites:
@@ -74,7 +106,6 @@ class Tap:
                 processor.detach(site.module, operation)
             self._leave()
             raise
-        return self
 
     def remove(self) -> None:
         """Take the tap out and put every processor back; warns if the tap never fired."""
@@ -95,10 +126,15 @@ class Tap:
 
     def _leave(self) -> None:
         release(self.pipe, self)
-        self._tracker = None
+        self._tracker, self._by_handle = None, False
+
+    def __repr__(self) -> str:
+        state = "attached" if self.attached else "not attached"
+        return f"<{self.name} at {', '.join(self.sites.aliases)}, {state}>"
 
     def __enter__(self) -> Self:
-        return self.attach()
+        self._put_in()
+        return self
 
     def __exit__(
         self,
@@ -114,17 +150,12 @@ class Tap:
             raise RuntimeError(silent)
 
     def _silence(self) -> str | None:
-        """Name the sites that never ran while the tap was attached."""
-        quiet = [
-            s.name
-            for s in self.sites
-            if not self._ever_active or not all(o.fired for o in self._operations[s.name])
-        ]
-        if not quiet:
+        """Say that nothing ran where the tap acts while it was attached."""
+        if self._calls and self._ever_active:
             return None
         return (
             f"{self.name}: expected every tapped site to run at least once, got no call at "
-            f"{', '.join(quiet)}"
+            f"{', '.join(self.sites.names)}"
         )
 
     # -- following the generation -------------------------------------------------------------
@@ -147,6 +178,29 @@ class Tap:
         self._ever_active |= inside
         with torch.inference_mode(False), torch.no_grad():
             self._advance(step, inside)
+
+    def before_call(self) -> None:
+        """Note that a denoiser call begins."""
+        for operations in self._operations.values():
+            for operation in operations:
+                operation.fired = 0
+
+    def after_call(self, step: int) -> None:
+        """Check that every site ran once in a denoiser call.
+
+        Raises:
+            RuntimeError: a site was left out (attention caches, skipped layers, a processor that
+                was replaced), or ran several times.
+        """
+        self._calls += 1
+        for site in self.sites:
+            for operation in self._operations[site.name]:
+                if operation.fired != 1:
+                    raise RuntimeError(
+                        f"{self.name}: expected one call of {site.alias} ({site.name}) in the "
+                        f"denoiser call of step {step}, got {operation.fired} [an attention cache, "
+                        "a skipped layer, or a processor that was replaced?]"
+                    )
 
     def _operations_at(self, site: Site) -> list[Operation]:
         raise NotImplementedError
@@ -187,3 +241,16 @@ class Tap:
                 f"{self.name}: expected {option} on {device} [where the denoiser computes], got "
                 f"{value.device}"
             )
+
+
+def attached(pipe: Any) -> list[Tap]:
+    """Return the taps that are attached to a pipeline, in the order of their attachment."""
+    return [observer for observer in observers(pipe) if isinstance(observer, Tap)]
+
+
+def detach_all(pipe: Any) -> list[Tap]:
+    """Take every tap of a pipeline out, also those whose handles are lost; return them."""
+    taps = attached(pipe)
+    for tap in reversed(taps):
+        tap._take_out()
+    return taps

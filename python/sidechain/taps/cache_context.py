@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import _device
 from ..ops import attention_tap
 from ..pipelines import Generation, Site, SitePattern, sites
+from ..pipelines.adapter import find_denoiser
 from .base import Tap
 from .options import reuse
 from .processor import Attend, Operation, inner_processor
@@ -31,6 +32,7 @@ class CachedAttention(Attend):
     def __init__(self, attn: Any) -> None:
         super().__init__()
         self._attn = attn
+        self._made_with: tuple[tuple[int, int], ...] = ()
         self._seen: Tensor | None = None  # [R, S, C] that the bank was made from
         # Filled again by the next generation where sizes stay: a CUDA graph finds them in place.
         self._changed = torch.zeros(0)  # [1] bool on the device: `_seen` has gone stale
@@ -69,9 +71,30 @@ class CachedAttention(Attend):
             query = attn.norm_q(query)
         return attention_tap(query, self._keys, self._values, context_index=self._entry).flatten(2)
 
+    def _weights(self) -> tuple[tuple[int, int], ...]:
+        """Return what tells whether the projections have changed.
+
+        Raises:
+            NotImplementedError: a projection that is not a plain linear layer (LoRA, quantised
+                weights): what it computes may change from one step to the next.
+        """
+        attn, found = self._attn, []
+        for name in ("to_k", "to_v"):
+            layer = getattr(attn, name)
+            if type(layer) is not torch.nn.Linear:
+                raise NotImplementedError(
+                    f"cache_context: expected a plain Linear as {name} [keys and values are kept "
+                    f"over the steps], got {type(layer).__module__}.{type(layer).__name__}: fuse "
+                    "adapters into the weights, or generate without"
+                )
+            found += [(id(p), p._version) for p in (layer.weight, layer.bias) if p is not None]
+        return tuple(found)
+
     def _refresh(self, context: Tensor) -> None:
-        """Keep the bank where the contexts are the ones it was made from, else make it anew."""
-        seen = self._seen
+        """Keep the bank while contexts and weights stay as they were, else make it anew."""
+        weights = self._weights()
+        seen = self._seen if weights == self._made_with else None
+        self._made_with = weights
         if seen is not None and seen.shape == context.shape:
             if seen.device.type == "cpu":
                 if torch.equal(seen, context):
@@ -150,6 +173,15 @@ class CachedContext(Tap):
         return [CachedAttention(site.module)]
 
     def _bind(self, generation: Generation) -> None:
+        called, denoiser, _ = find_denoiser(self.pipe)
+        parts = [called, *denoiser.modules()]
+        if any(getattr(part, "_compiled_call_impl", None) for part in parts) or any(
+            hasattr(part, "_orig_mod") for part in parts
+        ):
+            raise NotImplementedError(
+                "cache_context: expected a denoiser that is not compiled [which texts are equal is "
+                "read back on the host], got one under torch.compile"
+            )
         for site in self.sites:
             for cached in self._cached_at(site):
                 cached.reset()

@@ -112,7 +112,7 @@ class Capture(Tap):
         self._buffers: dict[str, Buffers] = {}
         self._archive: list[_Recorded] = []
         self._number = -1
-        self._reached = 0
+        self._seen: list[int] = []  # steps of the current generation
 
     # -- results ------------------------------------------------------------------------------
 
@@ -185,14 +185,14 @@ class Capture(Tap):
     def clear(self) -> None:
         """Forget the finished generations and the current one."""
         self._archive.clear()
-        self._reached = 0
+        self._seen.clear()
         for buffers in self._buffers.values():
             for buffer in _tensors(buffers):
                 buffer.zero_()
 
     def _records(self) -> list[_Recorded]:
         records = list(self._archive)
-        if self._reached:
+        if self._seen:
             records.append(self._current())
         if not records:
             raise RuntimeError("capture: expected at least one pipeline call, got none")
@@ -215,7 +215,8 @@ class Capture(Tap):
         if generation is None:
             raise RuntimeError("capture: expected at least one pipeline call, got none")
         start, stop = self._span
-        steps = tuple(range(start, min(stop, self._reached)))
+        # Those that ran: a schedule may begin late, and a generation may stop early.
+        steps = tuple(step for step in self._seen if start <= step < stop)
         labels = Labels(
             steps,
             generation.timesteps[list(steps)],
@@ -225,9 +226,17 @@ class Capture(Tap):
         )
         if self.reduce == "context":
             return labels, self._buffers
-        # A generation that stopped early has fewer steps than its buffers.
-        count = len(steps)
-        return labels, {n: _each(lambda t: t[:count], b) for n, b in self._buffers.items()}
+        if not steps:
+            raise RuntimeError(
+                f"capture: expected steps within [{start}, {stop}) [window of this capture], got "
+                f"{self._seen}"
+            )
+        first, count = steps[0] - start, len(steps)
+        if steps == tuple(range(steps[0], steps[0] + count)):
+            place: Any = slice(first, first + count)
+        else:
+            place = [step - start for step in steps]
+        return labels, {n: _each(lambda t: t[place], b) for n, b in self._buffers.items()}
 
     def _split_rows(self, value: Tensor, labels: Labels) -> Tensor:
         """Turn [S, R', ...] into [S, branches, B, ...], without S for a context."""
@@ -237,10 +246,10 @@ class Capture(Tap):
 
     # -- following the generation -------------------------------------------------------------
 
-    def attach(self) -> Capture:
-        """Put the tap in place; what an earlier use recorded is forgotten."""
-        self._archive, self._buffers, self._number, self._reached = [], {}, -1, 0
-        return super().attach()
+    def _put_in(self) -> None:
+        # What an earlier use recorded is forgotten.
+        self._archive, self._buffers, self._number, self._seen = [], {}, -1, []
+        super()._put_in()
 
     def _operations_at(self, site: Site) -> list[Operation]:
         return [ContextRecord() if self.reduce == "context" else Record()]
@@ -314,11 +323,12 @@ class Capture(Tap):
 
     def _finish(self) -> None:
         # Another generation is about to use the buffers.
-        if not self._reached or self._generation is None:
+        if not self._seen or self._generation is None:
             return
-        if self._reached < self._span[1] and self.reduce != "context":
+        reached = self._seen[-1] + 1
+        if reached < self._span[1] and self.reduce != "context":
             warnings.warn(
-                f"capture: a generation that stopped after {self._reached} of "
+                f"capture: a generation that stopped after {reached} of "
                 f"{self._generation.steps} steps was dropped because another one followed",
                 RuntimeWarning,
                 stacklevel=2,
@@ -327,17 +337,17 @@ class Capture(Tap):
             labels, buffers = self._current()
             kept = {name: _each(torch.clone, found) for name, found in buffers.items()}
             self._archive.append((labels, kept))
-        self._reached = 0
+        self._seen.clear()
 
     def _advance(self, step: int, inside: bool) -> None:
         if self._slot is None:
             return
         if self.reduce == "context":
             # One context for the whole generation: it is the same at every step.
-            self._slot.fill_(0 if step == 0 else -1)
+            self._slot.fill_(-1 if self._seen else 0)
         else:
             self._slot.fill_(step - self._span[0] if inside else -1)
-        self._reached = step + 1
+        self._seen.append(step)
 
 
 @placed

@@ -180,6 +180,11 @@ def per_sample(name: str, option: str, value: Any, dtype: torch.dtype) -> Tensor
         TypeError: not numbers.
         ValueError: NaN or infinite, or more than one dimension.
     """
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise NotImplementedError(
+            f"{name}: expected {option} without gradient [it is copied into a buffer], got "
+            "requires_grad=True"
+        )
     try:
         read = torch.as_tensor(value, device="cpu").detach()
     except (TypeError, ValueError, RuntimeError):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import warnings
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import Capture, Steering, tap_
+from ..pipelines import GenerationTracker
 from ..reference.tap import tap as reference_tap
 
 
@@ -20,11 +22,29 @@ class Operation:
     """What one tap does at one site; its tensors are filled by the tap.
 
     Attributes:
-        fired: whether the site has run since the operation was attached.
+        fired: how often the site has run in the denoiser call.
+        tracker: of the tap.
     """
 
     def __init__(self) -> None:
-        self.fired = False
+        self.fired = 0
+        self.tracker: GenerationTracker | None = None
+
+    def mark(self) -> bool:
+        """Note that the site runs; tell whether for the first time, not as a recomputation.
+
+        Raises:
+            RuntimeError: a gradient checkpoint is computed again with other buffers.
+        """
+        if torch.compiler.is_compiling():
+            # Only written, never read: no guard on it.
+            self.fired = 1
+            return True
+        self.fired += 1
+        if self.tracker is None or torch._C._current_graph_task_id() == -1:
+            return True
+        self.tracker.recomputed()  # within a backward pass
+        return False
 
 
 class ContextRecord(Operation):
@@ -37,7 +57,8 @@ class ContextRecord(Operation):
 
     def __call__(self, context: Tensor) -> None:
         """Copy the context; changes nothing."""
-        self.fired = True
+        if not self.mark():
+            return
         x = context.detach()
         tap_(x if self.rows is None else x[self.rows], self.buffers)
 
@@ -53,7 +74,7 @@ class Swap(Operation):
 
     def __call__(self, context: Tensor) -> Tensor:
         """Return the context with the selected rows exchanged."""
-        self.fired = True
+        self.mark()
         return torch.where(self.selected, self.bank, context)
 
 
@@ -68,7 +89,7 @@ class Replace(Operation):
 
     def __call__(self, out: Tensor) -> Tensor:
         """Return the output with the selected rows exchanged."""
-        self.fired = True
+        self.mark()
         return torch.where(self.selected, self.bank.index_select(0, self.slot)[0], out)
 
 
@@ -81,7 +102,7 @@ class Ablate(Operation):
 
     def __call__(self, out: Tensor) -> Tensor:
         """Return the output with the selected rows at zero."""
-        self.fired = True
+        self.mark()
         return out.masked_fill(self.selected, 0)
 
 
@@ -137,16 +158,17 @@ class TapCall:
 
     def __call__(self, out: Tensor) -> Tensor:
         """Capture from `out` and steer it, in place where no gradient is wanted."""
+        first = True
         for part in self.parts:
-            part.fired = True
+            first = part.mark()
         view = out if self.where is None else out[self.where]
         if torch.is_grad_enabled() and out.requires_grad:
-            return self._differentiable(out, view)
+            return self._differentiable(out, view, first)
         tap_(view, self.capture, self.steering)
         return out
 
-    def _differentiable(self, out: Tensor, view: Tensor) -> Tensor:
-        if self.capture is not None:
+    def _differentiable(self, out: Tensor, view: Tensor, first: bool) -> Tensor:
+        if self.capture is not None and first:
             tap_(view.detach(), self.capture)
         if self.steering is None:
             return out
@@ -214,9 +236,9 @@ class Tapped:
 
     _context_place: ClassVar[int]
 
-    def __init__(self, attn: Any) -> None:
-        self._shadowed = "processor" not in attn.__dict__  # an nn.Module lives in _modules
-        self._inner = attn.processor
+    def __init__(self, attn: Any, inner: Any) -> None:
+        self._shadowed = attn._modules.get("processor") is inner  # an nn.Module lives there
+        self._inner = inner
         self._attn = attn
         self._operations: list[Operation] = []
         self._records: list[ContextRecord] = []
@@ -229,6 +251,16 @@ class Tapped:
         if name.startswith("__") or "_inner" not in self.__dict__:
             raise AttributeError(name)
         return getattr(self.__dict__["_inner"], name)
+
+    # Copies and pickles hold the model's own processor: what is attached here stays here.
+    def __copy__(self) -> Any:
+        return copy.copy(self._inner)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self._inner, memo)
+
+    def __reduce__(self) -> Any:
+        return _itself, (self._inner,)
 
     def _arrange(self) -> None:
         """Put the operations into the order in which a call runs them."""
@@ -271,6 +303,10 @@ class Tapped:
         return (*args[:place], context, *args[place + 1 :])
 
 
+def _itself(processor: Any) -> Any:
+    return processor
+
+
 _TAPPED_CLASSES: dict[type, type[Tapped]] = {}
 
 
@@ -292,11 +328,13 @@ def _make_tapped_class(inner: type) -> type[Tapped]:
     def call(
         self: Tapped, attn: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any
     ) -> Any:
+        if attn is not self._attn:  # somebody has given the wrapper to another module
+            return self._inner(attn, hidden_states, *args, **kwargs)
         if self._records or self._swaps or self._split is not None:
             args = self._edit_context(args, kwargs)
         attend = self._attend
         if attend is not None:
-            attend.fired = True
+            attend.mark()
         # Keys and values of two different contexts are not one thing that could be kept.
         if attend is not None and self._split is None and not torch.is_grad_enabled():
             out = attend(hidden_states, _context_alone(names[3:], args, kwargs))
@@ -348,8 +386,11 @@ def inner_processor(attn: Any) -> Any:
 def attach(attn: Any, operation: Operation) -> None:
     """Add an operation to an attention module, wrapping its processor if it is the first."""
     processor = attn.processor
+    # A wrapper that was saved and put back after its taps had gone is the processor it wraps.
+    while isinstance(processor, Tapped) and not (processor._operations and processor._attn is attn):
+        processor = processor._inner
     if not isinstance(processor, Tapped):
-        processor = _tapped_class(type(processor))(attn)
+        processor = _tapped_class(type(processor))(attn, processor)
         # Not set_processor: it would throw a processor that is a module out of the state dict.
         attn.__dict__["processor"] = processor
     processor._operations.append(operation)
@@ -373,9 +414,11 @@ def detach(attn: Any, operation: Operation) -> None:
         )
         return
     processor._operations.remove(operation)
+    # Also the last time: somebody may have kept the wrapper, which is plain from now on.
+    processor._arrange()
     if processor._operations:
-        processor._arrange()
-    elif processor._shadowed:
+        return
+    if processor._shadowed and "processor" in attn._modules:
         del attn.__dict__["processor"]
     else:
         attn.__dict__["processor"] = processor._inner

@@ -55,6 +55,10 @@ class VectorLike(Protocol):
         """Time of each step [S], or None."""
 
     @property
+    def sigmas(self) -> Tensor | None:
+        """Noise level of each step [S], or None."""
+
+    @property
     def config_hash(self) -> str:
         """Of the denoiser it was made for, or the empty string."""
 
@@ -68,6 +72,7 @@ class _Table:
     def __init__(self, pipe: Any, vector: Vector) -> None:
         known = sites(pipe)
         self.timesteps: Tensor | None = None
+        self.sigmas: Tensor | None = None
         self.tensors: dict[tuple[str, str], Tensor] = {}
         if isinstance(vector, VectorLike):
             here = config_hash(pipe)
@@ -76,7 +81,7 @@ class _Table:
                     f"steer: expected a vector made for a denoiser with config hash {here} [this "
                     f"pipeline], got {vector.config_hash}"
                 )
-            self.timesteps = vector.timesteps
+            self.timesteps, self.sigmas = vector.timesteps, vector.sigmas
             entries: Mapping[Any, Tensor] = vector.tensors
         elif isinstance(vector, Mapping):
             entries = vector
@@ -119,6 +124,11 @@ class _Table:
             )
         if not bool(torch.isfinite(table).all()):
             raise ValueError(f"steer: expected a finite vector for {site}, got NaN or infinity")
+        if value.requires_grad:
+            raise NotImplementedError(
+                f"steer: expected vectors without gradient [they are copied into a table], got "
+                f"requires_grad=True at {site}: steer with detached ones"
+            )
         for branch in branches:
             self.tensors[site.name, branch] = table.detach().float()
 
@@ -172,7 +182,7 @@ class Steer(Tap):
         self._row_buffers: dict[str, Tensor] = {}
         self._vectors: dict[str, Tensor] = {}
         self._mask: Tensor | None = None  # [1 | R, T]
-        self._built_for: Tensor | None = None
+        self._built_for: tuple[Tensor, Tensor | None] | None = None
         self._warned = False
 
     # -- what can be changed while the tap is in place ------------------------------------------
@@ -230,6 +240,7 @@ class Steer(Tap):
         if generation is not None:
             rows = options.for_rows("steer", option, read, generation)
             if option in self._row_buffers:
+                self.tracker.touch()
                 with torch.inference_mode(False), torch.no_grad():
                     self._row_buffers[option].copy_(rows)
         return read
@@ -315,7 +326,8 @@ class Steer(Tap):
 
     def _build_tables(self, generation: Generation) -> None:
         """Stack the vectors of each site to [V x branches, S, C] on the grid of the generation."""
-        if self._built_for is not None and torch.equal(self._built_for, generation.timesteps):
+        grid = (generation.timesteps, generation.sigmas)
+        if self._built_for is not None and _same(self._built_for, grid):
             self._vectors = {k: v.to(generation.shape.device) for k, v in self._vectors.items()}
             return
         self._steps_of_table = 1 if all(t.steps == 1 for t in self._tables) else generation.steps
@@ -327,7 +339,7 @@ class Steer(Tap):
             ]
             stacked = torch.stack([r.to(generation.shape.device) for r in rows])
             self._vectors[site.name] = reuse(self._vectors.get(site.name), stacked)
-        self._built_for = generation.timesteps
+        self._built_for = grid
 
     def _on_grid(self, table: _Table, value: Tensor, generation: Generation) -> Tensor:
         steps = self._steps_of_table
@@ -341,17 +353,28 @@ class Steer(Tap):
                     f"{table.steps}"
                 )
             return value
-        if same_grid(table.timesteps, generation.timesteps):
+        known, wanted, unit = table.timesteps, generation.timesteps, "timesteps"
+        # Two schedulers may give the same noise other timesteps: the noise level decides.
+        if table.sigmas is not None and generation.sigmas is not None:
+            known, wanted, unit = table.sigmas, generation.sigmas, "sigmas"
+        if same_grid(known, wanted):
             return value
+        low, high = max(known.min(), wanted.min()), min(known.max(), wanted.max())
+        if low > high:
+            raise ValueError(
+                f"steer: expected a vector whose {unit} overlap those of this generation "
+                f"[{float(wanted.min()):g} to {float(wanted.max()):g}], got "
+                f"{float(known.min()):g} to {float(known.max()):g}"
+            )
         if not self._warned:
             warnings.warn(
-                f"steer: a vector of {table.steps} steps is interpolated over timesteps to the "
+                f"steer: a vector of {table.steps} steps is interpolated over {unit} to the "
                 f"{generation.steps} steps of this generation",
                 RuntimeWarning,
                 stacklevel=2,
             )
             self._warned = True
-        return resample(value, table.timesteps, generation.timesteps)
+        return resample(value, known, wanted)
 
     def _advance(self, step: int, inside: bool) -> None:
         if self._slot is not None:
@@ -405,3 +428,11 @@ def steer(
     tap = Steer(pipe, tables, place.chosen(pipe, tables[0].names()), place, renorm)
     tap.strength, tap.removal, tap.which = strength, removal, which
     return tap
+
+
+def _same(a: tuple[Tensor, Tensor | None], b: tuple[Tensor, Tensor | None]) -> bool:
+    """Tell whether two grids of timesteps and sigmas are equal."""
+    return all(
+        x is y or (x is not None and y is not None and torch.equal(x, y))
+        for x, y in zip(a, b, strict=True)
+    )
