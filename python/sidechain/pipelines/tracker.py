@@ -83,6 +83,7 @@ class GenerationTracker:
         self._timesteps: Tensor | None = None  # None: no generation has begun
         self._published = -1
         self._called = -1  # step of the last denoiser call
+        self._repeated = False
         self._by_hand = False
         self._announced: int | None = None  # step that the scheduler was asked about since
         self._state = 0  # counts what the buffers held
@@ -253,6 +254,10 @@ class GenerationTracker:
         """Do by hand what `scheduler.step` does in a pipeline."""
         self.step += 1
 
+    def repeat(self) -> None:
+        """Let the next denoiser call be that of this step once more (warming up, CUDA graphs)."""
+        self._repeated = True
+
     def touch(self) -> None:
         """Note that buffers of a tap have changed."""
         self._state += 1
@@ -312,11 +317,13 @@ class GenerationTracker:
                 "graph is captured [it makes and fills the buffers of the taps, which replays "
                 "would fill again], got the first one within the capture"
             )
-        if self._called == self.step and not _device.capturing():
+        again, self._repeated = self._repeated or _device.capturing(), False
+        if self._called == self.step and not again:
             raise RuntimeError(
                 f"sites: expected one denoiser call for each scheduler step [family "
                 f"{self._adapter.family}: its branches are rows of one call], got a second one at "
-                f"step {self.step}: its branch and rows are not known"
+                f"step {self.step}: its branch and rows are not known [the same call again: "
+                "tracker.repeat()]"
             )
         if not known:
             self._bind(shape, self._timesteps, args, kwargs)
