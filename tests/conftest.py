@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 from collections.abc import Generator
@@ -18,6 +19,15 @@ MAY_LACK = (
     "diffusers", "transformers", "tokenizers", "peft", "librosa", "soundfile", "matplotlib",
     "tqdm", "pandas", "scipy", "jinja2", "hypothesis", "torchsde",
 )  # fmt: skip
+
+
+with contextlib.suppress(ModuleNotFoundError):
+    import hypothesis
+
+    # The same examples every time; `HYPOTHESIS_PROFILE=explore` draws others.
+    hypothesis.settings.register_profile("fixed", derandomize=True)
+    hypothesis.settings.register_profile("explore", derandomize=False)
+    hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 
 def pytest_configure() -> None:

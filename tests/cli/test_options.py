@@ -18,7 +18,7 @@ from sidechain.store.manifest import DTYPES
 from sidechain.studies import config as shared
 from sidechain.studies.capture.config import CaptureConfig
 from sidechain.studies.features.config import ACTIVATIONS as OFFERED_ACTIVATIONS
-from sidechain.studies.steering.config import PASSES
+from sidechain.studies.steering.config import BRANCH_MODES
 from sidechain.taps.steer import MODES
 from sidechain.vectors import WEIGHTINGS
 
@@ -115,7 +115,7 @@ def test_choices_are_those_of_the_library():
     assert tuple(METHODS) == shared.SCORES
     assert set(WEIGHTINGS) == set(shared.WEIGHTINGS)
     assert tuple(ACTIVATIONS) == OFFERED_ACTIVATIONS
-    assert tuple(MODES) == PASSES
+    assert tuple(MODES) == BRANCH_MODES
     assert tuple(DTYPES) == options(CaptureConfig)["dtype"].choices
     assert tuple(LOGGERS) == sae_train.LOGGERS
 

@@ -59,13 +59,13 @@ class Harness:
         """Call the op on copies."""
         return self.call(clone(args), **more)
 
-    def check(self, args: Args, got: dict[str, Tensor]) -> None:
+    def check(self, args: Args, got: dict[str, Tensor], *, times: float = 2.0) -> None:
         """Compare with the reference in float64, by what the reference errs in the dtypes given."""
         exact = self.run(upcast(args), backend="reference")
         eager = self.run(args, backend="reference")
         for name, value in exact.items():
             if value.is_floating_point():
-                assert_close(name, got[name], value, eager[name])
+                assert_close(name, got[name], value, eager[name], times=times)
             else:
                 assert torch.equal(got[name], value), name
 

@@ -113,7 +113,8 @@ class TestNumerics:
             capture_mask=max(rows, 1) if mask == "R" else mask,
         )  # fmt: skip
         args = case.make(dtype, seed)
-        ATTENTION.check(args, ATTENTION.run(args))
+        # Of a handful of numbers the root mean square is one rounding: plain torch may be lucky.
+        ATTENTION.check(args, ATTENTION.run(args), times=4.0)
 
     def test_scores_far_apart(self) -> None:
         """Scores of hundreds overflow an exponential that does not subtract the largest."""

@@ -229,7 +229,7 @@ class TestDeadFeatures:
         assert due == [9, 19, 29, 39, 49, 59, 69]
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None)
 @given(
     rows=st.integers(0, 7),
     sizes=st.sets(st.integers(1, 29), max_size=4),
