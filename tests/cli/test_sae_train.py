@@ -48,7 +48,9 @@ def stopped(monkeypatch):
         monkeypatch.setattr(trainer, "train_step", train_step)
         return calls
 
-    return at
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # xdist ignores it
+    yield at
+    signal.signal(signal.SIGINT, before)
 
 
 def run(out):
