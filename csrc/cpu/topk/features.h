@@ -55,7 +55,7 @@ struct FreeCodes {
   }
   static constexpr size_t kCodeAlignment = 64;
 };
-using Codes = std::unique_ptr<uint8_t[], FreeCodes>;
+using PackedBytes = std::unique_ptr<uint8_t[], FreeCodes>;
 inline uint8_t* allocate_codes(int64_t bytes) {
   return static_cast<uint8_t*>(::operator new(bytes, std::align_val_t(FreeCodes::kCodeAlignment)));
 }
@@ -91,7 +91,7 @@ class PackedFeatures {
   int64_t panel_, panels_;
   float confidence_;
   std::vector<int32_t> outliers_;
-  Codes codes_;
+  PackedBytes codes_;
   std::vector<float> bias_, step_, share_, outlier_weights_;
   std::vector<int32_t> start_;
   std::vector<Bounds> bounds_;

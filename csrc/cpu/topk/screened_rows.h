@@ -57,7 +57,7 @@ class ScreenedRows {
   const Activations& x_;
   std::vector<int32_t> ids_;
   int64_t slots_;
-  Codes codes_;
+  PackedBytes codes_;
   std::vector<float> step_, inverse_, reach_, length_, outliers_, outlier_length_;
 };
 
