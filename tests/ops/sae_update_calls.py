@@ -5,19 +5,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
-from ops.support import backend_params
-from sidechain.bench.ops._build import copy, upcast
+from ops.harness import Harness
+from ops.support import upcast
 from sidechain.ops import AdamState, sae_gradient_square, sae_update_
 from sidechain.ops.sae_structs import COLUMNS
 from sidechain.testing.cases import update_call
-from sidechain.testing.tolerance import assert_close
 
-BACKENDS = backend_params("sae_update_")
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
 STATE = AdamState._fields
 WRITTEN = ("w_enc", "w_dec", "b_enc", *STATE, "last_fired", "b_pre_grad")
 
@@ -28,30 +24,18 @@ def call(args: dict[str, Any], **more: Any) -> None:
     sae_update_(*structs, **keywords, **more)
 
 
-def run(args: dict[str, Any], **more: Any) -> dict[str, Any]:
-    """Call sae_update_ on copies and return the copies."""
-    args = copy(args)
-    call(args, **more)
-    return args
-
-
 def square(args: dict[str, Any], backend: str = "auto") -> Tensor:
     (weights, _, inputs, _), _ = update_call(args)
     return sae_gradient_square(weights, inputs, backend=backend)
 
 
-def check(args: dict[str, Any], backend: str) -> None:
-    exact, eager = run(upcast(args)), run(args, backend="reference")
-    got = run(args, backend=backend)
-    for name in WRITTEN:
-        if args[name] is None:
-            continue
-        if args[name].is_floating_point():
-            assert_close(name, got[name], exact[name], eager[name])
-        else:
-            assert torch.equal(got[name], exact[name]), name
-    total = square(args, backend)
-    assert_close("square", total, square(upcast(args)), square(args, "reference"))
+def _both(args: dict[str, Any], backend: str = "auto") -> dict[str, Tensor]:
+    total = square(args, backend)  # of the weights before they are written
+    call(args, backend=backend)
+    return {"square": total} | {name: args[name] for name in WRITTEN if args[name] is not None}
+
+
+UPDATE = Harness("sae_update_", _both)
 
 
 def plain(args: dict[str, Any]) -> dict[str, Tensor]:

@@ -9,8 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from sidechain.bench.ops._build import copy as clone
+from sidechain.bench.ops._build import upcast as upcast
 from sidechain.ops import _library
 
+__all__ = ["DEVICE", "backend_params", "clone", "guarded", "guards_intact", "upcast"]
 DEVICE = {"reference": "cpu", "cpu": "cpu", "cuda": "cuda", "triton": "cuda"}
 
 
@@ -23,19 +26,6 @@ def backend_params(op: str) -> list[Any]:
         marks += [pytest.mark.skip(reason=f"{op}/{backend}: {reason}")] if reason else []
         params.append(pytest.param(backend, marks=marks))
     return params
-
-
-def clone(args: dict[str, Any]) -> dict[str, Any]:
-    """Copies of the tensors, strides kept."""
-    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in args.items()}
-
-
-def upcast(args: dict[str, Any]) -> dict[str, Any]:
-    """Floating tensors in float64."""
-    return {
-        k: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
-        for k, v in args.items()
-    }
 
 
 def _sentinel(dtype: torch.dtype) -> Tensor:

@@ -10,35 +10,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ops.support import DEVICE, backend_params, clone, guarded, guards_intact, upcast
+from ops.harness import Harness, dtypes
+from ops.support import DEVICE, upcast
 from sidechain.ops import sae_edit_, sparse_decode
 from sidechain.ops.sae_structs import edit_structs
 from sidechain.reference.sae_edit import sae_edit
 from sidechain.testing.cases import DTYPES, EDIT_CASES, EditCase, edit_call
-from sidechain.testing.tolerance import assert_close
 
-BACKENDS = backend_params("sae_edit_")
-dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
 every_case = pytest.mark.parametrize("case", EDIT_CASES, ids=lambda c: c.name)
 
 
-def call(args: dict[str, Any], **more: Any) -> Tensor:
-    """Call sae_edit_ with arguments in the names of its schema."""
+def _call(args: dict[str, Any], **more: Any) -> dict[str, Tensor]:
     structs, keywords = edit_call(args)
-    return sae_edit_(*structs, **keywords, **more)
+    assert sae_edit_(*structs, **keywords, **more) is args["x"]
+    return {"x": args["x"]}
 
 
-def run(args: dict[str, Any], **more: Any) -> Tensor:
-    """Call sae_edit_ on a copy of x and return it."""
-    args = dict(args, x=args["x"].clone())
-    assert call(args, **more) is args["x"]
-    return args["x"]
-
-
-def check(args: dict[str, Any], backend: str) -> None:
-    assert_close("x", run(args, backend=backend), run(upcast(args)),
-                 run(args, backend="reference"))  # fmt: skip
+EDIT = Harness("sae_edit_", _call)
+every_backend = EDIT.every_backend
 
 
 def bits(t: Tensor) -> Tensor:
@@ -50,7 +39,8 @@ class TestNumerics:
     @dtypes
     @every_case
     def test_against_float64(self, case: EditCase, dtype: torch.dtype, backend: str) -> None:
-        check(case.make(dtype, device=DEVICE[backend]), backend)
+        args = case.make(dtype, device=DEVICE[backend])
+        EDIT.check(args, EDIT.run(args, backend=backend))
 
     @every_case
     def test_reference_against_two_decodes(self, case: EditCase) -> None:
@@ -69,7 +59,7 @@ class TestNumerics:
         if args["mask"] is not None:
             change = change * args["mask"][:, None]
         torch.testing.assert_close(
-            run(args, backend="reference"), args["x"] + change, rtol=1e-10, atol=1e-10
+            EDIT.run(args, backend="reference")["x"], args["x"] + change, rtol=1e-10, atol=1e-10
         )
 
     @settings(max_examples=40, deadline=None)
@@ -91,7 +81,8 @@ class TestNumerics:
             rows, width, features, min(k, features), csr=flags[0], old=flags[1], mask=flags[2],
             shared=flags[3] and not flags[0], strength=rows if strength == 0 else strength,
         )  # fmt: skip
-        check(case.make(dtype, seed), "auto")
+        args = case.make(dtype, seed)
+        EDIT.check(args, EDIT.run(args))
 
 
 class TestEdges:
@@ -117,7 +108,7 @@ class TestEdges:
         x = args["x"]
         x[0, 0], x[0, 1], x[1, 2], x[2, 4] = math.nan, -0.0, math.inf, -math.inf
         args |= {k: args[v] if isinstance(v, str) else v.to(x.device) for k, v in change.items()}
-        assert torch.equal(bits(run(args, backend=backend)), bits(x))
+        assert torch.equal(bits(EDIT.run(args, backend=backend)["x"]), bits(x))
 
     @every_backend
     @dtypes
@@ -125,14 +116,14 @@ class TestEdges:
         args = EditCase(6, 40, 50, 3, old=False).make(dtype, device=DEVICE[backend])
         args["values_new"][2] = 0.0
         args["mask"] = torch.tensor([1, 1, 1, 0, 1, 1], device=args["x"].device).bool()
-        changed = (run(args, backend=backend) != args["x"]).any(1)
+        changed = (EDIT.run(args, backend=backend)["x"] != args["x"]).any(1)
         assert changed.tolist() == [True, True, False, False, True, True]
 
     @every_backend
     def test_rest_of_x_survives(self, backend: str) -> None:
         """What lies across the edited directions is left alone."""
         args = EditCase(30, 64, 20, 2).make(torch.float32, device=DEVICE[backend])
-        change = run(args, backend=backend) - args["x"]
+        change = EDIT.run(args, backend=backend)["x"] - args["x"]
         for n in range(30):
             used = args["indices"][n][args["indices"][n] >= 0].long()
             rows = args["w_dec"][used].double()
@@ -148,38 +139,23 @@ class TestLayout:
         if DEVICE[backend] != "cpu":
             pytest.skip("guard bands are laid in host memory")
         args = EditCase(5, 23, 30, 4, strength=5).make(dtype)
-        moved, wholes = clone(args), {}
-        for name in ("x", "values_old", "values_new", "w_dec", "strength"):
-            moved[name], wholes[name] = guarded(args[name], offset)
-        want = run(args, backend=backend)
-        call(moved, backend=backend)
-        assert torch.equal(moved["x"], want)
-        for name, whole in wholes.items():
-            assert guards_intact(whole, moved[name], offset), name
+        names = ("x", "values_old", "values_new", "w_dec", "strength")
+        EDIT.check_guarded(args, names, offset, backend=backend)
 
     @every_backend
     @dtypes
     def test_strided_rows(self, dtype: torch.dtype, backend: str) -> None:
         args = EditCase(7, 40, 30, 5, strength=7, mask=True).make(dtype, device=DEVICE[backend])
-        want = run(args, backend=backend)
+        want = EDIT.run(args, backend=backend)["x"]
         for name in ("x", "values_old", "values_new", "indices", "w_dec"):
             t = args[name]
             whole = t.new_zeros(2 * t.shape[0], t.shape[1] + 3)
             args[name] = whole[::2, 1 : 1 + t.shape[1]].copy_(t)
-        call(args, backend=backend)
+        EDIT.call(args, backend=backend)
         assert torch.equal(args["x"], want)
 
     def test_determinism_over_threads(self) -> None:
-        args = EditCase(500, 300, 80, 6).make(torch.bfloat16)
-        before, seen = torch.get_num_threads(), []
-        try:
-            for threads in (1, 2, 5):
-                torch.set_num_threads(threads)
-                seen.append(run(args))
-        finally:
-            torch.set_num_threads(before)
-        assert torch.equal(seen[0], seen[1])
-        assert torch.equal(seen[0], seen[2])
+        EDIT.check_threads(EditCase(500, 300, 80, 6).make(torch.bfloat16))
 
 
 class TestGradients:
@@ -200,14 +176,14 @@ class TestGradients:
         args = EditCase(3, 4, 6, 2, strength=3).make(torch.float32)
         args[name].requires_grad_()
         with pytest.raises(NotImplementedError, match=r"sae_edit\.sae_edit is differentiable"):
-            call(args)
+            EDIT.call(args)
         with torch.no_grad():
-            call(args)
+            EDIT.call(args)
 
     def test_autograd_notices_the_write(self) -> None:
         args = EDIT_CASES[0].make(torch.float32)
         loss = (args["x"] * torch.ones(1, requires_grad=True)).sum()
-        call(args)
+        EDIT.call(args)
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             loss.backward()
 
@@ -216,8 +192,7 @@ class TestTorch:
     @dtypes
     @pytest.mark.parametrize("case", EDIT_CASES[:3], ids=lambda c: c.name)
     def test_opcheck(self, case: EditCase, dtype: torch.dtype) -> None:
-        args = case.make(dtype)
-        torch.library.opcheck(torch.ops.sidechain.sae_edit_.default, tuple(args.values()))
+        EDIT.opcheck(case.make(dtype))
 
 
 BAD = [
@@ -247,10 +222,7 @@ class TestContract:
         self, change: dict[str, Any], error: type[Exception], match: str, backend: str
     ) -> None:
         args = EditCase(3, 4, 6, 2, strength=3).make(torch.float32)
-        before = args["x"].clone()
-        with pytest.raises(error, match="^sae_edit_: .*" + match):
-            call(args | change, backend=backend)
-        assert torch.equal(args["x"], before)
+        EDIT.check_refused(args, change, error, match, backend=backend)
 
     def test_structs(self) -> None:
         (x, edit, w_dec), _ = edit_call(EDIT_CASES[0].make(torch.float32))

@@ -9,23 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ops.sae_update_calls import (
-    WRITTEN,
-    call,
-    check,
-    copy,
-    every_backend,
-    plain,
-    run,
-    square,
-    upcast,
-)
-from ops.support import DEVICE
+from ops.harness import dtypes
+from ops.sae_update_calls import UPDATE, WRITTEN, call, plain, square
+from ops.support import DEVICE, clone, upcast
 from sidechain.ops import sae_gradient_square, sae_update_
 from sidechain.reference.sae_update import round_stochastically, rounding_noise
 from sidechain.testing.cases import DTYPES, UPDATE_CASES, UpdateCase, square_args, update_call
 
-dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+every_backend = UPDATE.every_backend
 every_case = pytest.mark.parametrize("case", UPDATE_CASES, ids=lambda c: c.name)
 
 
@@ -34,15 +25,15 @@ class TestNumerics:
     @dtypes
     @every_case
     def test_against_float64(self, case: UpdateCase, dtype: torch.dtype, backend: str) -> None:
-        check(case.make(dtype, device=DEVICE[backend]), backend)
+        args = case.make(dtype, device=DEVICE[backend])
+        UPDATE.check(args, UPDATE.run(args, backend=backend))
 
     @every_case
     def test_reference_against_plain(self, case: UpdateCase) -> None:
         if case.d_in > 1000:
             case = replace(case, d_in=50, d_out=21)
         args = case.make(torch.float64)
-        wide = upcast(args)
-        got = run(wide, backend="reference") | {"square": square(wide, "reference")}
+        got = UPDATE.run(upcast(args), backend="reference")
         for name, value in plain(args).items():
             torch.testing.assert_close(
                 got[name], value, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}"
@@ -69,7 +60,8 @@ class TestNumerics:
             bias=flags[1], b_pre=flags[2], clip=flags[3], unit_norm=flags[4], project=flags[5],
             extras=flags[6], prefixes=((features + 1) // 2, features + 1) if flags[7] else (),
         )  # fmt: skip
-        check(case.make(dtype, seed), "auto")
+        args = case.make(dtype, seed)
+        UPDATE.check(args, UPDATE.run(args))
 
 
 class TestRounding:
@@ -114,7 +106,7 @@ class TestRounding:
             # Halving bfloat16 is exact, so a low bit is added that the rounding has to act on.
             args[key] = args[key].float().abs().add(1e-3).to(torch.bfloat16)
         args["beta1"], args["beta2"] = 0.75, 0.625
-        got, want = run(args, backend=backend), run(args, backend="reference")
+        got, want = UPDATE.run(args, backend=backend), UPDATE.run(args, backend="reference")
         for key in ("enc_mean", "enc_square", "dec_mean", "dec_square"):
             assert torch.equal(got[key], want[key]), key
 
@@ -122,32 +114,23 @@ class TestRounding:
 class TestLayout:
     def test_determinism_over_threads(self) -> None:
         case = UpdateCase(300, 96, 64, 700, 16, groups=2, extras=True, half_state=True)
-        args = case.make(torch.bfloat16)
-        before, seen = torch.get_num_threads(), []
-        try:
-            for threads in (1, 2, 3, 7):
-                torch.set_num_threads(threads)
-                seen.append((run(args), square(args)))
-        finally:
-            torch.set_num_threads(before)
-        for other, total in seen[1:]:
-            assert torch.equal(total, seen[0][1])
-            for name in WRITTEN:
-                if args[name] is not None:
-                    assert torch.equal(seen[0][0][name], other[name]), name
+        UPDATE.check_threads(case.make(torch.bfloat16))
 
     @every_backend
     @dtypes
     def test_strided_inputs(self, dtype: torch.dtype, backend: str) -> None:
         args = replace(UPDATE_CASES[0], groups=2).make(dtype, device=DEVICE[backend])
-        for name in ("x", "values", "indices", "dvalues", "error"):
+        strided = ("x", "values", "indices", "dvalues", "error")
+        for name in strided:
             lists = args[name] if isinstance(args[name], list) else [args[name]]
             views = []
             for t in lists:
                 whole = t.new_zeros(2 * t.shape[0], t.shape[1] + 3)
                 views.append(whole[::2, 1 : 1 + t.shape[1]].copy_(t))
             args[name] = views if isinstance(args[name], list) else views[0]
-        check(args, backend)
+        UPDATE.check(
+            args, UPDATE.call(args | {n: clone({n: args[n]})[n] for n in WRITTEN}, backend=backend)
+        )
 
 
 class TestEdges:
@@ -157,7 +140,7 @@ class TestEdges:
         args = replace(UPDATE_CASES[0], k=0).make(torch.float32, device=DEVICE[backend])
         for name in ("w_dec", "dec_mean"):
             args[name][3] = 0.0
-        got = run(args, backend=backend)["w_dec"]
+        got = UPDATE.run(args, backend=backend)["w_dec"]
         assert torch.equal(got[3], torch.zeros_like(got[3]))
         norms = got.norm(dim=1)
         others = torch.arange(len(norms), device=norms.device) != 3
@@ -167,7 +150,7 @@ class TestEdges:
     def test_projection_leaves_no_component(self, backend: str) -> None:
         args = UPDATE_CASES[0].make(torch.float32, device=DEVICE[backend])
         args["dec_mean"].zero_()
-        got = run(args, backend=backend)
+        got = UPDATE.run(args, backend=backend)
         along = (got["dec_mean"] * args["w_dec"]).sum(1)
         assert (along.abs() <= 1e-6 * got["dec_mean"].norm(dim=1) + 1e-9).all()
 
@@ -176,7 +159,7 @@ class TestEdges:
         args = UPDATE_CASES[0].make(torch.float32, device=DEVICE[backend])
         args["dvalues"][0][2, 0] = float("nan")
         feature = int(args["indices"][0][2, 0])
-        got = run(args, backend=backend)
+        got = UPDATE.run(args, backend=backend)
         bad = got["w_enc"].isnan().any(1)
         assert bad.nonzero().flatten().tolist() == [feature]
         assert not got["w_dec"].isnan().any()
@@ -254,7 +237,7 @@ class TestContract:
         self, change: dict[str, Any], error: type[Exception], match: str, backend: str
     ) -> None:
         args = UPDATE_CASES[0].make(torch.float32)
-        before = copy(args)
+        before = clone(args)
         with pytest.raises(error, match="^sae_update_: .*" + match):
             call(args | change, backend=backend)
         for name in WRITTEN:

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ops.sae_update_calls import BACKENDS, STATE, every_backend, run, square, upcast
-from ops.support import DEVICE
+from ops.sae_update_calls import STATE, UPDATE, square
+from ops.support import DEVICE, upcast
 from sidechain.ops import (
     AdamOptions,
     AdamState,
@@ -50,7 +50,7 @@ def zero_state(weights: SaeWeights) -> AdamState:
     return AdamState(*(torch.zeros_like(t) for t in weights[:3] if t is not None for _ in range(2)))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@UPDATE.every_backend
 class TestAgainstDenseTorch:
     """Equal to `torch.optim.AdamW` on dense autograd gradients, step for step."""
 
@@ -166,7 +166,7 @@ class TestGroups:
         a["error"], a["dvalues"], a["project"] = [error], [dvalues], False
         for key in ("dec_mean", "dec_square"):
             a[key].zero_()
-        got = run(a, backend="reference")
+        got = UPDATE.run(a, backend="reference")
         torch.testing.assert_close(got["dec_mean"], 0.1 * want[0], rtol=1e-9, atol=1e-12)
 
     def test_aux_and_multi_topk(self) -> None:
@@ -205,26 +205,26 @@ class TestGroups:
         for got, want in zip(means, want_grads, strict=True):
             torch.testing.assert_close(got, 0.1 * want, rtol=1e-9, atol=1e-12)
 
-    @every_backend
+    @UPDATE.every_backend
     def test_order_of_groups_does_not_matter_but_for_rounding(self, backend: str) -> None:
         args = UpdateCase(30, 16, 12, 40, 6, groups=2).make(torch.float32, device=DEVICE[backend])
         swapped = {k: v[::-1] if k in COLUMNS else v for k, v in args.items()}
-        exact = run(upcast(args))
-        a, b = run(args, backend=backend), run(swapped, backend=backend)
+        exact = UPDATE.run(upcast(args))
+        a, b = UPDATE.run(args, backend=backend), UPDATE.run(swapped, backend=backend)
         for name in ("w_enc", "w_dec", "b_enc"):
             assert_close(name, b[name], exact[name], a[name])
 
-    @every_backend
+    @UPDATE.every_backend
     def test_shards_make_the_whole(self, backend: str) -> None:
         whole = UpdateCase(30, 16, 12, 40, 6, groups=2, half_state=True, extras=True).make(
             torch.float32, device=DEVICE[backend]
         )
         rows = ("w_enc", "w_dec", "b_enc", *STATE, "last_fired")
-        want, parts, total = run(whole, backend=backend), [], 0.0
+        want, parts, total = UPDATE.run(whole, backend=backend), [], 0.0
         for first, last in ((0, 13), (13, 40)):
             shard = {k: v[first:last].clone() if k in rows else v for k, v in whole.items()}
             shard["first_feature"] = first
-            parts.append(run(shard, backend=backend))
+            parts.append(UPDATE.run(shard, backend=backend))
             total = total + square(shard, backend)
         for name in rows:
             assert torch.equal(torch.cat([p[name] for p in parts]), want[name]), name

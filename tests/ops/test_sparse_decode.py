@@ -12,14 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ops.support import DEVICE, backend_params, clone, guarded, guards_intact, upcast
+from ops.harness import Harness, dtypes
+from ops.support import DEVICE, upcast
 from sidechain.ops import sparse_decode, sparse_decode_loss
 from sidechain.testing.cases import DECODE_CASES, DTYPES, DecodeCase
 from sidechain.testing.tolerance import assert_close
 
-BACKENDS = backend_params("sparse_decode")
-dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
 every_case = pytest.mark.parametrize("case", DECODE_CASES, ids=lambda c: c.name)
 LEAVES = ("values", "w_dec", "b_dec")
 
@@ -47,16 +45,13 @@ def decode_args(args: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in args.items() if k not in ("target", "row_weight")}
 
 
-def check(args: dict[str, Any], backend: str) -> None:
-    exact = sparse_decode_loss(**upcast(args))
-    eager = sparse_decode_loss(**args, backend="reference")
-    got = sparse_decode_loss(**args, backend=backend)
-    for name, g, x, e in zip(got._fields, got, exact, eager, strict=True):
-        assert_close(name, g, x, e)
-    plain = decode_args(args)
-    x_hat = sparse_decode(**plain, backend=backend)
-    exact_hat = sparse_decode(**upcast(plain))
-    assert_close("x_hat", x_hat, exact_hat, sparse_decode(**plain, backend="reference"))
+def _call(args: dict[str, Any], **more: Any) -> dict[str, Tensor]:
+    loss = sparse_decode_loss(**args, **more)
+    return loss._asdict() | {"x_hat": sparse_decode(**decode_args(args), **more)}
+
+
+DECODE = Harness("sparse_decode", _call)
+every_backend = DECODE.every_backend
 
 
 class TestNumerics:
@@ -64,7 +59,8 @@ class TestNumerics:
     @dtypes
     @every_case
     def test_against_float64(self, case: DecodeCase, dtype: torch.dtype, backend: str) -> None:
-        check(case.make(dtype, device=DEVICE[backend]), backend)
+        args = case.make(dtype, device=DEVICE[backend])
+        DECODE.check(args, DECODE.run(args, backend=backend))
 
     @every_case
     def test_reference_against_dense_product(self, case: DecodeCase) -> None:
@@ -103,7 +99,8 @@ class TestNumerics:
         dtype: torch.dtype, seed: int,
     ) -> None:  # fmt: skip
         case = DecodeCase(rows, width, features, min(k, features), *flags)
-        check(case.make(dtype, seed), "auto")
+        args = case.make(dtype, seed)
+        DECODE.check(args, DECODE.run(args))
 
 
 class TestLayout:
@@ -117,16 +114,8 @@ class TestLayout:
         if DEVICE[backend] != "cpu":
             pytest.skip("guard bands are laid in host memory")
         args = DecodeCase(5, 23, 30, 4, csr=csr, row_weight=True).make(dtype)
-        moved, wholes = clone(args), {}
-        for name, t in args.items():
-            if t.is_floating_point():
-                moved[name], wholes[name] = guarded(t, offset)
-        got = sparse_decode_loss(**moved, backend=backend)
-        for a, b in zip(got, sparse_decode_loss(**args, backend=backend), strict=True):
-            torch.testing.assert_close(a, b, rtol=0, atol=0)
-        for name, whole in wholes.items():
-            assert guards_intact(whole, moved[name], offset), name
-        check(moved, backend)
+        floats = [name for name, t in args.items() if t.is_floating_point()]
+        DECODE.check_guarded(args, floats, offset, backend=backend)
 
     @every_backend
     @dtypes
@@ -136,7 +125,7 @@ class TestLayout:
             t = args[name]
             wide = t.new_zeros(2 * t.shape[0], t.shape[1] + 3)
             args[name] = wide[::2, 1 : 1 + t.shape[1]].copy_(t)
-        check(args, backend)
+        DECODE.check(args, DECODE.call(args, backend=backend))
 
     def test_determinism_over_threads(self) -> None:
         args = DecodeCase(300, 200, 500, 16, row_weight=True).make(torch.float32)
@@ -341,8 +330,4 @@ class TestContract:
             sparse_decode_loss(**(args | change))
 
     def test_unknown_and_absent_backend(self) -> None:
-        args = decode_args(DecodeCase(3, 16, 8, 2).make(torch.float32))
-        with pytest.raises(ValueError, match="expected backend to be one of auto, reference"):
-            sparse_decode(**args, backend="fast")
-        with pytest.raises(RuntimeError, match="expected backend 'triton' to be available, got:"):
-            sparse_decode(**args, backend="triton")
+        DECODE.check_backends(DecodeCase(3, 16, 8, 2).make(torch.float32), absent="triton")
