@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .. import _device
 from .adapter import Adapter, CallShape, find_denoiser
+from .sites import Site
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,6 +32,7 @@ class Generation:
         shape: of the denoiser call.
         timesteps: [steps] float64 on the CPU.
         sigmas: [steps] float64 on the CPU; None where the scheduler has none.
+        adapter: of the family.
         sample_of_row: [R] int64 on the device.
         branch_of_row: [R] int64 on the device, index into `branches`.
     """
@@ -42,6 +44,7 @@ class Generation:
     shape: CallShape
     timesteps: Tensor
     sigmas: Tensor | None
+    adapter: Adapter
     sample_of_row: Tensor
     branch_of_row: Tensor
 
@@ -49,6 +52,14 @@ class Generation:
         """Return the block of rows of one guidance branch."""
         start = self.branches.index(branch) * self.samples
         return slice(start, start + self.samples)
+
+    def tokens(self, site: Site) -> int:
+        """Return T of the output of a site."""
+        return self.adapter.tokens(site, self.shape)
+
+    def context_tokens(self, site: Site) -> int:
+        """Return S of the context of a site, 0 where it reads none."""
+        return self.adapter.context_tokens(site, self.shape)
 
 
 class Observer(Protocol):
@@ -264,6 +275,7 @@ class GenerationTracker:
             shape=shape,
             timesteps=timesteps.detach().to("cpu", torch.float64),
             sigmas=self._sigmas(len(timesteps)),
+            adapter=self._adapter,
             sample_of_row=rows % samples,
             branch_of_row=rows // samples,
         )

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..ops import Capture, Steering, tap_
 from ..reference.tap import tap as reference_tap
+from .layout import Expected, edit_output
 
 
 class Operation:
@@ -21,10 +22,12 @@ class Operation:
 
     Attributes:
         fired: whether the site has run since the operation was attached.
+        expected: output of the site in this generation; None = not known.
     """
 
     def __init__(self) -> None:
         self.fired = False
+        self.expected: Expected | None = None
 
 
 class ContextRecord(Operation):
@@ -212,6 +215,7 @@ class SplitAttention:
 class Tapped:
     """Wraps an attention processor; made per inner class by `_tapped_class`."""
 
+    _context_name: ClassVar[str]
     _context_place: ClassVar[int]
 
     def __init__(self, attn: Any) -> None:
@@ -251,22 +255,23 @@ class Tapped:
         self._outputs = outputs + [TapCall(None, a) for a in adds]
 
     def _edit_context(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        named = "encoder_hidden_states" in kwargs
-        place = self._context_place
-        context = kwargs["encoder_hidden_states"] if named else args[place]
+        name, place = self._context_name, self._context_place
+        named = name in kwargs
+        context = kwargs[name] if named else args[place]
         for record in self._records:
             record(context)
         if not self._swaps and self._split is None:
             return args
-        if kwargs.get("attention_mask") is not None:
+        masks = [k for k, value in kwargs.items() if k.endswith("mask") and value is not None]
+        if masks:
             raise NotImplementedError(
                 "patch: expected cross-attention without a mask [the mask belongs to the context "
-                "that is swapped out], got attention_mask"
+                f"that is swapped out], got {', '.join(masks)}"
             )
         for swap in self._swaps:
             context = swap(context)
         if named:
-            kwargs["encoder_hidden_states"] = context
+            kwargs[name] = context
             return args
         return (*args[:place], context, *args[place + 1 :])
 
@@ -303,14 +308,13 @@ def _make_tapped_class(inner: type) -> type[Tapped]:
         else:
             seen = attn if self._split is None else self._split
             out = self._inner(seen, hidden_states, *args, **kwargs)
-        for edit in self._outputs:
-            out = edit(out)
-        return out
+        return edit_output(out, self._outputs, self._operations) if self._outputs else out
 
     call.__signature__ = signature  # type: ignore[attr-defined]
     body: dict[str, Any] = {"__call__": call, "__doc__": inner.__doc__}
-    if "encoder_hidden_states" in names:
-        body["_context_place"] = names.index("encoder_hidden_states") - 3
+    for context in ("encoder_hidden_states", "context"):
+        if context in names:
+            body |= {"_context_name": context, "_context_place": names.index(context) - 3}
     for name in ("_attention_backend", "_parallel_config"):
         if hasattr(inner, name):
             body[name] = _forwarded(name)
