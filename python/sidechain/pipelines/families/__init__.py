@@ -1,6 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pipeline families: one file each, which registers an `Adapter` when it is imported."""
 
-from . import stable_audio
+from . import (
+    sd,
+    stable_audio,
+)
 
-__all__ = ["stable_audio"]
+__all__ = [
+    "sd",
+    "stable_audio",
+]
