@@ -2,11 +2,13 @@
 """Pipeline families: one file each, which registers an `Adapter` when it is imported."""
 
 from . import (
+    audioldm2,
     sd,
     stable_audio,
 )
 
 __all__ = [
+    "audioldm2",
     "sd",
     "stable_audio",
 ]
