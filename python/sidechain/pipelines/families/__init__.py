@@ -2,12 +2,14 @@
 """Pipeline families: one file each, which registers an `Adapter` when it is imported."""
 
 from . import (
+    ace_step,
     audioldm2,
     sd,
     stable_audio,
 )
 
 __all__ = [
+    "ace_step",
     "audioldm2",
     "sd",
     "stable_audio",
