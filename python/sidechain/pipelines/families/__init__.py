@@ -4,6 +4,9 @@
 from . import (
     ace_step,
     audioldm2,
+    dit,
+    pixart,
+    sana,
     sd,
     stable_audio,
 )
@@ -11,6 +14,9 @@ from . import (
 __all__ = [
     "ace_step",
     "audioldm2",
+    "dit",
+    "pixart",
+    "sana",
     "sd",
     "stable_audio",
 ]
