@@ -3,6 +3,7 @@
 
 from . import (
     ace_step,
+    audioldm,
     audioldm2,
     dit,
     pixart,
@@ -13,6 +14,7 @@ from . import (
 
 __all__ = [
     "ace_step",
+    "audioldm",
     "audioldm2",
     "dit",
     "pixart",
