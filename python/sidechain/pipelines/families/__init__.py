@@ -6,9 +6,11 @@ from . import (
     audioldm,
     audioldm2,
     dit,
+    flux,
     pixart,
     sana,
     sd,
+    sd3,
     stable_audio,
 )
 
@@ -17,8 +19,10 @@ __all__ = [
     "audioldm",
     "audioldm2",
     "dit",
+    "flux",
     "pixart",
     "sana",
     "sd",
+    "sd3",
     "stable_audio",
 ]
