@@ -92,7 +92,9 @@ class Patch(Tap):
                     f"width of {site}], got {list(value.shape)}"
                 )
             fused = getattr(site.module, "fused_projections", False)
-            if option != "context" and (fused or site.module.norm_cross is not None):
+            fused = fused or not hasattr(site.module, "to_k")
+            normed = getattr(site.module, "norm_cross", None) is not None
+            if option != "context" and (fused or normed):
                 raise NotImplementedError(
                     f"patch: expected separate, un-normed key and value projections [{option}=...],"
                     f" got {'fused ones' if fused else 'a context norm'} at {site}"
