@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,14 +59,13 @@ def read_attention(
     )
 
 
-def _context_width(attn: Any, kind: str) -> int:
-    if kind == "joint":
-        return attn.add_k_proj.in_features  # type: ignore[no-any-return]
-    for name in ("to_k", "to_kv", "to_qkv"):
+def _context_width(attn: Any, kind: str) -> Any:
+    names = ("add_k_proj",) if kind == "joint" else ("to_k", "to_kv", "to_qkv")
+    for name in names:
         projection = getattr(attn, name, None)
         if projection is not None:
-            return projection.in_features  # type: ignore[no-any-return]
-    raise AttributeError(f"sites: expected to_k, to_kv or to_qkv in {type(attn).__name__}")
+            return projection.in_features
+    raise TypeError(f"sites: expected {' or '.join(names)} in {type(attn).__name__}, got none")
 
 
 def describe_attention(name: str, module: nn.Module, denoiser: nn.Module) -> Attention | str:
@@ -76,16 +76,15 @@ def describe_attention(name: str, module: nn.Module, denoiser: nn.Module) -> Att
     return read_attention(module, "cross" if cross else "self")
 
 
-def with_context(*names: str, note: str = "") -> Any:
+def with_context(*names: str) -> Callable[[str, nn.Module, nn.Module], Attention | str]:
     """Make an `Adapter.describe` for modules of known names, the last part of their paths.
 
     Args:
         *names: of modules that read the context; the others are self-attention.
-        note: for all of them.
     """
 
     def describe(name: str, module: nn.Module, denoiser: nn.Module) -> Attention | str:
         cross = name.rpartition(".")[2] in names
-        return read_attention(module, "cross" if cross else "self", note=note)
+        return read_attention(module, "cross" if cross else "self")
 
     return describe

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from ..adapter import Adapter, CallShape, call_shape, call_timestep, register_adapter
@@ -16,8 +18,8 @@ def _describe(name: str, module: nn.Module, denoiser: nn.Module) -> Attention | 
         return read_attention(module, "self")
     # Of the transformers behind each resnet the first two read GPT-2, the others T5.
     block_name, _, rest = name.partition(".attentions.")
-    widths = denoiser.get_submodule(block_name).cross_attention_dim
-    place = int(rest.partition(".")[0]) % len(widths)
+    block: Any = denoiser.get_submodule(block_name)
+    place = int(rest.partition(".")[0]) % len(block.cross_attention_dim)
     return read_attention(module, "cross", source=0 if place <= 1 else 1)
 
 
