@@ -298,6 +298,21 @@ class TestEveryFamily:
             ):
                 runs.run()
 
+    def test_half_precision(self, runs: Runs) -> None:
+        half = Runs(runs.case, tiny_pipeline(runs.case.pipeline, dtype=torch.bfloat16))
+        plain, outputs, _ = half.seen()
+        place = Where("*", branches="all")
+        with sidechain.capture(half.pipe, place, reduce="tokens", dtype=torch.bfloat16) as cap:
+            assert torch.equal(half.run(), plain)
+        for site in half.sites:
+            expected = half.by_branch(outputs[site.name])
+            for number, branch in enumerate(cap.branches):
+                assert torch.equal(cap[site][:, number], expected[branch]), (site, branch)
+        with sidechain.patch(half.pipe, place, output=cap):
+            assert torch.equal(half.run(), plain)
+        with sidechain.steer(half.pipe, self.directions(half), strength=0.0):
+            assert torch.equal(half.run(), plain)
+
     def test_timesteps_are_in_the_units_of_the_scheduler(self, runs: Runs) -> None:
         _, denoiser, family = find_denoiser(runs.pipe)
         if family.timestep is None:
