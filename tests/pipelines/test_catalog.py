@@ -51,8 +51,15 @@ class TestSites:
 
     def test_table(self) -> None:
         lines = str(sidechain.sites(PIPE, "cross:0-1")).splitlines()
-        assert lines[0].split() == ["alias", "name", "kind", "width", "heads"]
-        assert lines[2].split() == ["cross:1", "transformer_blocks.1.attn2", "cross", "16", "4"]
+        assert lines[0].split() == ["alias", "name", "kind", "width", "heads", "source"]
+        assert lines[2].split() == [
+            "cross:1",
+            "transformer_blocks.1.attn2",
+            "cross",
+            "16",
+            "4",
+            "0",
+        ]
 
     @settings(max_examples=30, deadline=None)
     @given(st.integers(0, 4), st.integers(0, 4))
@@ -105,6 +112,12 @@ class TestContract:
             sidechain.sites(PIPE)["cross:7"]
 
     def test_a_family_cannot_be_redefined(self) -> None:
-        other = Adapter("other", ("transformer",), {1: ("cond",)}, shape=lambda a, k: None)  # type: ignore[arg-type,return-value]
+        other = Adapter(
+            "other",
+            ("transformer",),
+            {1: ("cond",)},
+            shape=lambda a, k: None,
+            tokens=lambda s, c: 0,
+        )  # type: ignore[arg-type,return-value]
         with pytest.raises(ValueError, match="expected a new class name"):
             register_adapter("StableAudioDiTModel", other)

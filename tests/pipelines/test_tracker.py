@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+import sidechain
 from sidechain.pipelines import Generation, observe, release
 from sidechain.testing import generate, tiny_pipeline
 
@@ -54,9 +55,11 @@ class TestGeneration:
         assert generation.rows_of("cond") == slice(2, 4)
         assert (
             generation.shape.rows,
-            generation.shape.tokens,
-            generation.shape.context_tokens,
-        ) == (4, 9, 10)
+            generation.shape.latent,
+            generation.shape.contexts,
+        ) == (4, (3, 8), (10,))
+        cross = sidechain.sites(pipe)["cross:0"]
+        assert (generation.tokens(cross), generation.context_tokens(cross)) == (9, 10)
         assert torch.equal(generation.timesteps, pipe.scheduler.timesteps.double())
         assert generation.sigmas is not None and len(generation.sigmas) == 5
 

@@ -2,13 +2,25 @@
 """All that is known about diffusers pipelines: families, attention sites, steps and branches."""
 
 from . import families as families
-from .adapter import Adapter, CallShape, config_hash, execution_device, register_adapter
+from .adapter import (
+    Adapter,
+    CallShape,
+    call_argument,
+    call_shape,
+    call_timestep,
+    config_hash,
+    execution_device,
+    register_adapter,
+    source_tokens,
+)
+from .attention import Attention, describe_attention, read_attention
 from .prompt_pairs import PromptPairs
 from .sites import Site, SiteList, SitePattern, sites
 from .tracker import Generation, GenerationTracker, Observer, observe, observers, release
 
 __all__ = [
     "Adapter",
+    "Attention",
     "CallShape",
     "Generation",
     "GenerationTracker",
@@ -17,11 +29,17 @@ __all__ = [
     "Site",
     "SiteList",
     "SitePattern",
+    "call_argument",
+    "call_shape",
+    "call_timestep",
     "config_hash",
+    "describe_attention",
     "execution_device",
     "observe",
     "observers",
+    "read_attention",
     "register_adapter",
     "release",
     "sites",
+    "source_tokens",
 ]

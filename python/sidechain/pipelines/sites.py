@@ -4,17 +4,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, overload
 
 from torch import nn
 
-from .adapter import find_denoiser
+from .adapter import Adapter, find_denoiser
 
-KINDS = ("cross", "self")
-_RANGE = re.compile(r"^(cross|self):(\d+)-(\d+)$")
+KINDS = ("cross", "self", "joint")
+_RANGE = re.compile(rf"^({'|'.join(KINDS)}):(\d+)-(\d+)$")
+
+_UNET = {"down_blocks": 0, "mid_block": 1, "up_blocks": 2}
 
 
 @dataclass(frozen=True)
@@ -24,12 +26,16 @@ class Site:
     Attributes:
         name: module path inside the denoiser, `transformer_blocks.3.attn2`.
         alias: kind and index, `cross:3`.
-        kind: "cross" | "self".
+        kind: "cross" | "self" | "joint" (one attention over latents and context, which puts out
+            both; the site is the output for the latents).
         index: place among the sites of its kind.
         width: C of the module's output.
         context_width: C of what keys and values are computed from.
         heads: H.
         module: the attention module.
+        denoiser: the model that holds it.
+        source: number of the context it reads, in families with several; None for "self".
+        note: what else has to be known of its output.
     """
 
     name: str
@@ -40,6 +46,14 @@ class Site:
     context_width: int
     heads: int
     module: nn.Module = field(repr=False, compare=False)
+    denoiser: nn.Module = field(repr=False, compare=False)
+    source: int | None = None
+    note: str = ""
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """Configuration of the denoiser."""
+        return dict(getattr(self.denoiser, "config", {}))
 
     def __str__(self) -> str:
         return self.name
@@ -49,11 +63,19 @@ SitePattern = str | Site | Iterable["str | Site"]
 
 
 class SiteList(Sequence[Site]):
-    """Ordered sites; indexable by place, name or alias; `str()` is a table."""
+    """Ordered sites; indexable by place, name or alias; `str()` is a table.
 
-    def __init__(self, sites: Iterable[Site], family: str = "") -> None:
+    Attributes:
+        family: name of the pipeline family.
+        refused: module name -> why an attention module is no site.
+    """
+
+    def __init__(
+        self, sites: Iterable[Site], family: str = "", refused: Mapping[str, str] | None = None
+    ) -> None:
         self._sites = tuple(sites)
         self.family = family
+        self.refused = dict(refused or {})
         self._by_key = {key: s for s in self._sites for key in (s.name, s.alias)}
 
     @overload
@@ -63,14 +85,14 @@ class SiteList(Sequence[Site]):
     def __getitem__(self, key: int | str | Site | slice) -> Site | SiteList:
         """Return one site by place, name, alias or itself, or several by a slice of places."""
         if isinstance(key, slice):
-            return SiteList(self._sites[key], self.family)
+            return SiteList(self._sites[key], self.family, self.refused)
         if isinstance(key, int):
             return self._sites[key]
         name = key.name if isinstance(key, Site) else key
         try:
             return self._by_key[name]
         except KeyError:
-            raise ValueError(f"sites: expected one of {self.summary()}, got {name!r}") from None
+            raise ValueError(self._unknown(name)) from None
 
     def __len__(self) -> int:
         return len(self._sites)
@@ -119,9 +141,14 @@ class SiteList(Sequence[Site]):
         for part in parts:
             found = self._matching(part)
             if not found:
-                raise ValueError(f"sites: expected one of {self.summary()}, got {str(part)!r}")
+                raise ValueError(self._unknown(str(part)))
             wanted |= found
-        return SiteList((s for s in self._sites if s.name in wanted), self.family)
+        return SiteList((s for s in self._sites if s.name in wanted), self.family, self.refused)
+
+    def _unknown(self, name: str) -> str:
+        reason = self.refused.get(name)
+        why = "" if reason is None else f" [an attention module, but no site: {reason}]"
+        return f"sites: expected one of {self.summary()}, got {name!r}{why}"
 
     def _matching(self, part: str | Site) -> set[str]:
         if isinstance(part, Site):
@@ -151,13 +178,15 @@ class SiteList(Sequence[Site]):
         return ", ".join(parts) or "no sites"
 
     def __str__(self) -> str:
-        rows = [("alias", "name", "kind", "width", "heads")]
-        rows += [(s.alias, s.name, s.kind, str(s.width), str(s.heads)) for s in self._sites]
-        widths = [max(len(row[i]) for row in rows) for i in range(5)]
-        return "\n".join(
-            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        )
+        rows = [("alias", "name", "kind", "width", "heads", "source", "note")]
+        for s in self._sites:
+            source = "" if s.source is None else str(s.source)
+            rows.append((s.alias, s.name, s.kind, str(s.width), str(s.heads), source, s.note))
+        shown = [i for i in range(7) if i < 5 or any(row[i] for row in rows[1:])]
+        widths = [max(len(row[i]) for row in rows) for i in range(7)]
+        lines = ["  ".join(row[i].ljust(widths[i]) for i in shown).rstrip() for row in rows]
+        lines += [f"no site: {name} ({reason})" for name, reason in self.refused.items()]
+        return "\n".join(lines)
 
     def __repr__(self) -> str:
         return f"SiteList({self.aliases})"
@@ -169,7 +198,7 @@ def sites(pipe: Any, pattern: SitePattern = "*", kind: str | None = None) -> Sit
     Args:
         pipe: diffusers pipeline whose denoiser belongs to a registered family.
         pattern: see `SiteList.select`.
-        kind: keep only "cross" or "self" attention. None = both.
+        kind: keep only "cross", "self" or "joint" attention. None = all.
 
     Returns:
         The sites in the order in which the denoiser runs them.
@@ -179,12 +208,14 @@ def sites(pipe: Any, pattern: SitePattern = "*", kind: str | None = None) -> Sit
         ValueError: the pattern or the kind names nothing that exists.
     """
     if kind is not None and kind not in KINDS:
-        raise ValueError(f"sites: expected kind 'cross', 'self' or None, got {kind!r}")
+        raise ValueError(f"sites: expected kind {', '.join(KINDS)} or None, got {kind!r}")
     _, denoiser, adapter = find_denoiser(pipe)
-    chosen = SiteList(_discover(denoiser), adapter.family).select(pattern)
+    refused: dict[str, str] = {}
+    found = list(_discover(denoiser, adapter, refused))
+    chosen = SiteList(found, adapter.family, refused).select(pattern)
     if kind is None:
         return chosen
-    kept = SiteList((s for s in chosen if s.kind == kind), adapter.family)
+    kept = SiteList((s for s in chosen if s.kind == kind), adapter.family, refused)
     if not len(kept):
         raise ValueError(
             f"sites: expected at least one {kind} site [kind={kind!r}], got {chosen.summary()}"
@@ -192,22 +223,19 @@ def sites(pipe: Any, pattern: SitePattern = "*", kind: str | None = None) -> Sit
     return kept
 
 
-def _discover(denoiser: nn.Module) -> Iterator[Site]:
+def _discover(denoiser: nn.Module, adapter: Adapter, refused: dict[str, str]) -> Iterator[Site]:
     counts = dict.fromkeys(KINDS, 0)
-    for name, module in denoiser.named_modules():
-        if not (hasattr(module, "set_processor") and hasattr(module, "to_k")):
+    modules = [(n, m) for n, m in denoiser.named_modules() if n and hasattr(m, "set_processor")]
+    # U-Nets register their middle block last.
+    for name, module in sorted(modules, key=lambda item: _UNET.get(item[0].partition(".")[0], 0)):
+        found = adapter.describe(name, module, denoiser)
+        if isinstance(found, str):
+            refused[name] = found
             continue
         name = name.replace("_orig_mod.", "")  # of a block under torch.compile
-        # Never by name: some families call a self-attention `attn2`.
-        kind = "cross" if module.is_cross_attention else "self"
+        index = counts[found.kind]
+        counts[found.kind] += 1
+        alias = f"{found.kind}:{index}"
         yield Site(
-            name=name,
-            alias=f"{kind}:{counts[kind]}",
-            kind=kind,
-            index=counts[kind],
-            width=int(module.out_dim),
-            context_width=int(module.cross_attention_dim),
-            heads=int(module.heads),
-            module=module,
+            name=name, alias=alias, index=index, module=module, denoiser=denoiser, **vars(found)
         )
-        counts[kind] += 1

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .. import _device
 from .adapter import Adapter, CallShape, call_argument, find_denoiser
+from .sites import Site
 from .watch import Hook, Override
 
 
@@ -33,6 +34,7 @@ class Generation:
         shape: of the denoiser call.
         timesteps: [steps] float64 on the CPU.
         sigmas: [steps] float64 on the CPU; None where the scheduler has none.
+        adapter: of the family.
         sample_of_row: [R] int64 on the device.
         branch_of_row: [R] int64 on the device, index into `branches`.
     """
@@ -44,6 +46,7 @@ class Generation:
     shape: CallShape
     timesteps: Tensor
     sigmas: Tensor | None
+    adapter: Adapter
     sample_of_row: Tensor
     branch_of_row: Tensor
 
@@ -51,6 +54,14 @@ class Generation:
         """Return the block of rows of one guidance branch."""
         start = self.branches.index(branch) * self.samples
         return slice(start, start + self.samples)
+
+    def tokens(self, site: Site) -> int:
+        """Return T of the output of a site."""
+        return self.adapter.tokens(site, self.shape)
+
+    def context_tokens(self, site: Site) -> int:
+        """Return S of the context of a site, 0 where it reads none."""
+        return self.adapter.context_tokens(site, self.shape)
 
 
 class Observer(Protocol):
@@ -370,6 +381,7 @@ class GenerationTracker:
             shape=shape,
             timesteps=timesteps.detach().to("cpu", torch.float64),
             sigmas=self._sigmas(len(timesteps)),
+            adapter=self._adapter,
             sample_of_row=rows % samples,
             branch_of_row=rows // samples,
         )

@@ -17,6 +17,7 @@ from ..ops import Capture as Buffers
 from ..pipelines import Generation, Site, SitePattern
 from . import options
 from .base import Tap
+from .layout import expect
 from .options import Where, placed
 from .processor import ContextRecord, Operation, Record
 
@@ -273,6 +274,7 @@ class Capture(Tap):
             if isinstance(operation, ContextRecord):
                 operation.rows, operation.buffers = rows, buffers
             elif isinstance(operation, Record):
+                expect([operation], site, generation)
                 operation.rows = operation.active = rows
                 operation.tokens = None if isinstance(self._tokens, Tensor) else self._tokens
                 operation.buffers = buffers
@@ -297,9 +299,7 @@ class Capture(Tap):
     def _mask(self, generation: Generation, branches: int) -> Tensor | None:
         if not isinstance(self._tokens, Tensor):
             return None
-        mask = options.token_mask(
-            "capture", self._tokens, generation.shape.tokens, generation.samples
-        )
+        mask = options.token_mask("capture", self._tokens, self.sites, generation)
         mask = send(mask, generation.shape.device)
         mask = mask if mask.shape[0] == 1 else mask.repeat(branches, 1)
         self._kept_mask = options.reuse(self._kept_mask, mask)
@@ -307,10 +307,10 @@ class Capture(Tap):
 
     def _shapes(self, site: Site, generation: Generation, rows: int) -> dict[str, tuple[int, ...]]:
         if self.reduce == "context":
-            return {"ring": (1, rows, generation.shape.context_tokens, site.context_width)}
+            return {"ring": (1, rows, generation.context_tokens(site), site.context_width)}
         steps = self._span[1] - self._span[0]
         tokens = None if isinstance(self._tokens, Tensor) else self._tokens
-        kept = options.count_tokens("capture", tokens, generation.shape.tokens)
+        kept = options.count_tokens("capture", tokens, site, generation)
         if self.reduce == "tokens":
             return {"ring": (steps, rows, kept, site.width)}
         shapes: dict[str, tuple[int, ...]] = {

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .._device import send
-from ..pipelines import Generation, SiteList, SitePattern, sites
+from ..pipelines import Generation, Site, SiteList, SitePattern, sites
 
 BRANCHES = ("cond", "uncond")
 BRANCH_CHOICES = (*BRANCHES, "all")
@@ -141,21 +141,44 @@ def parse_tokens(name: str, tokens: Any) -> Tokens:
     raise TypeError(f"{name}: expected tokens as None, a slice or a bool mask, got {got}")
 
 
-def count_tokens(name: str, tokens: slice | None, total: int) -> int:
-    """Return how many of `total` tokens a slice keeps."""
+def count_tokens(name: str, tokens: slice | None, site: Site, generation: Generation) -> int:
+    """Return how many tokens of a site a slice keeps."""
+    total = generation.tokens(site)
     kept = total if tokens is None else len(range(*tokens.indices(total)))
     if kept == 0:
-        raise ValueError(f"{name}: expected tokens within [0, {total}), got {tokens}")
+        raise ValueError(
+            f"{name}: expected tokens within [0, {total}) [tokens of {site}], got {tokens}"
+        )
     return kept
 
 
-def token_mask(name: str, mask: Tensor, total: int, samples: int) -> Tensor:
-    """Check a mask against a generation; return it as [1, T] or [B, T]."""
+def common_tokens(name: str, why: str, sites: SiteList, generation: Generation) -> int:
+    """Return the one number of tokens that all sites have.
+
+    Raises:
+        ValueError: two of them differ; `why` says what for they must not.
+    """
+    first = sites[0]
+    total = generation.tokens(first)
+    for site in sites:
+        here = generation.tokens(site)
+        if here != total:
+            raise ValueError(
+                f"{name}: expected sites with one number of tokens [{why}], got {first} with "
+                f"{total} and {site} with {here}"
+            )
+    return total
+
+
+def token_mask(name: str, mask: Tensor, sites: SiteList, generation: Generation) -> Tensor:
+    """Check a mask against the sites of a generation; return it as [1, T] or [B, T]."""
+    total = common_tokens(name, "a mask is for all of them", sites, generation)
+    samples = generation.samples
     wide = mask[None] if mask.dim() == 1 else mask
     if wide.shape[1] != total or wide.shape[0] not in (1, samples):
         raise ValueError(
-            f"{name}: expected a token mask of shape [{total}] or [{samples}, {total}] [tokens and "
-            f"samples of this generation], got {list(mask.shape)}"
+            f"{name}: expected a token mask of shape [{total}] or [{samples}, {total}] [tokens of "
+            f"{sites[0]} and samples of this generation], got {list(mask.shape)}"
         )
     return wide
 

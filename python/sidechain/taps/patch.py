@@ -13,6 +13,7 @@ from ..pipelines import Generation, Site, SitePattern, execution_device, sites
 from . import options
 from .base import Tap
 from .capture import Capture
+from .layout import expect
 from .options import Where, placed, reuse
 from .processor import Ablate, Operation, Replace, Swap
 
@@ -52,6 +53,8 @@ class Patch(Tap):
         if output is not None:
             for site in self.sites:
                 self._check_output(site, device)
+        elif not inputs:
+            self._check_ablation()
 
     # -- checks -------------------------------------------------------------------------------
 
@@ -89,7 +92,9 @@ class Patch(Tap):
                     f"width of {site}], got {list(value.shape)}"
                 )
             fused = getattr(site.module, "fused_projections", False)
-            if option != "context" and (fused or site.module.norm_cross is not None):
+            fused = fused or not hasattr(site.module, "to_k")
+            normed = getattr(site.module, "norm_cross", None) is not None
+            if option != "context" and (fused or normed):
                 raise NotImplementedError(
                     f"patch: expected separate, un-normed key and value projections [{option}=...],"
                     f" got {'fused ones' if fused else 'a context norm'} at {site}"
@@ -106,6 +111,14 @@ class Patch(Tap):
                 f"patch: expected output of shape [steps, B, T, {site.width}] or [steps, branches, "
                 f"B, T, {site.width}] [width of {site}], got {list(value.shape)}"
             )
+
+    def _check_ablation(self) -> None:
+        for site in self.sites:
+            if getattr(site.module, "residual_connection", False):
+                raise NotImplementedError(
+                    f"patch: expected sites without a residual inside [ablate=True], got {site}: "
+                    "zeros would take the residual away too"
+                )
 
     # -- following the generation -------------------------------------------------------------
 
@@ -137,6 +150,7 @@ class Patch(Tap):
             self._base[site.name] = (rows & in_branch)[:, None, None]
             selected = reuse(self._selected.get(site.name), self._base[site.name])
             self._selected[site.name] = selected
+            expect(self._operations[site.name], site, generation)
             for operation, option in zip(
                 self._operations[site.name], self._inputs or [""], strict=True
             ):
@@ -153,12 +167,15 @@ class Patch(Tap):
     def _bank(self, option: str, value: Tensor, generation: Generation) -> Tensor:
         """Spread [B | 1, S, C] over the rows: [R, S, C]."""
         value = value[None] if value.dim() == 2 else value
-        samples, tokens = generation.samples, generation.shape.context_tokens
-        if value.shape[0] not in (1, samples) or value.shape[1] != tokens:
-            raise ValueError(
-                f"patch: expected {option} of shape [{samples}, {tokens}, {value.shape[2]}] "
-                f"[samples and context tokens of this generation], got {list(value.shape)}"
-            )
+        samples = generation.samples
+        for site in self.sites:
+            tokens = generation.context_tokens(site)
+            if value.shape[0] not in (1, samples) or value.shape[1] != tokens:
+                raise ValueError(
+                    f"patch: expected {option} of shape [{samples}, {tokens}, {value.shape[2]}] "
+                    f"[samples of this generation, context tokens of {site}], got "
+                    f"{list(value.shape)}"
+                )
         value = value.detach().to(generation.shape.dtype)
         return value.expand(generation.samples, -1, -1)[generation.sample_of_row]
 
@@ -167,11 +184,11 @@ class Patch(Tap):
         value = (self._output or {})[site.name].detach()
         value = value[:, None] if value.dim() == 4 else value
         steps, given, samples, tokens, width = value.shape
-        expected = [self._span[1] - self._span[0], generation.samples, generation.shape.tokens]
+        expected = [self._span[1] - self._span[0], generation.samples, generation.tokens(site)]
         if [steps, samples, tokens] != expected:
             raise ValueError(
-                f"patch: expected output of shape {[*expected, width]} [steps, samples and tokens "
-                f"of this generation], got {list(value.shape)}"
+                f"patch: expected output of shape {[*expected, width]} [steps and samples of "
+                f"this generation, tokens of {site}], got {list(value.shape)}"
             )
         if given not in (1, len(branches)):
             raise ValueError(

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..ops import Capture, Steering, tap_
 from ..pipelines import GenerationTracker
 from ..reference.tap import tap as reference_tap
+from .layout import Expected, edit_output
 
 
 class Operation:
@@ -24,11 +25,13 @@ class Operation:
     Attributes:
         fired: how often the site has run in the denoiser call.
         tracker: of the tap.
+        expected: output of the site in this generation; None = not known.
     """
 
     def __init__(self) -> None:
         self.fired = 0
         self.tracker: GenerationTracker | None = None
+        self.expected: Expected | None = None
 
     def mark(self) -> bool:
         """Note that the site runs; tell whether for the first time, not as a recomputation.
@@ -234,6 +237,7 @@ class SplitAttention:
 class Tapped:
     """Wraps an attention processor; made per inner class by `_tapped_class`."""
 
+    _context_name: ClassVar[str]
     _context_place: ClassVar[int]
 
     def __init__(self, attn: Any, inner: Any) -> None:
@@ -283,22 +287,23 @@ class Tapped:
         self._outputs = outputs + [TapCall(None, a) for a in adds]
 
     def _edit_context(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-        named = "encoder_hidden_states" in kwargs
-        place = self._context_place
-        context = kwargs["encoder_hidden_states"] if named else args[place]
+        name, place = self._context_name, self._context_place
+        named = name in kwargs
+        context = kwargs[name] if named else args[place]
         for record in self._records:
             record(context)
         if not self._swaps and self._split is None:
             return args
-        if kwargs.get("attention_mask") is not None:
+        masks = [k for k, value in kwargs.items() if k.endswith("mask") and value is not None]
+        if masks:
             raise NotImplementedError(
                 "patch: expected cross-attention without a mask [the mask belongs to the context "
-                "that is swapped out], got attention_mask"
+                f"that is swapped out], got {', '.join(masks)}"
             )
         for swap in self._swaps:
             context = swap(context)
         if named:
-            kwargs["encoder_hidden_states"] = context
+            kwargs[name] = context
             return args
         return (*args[:place], context, *args[place + 1 :])
 
@@ -341,14 +346,13 @@ def _make_tapped_class(inner: type) -> type[Tapped]:
         else:
             seen = attn if self._split is None else self._split
             out = self._inner(seen, hidden_states, *args, **kwargs)
-        for edit in self._outputs:
-            out = edit(out)
-        return out
+        return edit_output(out, self._outputs, self._operations) if self._outputs else out
 
     call.__signature__ = signature  # type: ignore[attr-defined]
     body: dict[str, Any] = {"__call__": call, "__doc__": inner.__doc__}
-    if "encoder_hidden_states" in names:
-        body["_context_place"] = names.index("encoder_hidden_states") - 3
+    for context in ("encoder_hidden_states", "context"):
+        if context in names:
+            body |= {"_context_name": context, "_context_place": names.index(context) - 3}
     for name in ("_attention_backend", "_parallel_config"):
         if hasattr(inner, name):
             body[name] = _forwarded(name)

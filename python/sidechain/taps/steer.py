@@ -24,6 +24,7 @@ from ..pipelines import (
 from ..pipelines.time_grid import resample, same_grid
 from . import options
 from .base import Tap
+from .layout import expect
 from .options import BRANCHES, Where, placed, reuse, same_device
 from .processor import Add, Operation
 
@@ -281,6 +282,7 @@ class Steer(Tap):
         for site in self.sites:
             (operation,) = self._operations[site.name]
             if isinstance(operation, Add):
+                expect([operation], site, generation)
                 operation.tokens = None if isinstance(self._tokens, Tensor) else self._tokens
                 operation.active = self._block(generation, touched)
                 operation.buffers = Steering(
@@ -292,12 +294,12 @@ class Steer(Tap):
                 )
 
     def _token_mask(self, generation: Generation) -> Tensor | None:
-        shape = generation.shape
         if not isinstance(self._tokens, Tensor):
-            options.count_tokens("steer", self._tokens, shape.tokens)
+            for site in self.sites:
+                options.count_tokens("steer", self._tokens, site, generation)
             return None
-        mask = options.token_mask("steer", self._tokens, shape.tokens, generation.samples)
-        mask = send(mask, shape.device)
+        mask = options.token_mask("steer", self._tokens, self.sites, generation)
+        mask = send(mask, generation.shape.device)
         mask = mask if mask.shape[0] == 1 else mask[generation.sample_of_row]
         self._mask = reuse(self._mask, mask)
         return self._mask

@@ -14,6 +14,7 @@ from ..ops import Capture
 from ..pipelines import Generation, Site
 from . import options
 from .base import Tap
+from .layout import expect
 from .options import Where
 from .processor import Operation, Record
 
@@ -92,7 +93,8 @@ class StreamTap(Tap):
     def _bind(self, generation: Generation) -> None:
         branches = self._branches(generation, self._wanted)
         device = generation.shape.device
-        kept = options.count_tokens(self.name, self._slice(), generation.shape.tokens)
+        options.common_tokens(self.name, "one set of labels is for all", self.sites, generation)
+        kept = options.count_tokens(self.name, self._slice(), self.sites[0], generation)
         if self._slot is None or self._slot.device != device:
             self._slot = torch.full((1,), -1, dtype=torch.int64, device=device)
             self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -104,6 +106,7 @@ class StreamTap(Tap):
                 self._rings[site.alias] = ring
             (operation,) = self._operations[site.name]
             if isinstance(operation, Record):
+                expect([operation], site, generation)
                 operation.rows = operation.active = self._block(generation, branches)
                 operation.tokens = self._slice()
                 operation.buffers = Capture(ring=ring, slot=self._slot)
@@ -129,7 +132,7 @@ class StreamTap(Tap):
         if step is None or generation is None:
             return
         rows, ready = self._to_cpu()
-        total = generation.shape.tokens
+        total = generation.tokens(self.sites[0])
         tokens = range(*(self._slice() or slice(None)).indices(total))
         branches = self._branches(generation, self._wanted)
         self.consumer(StepRows(step, rows, branches, generation.samples, tokens, generation, ready))

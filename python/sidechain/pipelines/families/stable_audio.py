@@ -3,29 +3,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
-from ..adapter import Adapter, CallShape, call_argument, register_adapter
+from ..adapter import (
+    Adapter,
+    CallShape,
+    Keywords,
+    call_argument,
+    call_shape,
+    call_timestep,
+    register_adapter,
+)
+from ..sites import Site
 
 
-def _shape(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> CallShape:
-    latents: Tensor = call_argument(args, kwargs, 0, "hidden_states")  # [R, channels, frames]
-    context: Tensor = call_argument(args, kwargs, 2, "encoder_hidden_states")  # [R, S, C]
-    prepended: Tensor = call_argument(args, kwargs, 3, "global_hidden_states")  # [R, 1, C]
-    return CallShape(
-        rows=latents.shape[0],
-        tokens=latents.shape[2] + prepended.shape[1],
-        context_tokens=context.shape[1],
-        device=latents.device,
-        dtype=latents.dtype,
-    )
+def _tokens(site: Site, shape: CallShape) -> int:
+    return shape.latent[1] + 1  # one global token of the durations in front
 
 
 def _verify(
-    args: tuple[Any, ...], kwargs: Mapping[str, Any], samples: int, branches: tuple[str, ...]
+    args: tuple[Any, ...], kwargs: Keywords, samples: int, branches: tuple[str, ...]
 ) -> None:
     if len(branches) < 2:
         return
@@ -40,13 +40,19 @@ def _verify(
         )
 
 
+STABLE_AUDIO = Adapter(
+    family="stable_audio",
+    components=("transformer",),
+    branches={1: ("cond",), 2: ("uncond", "cond")},
+    shape=call_shape((0, "hidden_states"), (2, "encoder_hidden_states")),
+    tokens=_tokens,
+    timestep=call_timestep(1),
+    verify=_verify,
+)
+register_adapter("StableAudioDiTModel", STABLE_AUDIO)
+# The zoo's pipeline divides its timesteps by their number in training.
 register_adapter(
     "StableAudioDiTModel",
-    Adapter(
-        family="stable_audio",
-        components=("transformer",),
-        branches={1: ("cond",), 2: ("uncond", "cond")},
-        shape=_shape,
-        verify=_verify,
-    ),
+    replace(STABLE_AUDIO, timestep=call_timestep(1, scale=1000.0)),
+    pipeline="MusicPipeline",
 )

@@ -1,0 +1,460 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contract of every pipeline family: taps see and change what plain hooks see and change."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import sidechain
+from sidechain import Where
+from sidechain.pipelines import Site, adapter
+from sidechain.pipelines.adapter import find_denoiser
+from sidechain.testing import PIPELINES, call_tiny, tiny_pipeline
+from sidechain.testing.tiny import PROMPTS
+from sidechain.testing.tiny.build import FAMILIES
+
+
+@dataclass(frozen=True)
+class Case:
+    """A family and how it is called.
+
+    Attributes:
+        pipeline: name of the tiny pipeline.
+        order: guidance branches in the order in which rows or calls come.
+        calls: whether each branch is a call of its own.
+        call: arguments of the pipeline that make it so.
+        off: arguments that leave the cond branch alone; None = it has no guidance.
+        waits: what the tracker lacks for it.
+    """
+
+    pipeline: str
+    order: tuple[str, ...] = ("uncond", "cond")
+    calls: bool = False
+    call: dict[str, Any] = field(default_factory=dict)
+    off: dict[str, Any] | None = field(default_factory=lambda: {"guidance_scale": 1.0})
+    waits: str = ""
+
+
+_CALLS = "several denoiser calls in a step are not followed yet"
+_CUT = "a schedule that is cut at the front is not followed yet"
+_ROWS = "the number of samples is not known without prepare_latents yet"
+_NULL = ("cond", "uncond")
+_ALONE: dict[str, Any] = {"order": ("cond",), "off": None}
+_OTHER: dict[str, dict[str, Any]] = {
+    "ace_step": {"order": _NULL},
+    "longcat_audio": {"order": _NULL, "calls": True, "waits": _CALLS},
+    "sd_img2img": {"waits": _CUT},
+    "sdxl_img2img": {"waits": _CUT},
+    "flux": _ALONE,
+    "dit": {"order": _NULL, "waits": _ROWS},
+    "ddpm": {**_ALONE, "waits": _ROWS},
+    "wan": {"order": _NULL, "calls": True, "waits": _CALLS},
+}
+CASES = {name: Case(name, **_OTHER.get(name, {})) for name in PIPELINES if name != "wan22"}
+CASES["stable_audio3_distilled"] = Case("stable_audio3", call={"guidance_scale": 1.0}, **_ALONE)
+CASES["flux_true_guidance"] = Case(
+    "flux",
+    order=_NULL,
+    calls=True,
+    call={"true_cfg_scale": 3.0, "negative_prompt": ["a slow song"] * 2},
+    off={"true_cfg_scale": 1.0},
+    waits=_CALLS,
+)
+STEPS = 3
+
+
+def tokens_of(out: Any) -> Tensor:
+    """Output of a module as [R, T, C]."""
+    out = out[0] if isinstance(out, tuple) else out
+    return out.flatten(2).transpose(1, 2) if out.dim() == 4 else out
+
+
+@dataclass
+class Runs:
+    """A tiny pipeline of a family, and what plain hooks saw of it."""
+
+    case: Case
+    pipe: Any
+
+    def run(self, **changes: Any) -> Tensor:
+        changes = {**self.case.call, **changes}
+        return call_tiny(self.pipe, PROMPTS[:2], steps=STEPS, seeds=(0, 1), **changes)
+
+    @functools.cached_property
+    def sites(self) -> sidechain.SiteList:
+        return sidechain.sites(self.pipe)
+
+    @contextmanager
+    def hooked(self, hook: Callable[[Site, int, dict[str, Any], Any], Any]) -> Iterator[None]:
+        """Call hook(site, number of the call, keywords, output) behind every attention."""
+        counts: dict[str, int] = {}
+
+        def behind(site: Site) -> Any:
+            def call(module: Any, args: Any, kwargs: Any, out: Any) -> Any:
+                number = counts.get(site.name, 0)
+                counts[site.name] = number + 1
+                named = {**dict(zip(("hidden_states", "context"), args, strict=False)), **kwargs}
+                return hook(site, number, named, out)
+
+            return call
+
+        handles = [s.module.register_forward_hook(behind(s), with_kwargs=True) for s in self.sites]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def seen(self, **changes: Any) -> tuple[Tensor, dict[str, list[Tensor]], dict[str, Tensor]]:
+        """Result of a run, and by site its outputs and the context of its first call."""
+        outputs: dict[str, list[Tensor]] = {site.name: [] for site in self.sites}
+        contexts: dict[str, Tensor] = {}
+        self.masked: set[str] = set()
+
+        def note(site: Site, number: int, named: dict[str, Any], out: Any) -> None:
+            outputs[site.name].append(tokens_of(out).clone())
+            context = named.get("encoder_hidden_states", named.get("context"))
+            if context is not None:
+                contexts.setdefault(site.name, context.clone())
+                if any(k.endswith("mask") and v is not None for k, v in named.items()):
+                    self.masked.add(site.name)
+
+        with self.hooked(note):
+            return self.run(**changes), outputs, contexts
+
+    @functools.cached_property
+    def plain(self) -> tuple[Tensor, dict[str, list[Tensor]], dict[str, Tensor]]:
+        return self.seen()
+
+    def by_branch(self, outputs: list[Tensor]) -> dict[str, Tensor]:
+        """Outputs of the calls of a site as {branch: [steps, B, T, C]}."""
+        order = self.case.order
+        if self.case.calls:
+            return {b: torch.stack(outputs[i :: len(order)]) for i, b in enumerate(order)}
+        return dict(zip(order, torch.stack(outputs).chunk(len(order), 1), strict=True))
+
+    def steers(self, number: int, out: Tensor) -> Tensor:
+        """Rows of a call that belong to the cond branch, as a view."""
+        order = self.case.order
+        if self.case.calls:
+            return out if order[number % len(order)] == "cond" else out[:0]
+        return out.chunk(len(order))[order.index("cond")]
+
+    @functools.cached_property
+    def captured(self) -> Any:
+        with sidechain.capture(self.pipe, Where("*", branches="all"), reduce="tokens") as cap:
+            cap.result = self.run()
+        return cap
+
+
+@pytest.fixture(scope="module", params=CASES)
+def runs(request: pytest.FixtureRequest) -> Runs:
+    case = CASES[request.param]
+    return Runs(case, tiny_pipeline(case.pipeline))
+
+
+@pytest.fixture(autouse=True)
+def waits(request: pytest.FixtureRequest) -> None:
+    if "runs" in request.fixturenames:
+        case: Case = request.getfixturevalue("runs").case
+        if case.waits:
+            request.applymarker(pytest.mark.xfail(reason=case.waits, strict=False))
+
+
+class TestEveryFamily:
+    def test_capture_changes_nothing_and_is_taken_out(self, runs: Runs) -> None:
+        before = [site.module.processor for site in runs.sites]
+        attributes = [set(vars(site.module)) for site in runs.sites]
+        plain = runs.plain[0]
+        assert torch.equal(runs.captured.result, plain)
+        assert all(s.module.processor is p for s, p in zip(runs.sites, before, strict=True))
+        assert [set(vars(site.module)) for site in runs.sites] == attributes
+
+    def test_capture_equals_plain_hooks(self, runs: Runs) -> None:
+        _, outputs, _ = runs.plain
+        cap = runs.captured
+        assert set(cap.branches) == set(runs.case.order)
+        for site in runs.sites:
+            expected = runs.by_branch(outputs[site.name])
+            found = cap[site]
+            assert found.shape[:3] == (len(cap.steps), len(cap.branches), 2)
+            for place, branch in enumerate(cap.branches):
+                assert torch.equal(found[:, place], expected[branch]), (site, branch)
+
+    def test_steps_are_those_of_the_schedule(self, runs: Runs) -> None:
+        ran: list[float] = []
+        scheduler = runs.pipe.scheduler
+        step = scheduler.step
+
+        @functools.wraps(step)
+        def noted(output: Any, timestep: Any, *args: Any, **kwargs: Any) -> Any:
+            ran.append(float(timestep))
+            return step(output, timestep, *args, **kwargs)
+
+        scheduler.step = noted
+        try:
+            with sidechain.capture(runs.pipe, runs.sites[0]) as cap:
+                runs.run()
+            assert cap.timesteps.tolist() == pytest.approx(ran)
+        finally:
+            del scheduler.step
+
+    def test_cond_rows_are_those_of_a_run_without_guidance(self, runs: Runs) -> None:
+        if runs.case.off is None:
+            pytest.skip("the family has no guidance")
+        _, outputs, _ = runs.seen(**runs.case.off)
+        place = runs.captured.branches.index("cond")
+        for site in runs.sites:
+            alone = outputs[site.name][0]  # latents of the first step do not depend on guidance
+            torch.testing.assert_close(
+                runs.captured[site][0, place], alone, rtol=1e-3, atol=1e-5 * float(alone.norm())
+            )
+
+    def test_context_is_the_one_of_the_source(self, runs: Runs) -> None:
+        cross = [site for site in runs.sites if site.kind == "cross"]
+        contexts = runs.plain[2]
+        reading = {site.name for site in runs.sites if site.kind != "self"}
+        assert set(contexts) == reading, "a site whose kind is wrong"
+        if not cross:
+            pytest.skip("the family has no cross-attention")
+        with sidechain.capture(runs.pipe, Where(cross, branches="cond"), reduce="context") as cap:
+            runs.run()
+        for site in cross:
+            cond = runs.steers(0, contexts[site.name])
+            assert torch.equal(cap[site][0], cond.float()), site
+
+    def test_strength_zero_is_no_steering(self, runs: Runs) -> None:
+        with sidechain.steer(runs.pipe, self.directions(runs), strength=0.0):
+            assert torch.equal(runs.run(), runs.plain[0])
+
+    def test_steering_equals_a_plain_hook(self, runs: Runs) -> None:
+        directions = self.directions(runs)
+
+        def add(site: Site, number: int, named: dict[str, Any], out: Any) -> Any:
+            runs.steers(number, tokens_of(out)).add_(directions[site.name])
+            return out
+
+        with runs.hooked(add):
+            expected = runs.run()
+        with sidechain.steer(runs.pipe, directions):
+            found = runs.run()
+        assert not torch.equal(found, runs.plain[0])
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+    def test_patching_with_its_own_output_changes_nothing(self, runs: Runs) -> None:
+        own = {site.name: runs.captured[site] for site in runs.sites}
+        with sidechain.patch(runs.pipe, Where("*", branches="all"), output=own):
+            assert torch.equal(runs.run(), runs.plain[0])
+
+    def test_patching_with_another_output_is_seen(self, runs: Runs) -> None:
+        site = runs.sites[len(runs.sites) - 1]
+        other = runs.captured[site].flip(2)  # the samples exchanged
+        with sidechain.patch(runs.pipe, Where(site, branches="all"), output=other):
+            assert not torch.equal(runs.run(), runs.plain[0])
+
+    def test_patching_a_context_equals_a_plain_hook(self, runs: Runs) -> None:
+        contexts, masked = runs.plain[2], runs.masked
+        site = next((s for s in runs.sites if s.kind == "cross" and s.name not in masked), None)
+        if site is None:
+            pytest.skip("no cross-attention, or only with masks")
+        other = runs.steers(0, contexts[site.name]).flip(0)  # the prompts exchanged
+        number = itertools.count()
+
+        def swap(module: Any, args: Any, kwargs: Any) -> Any:
+            name = "context" if "context" in kwargs else "encoder_hidden_states"
+            context = (kwargs[name] if name in kwargs else args[1]).clone()
+            rows = runs.steers(next(number), context)
+            rows.copy_(other[: len(rows)])
+            if name in kwargs:
+                return args, {**kwargs, name: context}
+            return (args[0], context, *args[2:]), kwargs
+
+        handle = site.module.register_forward_pre_hook(swap, with_kwargs=True)
+        try:
+            expected = runs.run()
+        finally:
+            handle.remove()
+        with sidechain.patch(runs.pipe, site, context=other):
+            found = runs.run()
+        assert not torch.equal(found, runs.plain[0])
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+    def test_a_masked_context_is_not_swapped(self, runs: Runs) -> None:
+        for name in sorted(runs.masked)[:1]:
+            context = runs.steers(0, runs.plain[2][name])
+            with (
+                pytest.raises(NotImplementedError, match="expected cross-attention without a mask"),
+                sidechain.patch(runs.pipe, name, context=context),
+            ):
+                runs.run()
+
+    def test_half_precision(self, runs: Runs) -> None:
+        half = Runs(runs.case, tiny_pipeline(runs.case.pipeline, dtype=torch.bfloat16))
+        plain, outputs, _ = half.seen()
+        place = Where("*", branches="all")
+        with sidechain.capture(half.pipe, place, reduce="tokens", dtype=torch.bfloat16) as cap:
+            assert torch.equal(half.run(), plain)
+        for site in half.sites:
+            expected = half.by_branch(outputs[site.name])
+            for number, branch in enumerate(cap.branches):
+                assert torch.equal(cap[site][:, number], expected[branch]), (site, branch)
+        with sidechain.patch(half.pipe, place, output=cap):
+            assert torch.equal(half.run(), plain)
+        with sidechain.steer(half.pipe, self.directions(half), strength=0.0):
+            assert torch.equal(half.run(), plain)
+
+    def test_timesteps_are_in_the_units_of_the_scheduler(self, runs: Runs) -> None:
+        _, denoiser, family = find_denoiser(runs.pipe)
+        if family.timestep is None:
+            pytest.skip("the family cannot tell")
+        read: list[float] = []
+
+        def note(module: Any, args: Any, kwargs: Any) -> None:
+            timestep = family.timestep(args, kwargs)
+            read.append(float(timestep.reshape(-1)[0]))
+
+        handle = denoiser.register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            runs.run()
+        finally:
+            handle.remove()
+        per_step = len(runs.case.order) if runs.case.calls else 1
+        timesteps = runs.pipe.scheduler.timesteps[-(len(read) // per_step) :]
+        assert read == pytest.approx(timesteps.repeat_interleave(per_step).tolist(), rel=1e-5)
+
+    def test_rows_of_a_batch_are_those_of_single_runs(self, runs: Runs) -> None:
+        call = {k: v[:1] if isinstance(v, list) else v for k, v in runs.case.call.items()}
+        with sidechain.capture(runs.pipe, "*", reduce="tokens") as alone:
+            call_tiny(runs.pipe, PROMPTS[1], steps=STEPS, seeds=(1,), **call)
+        place = runs.captured.branches.index("cond")
+        for site in runs.sites:
+            found, single = runs.captured[site][:, place, 1:], alone[site][:, 0]
+            assert float((found - single).norm() / single.norm()) < 1e-3, site
+
+    def test_several_samples_of_a_prompt(self, runs: Runs) -> None:
+        argument = FAMILIES[runs.case.pipeline].per_prompt
+        if argument is None or runs.case.pipeline == "sd_inpaint":
+            pytest.skip("no such argument, or masked images that differ by the sample's number")
+        with sidechain.capture(runs.pipe, "*") as cap:
+            call_tiny(
+                runs.pipe,
+                PROMPTS[:2],
+                steps=STEPS,
+                seeds=(0, 5, 1, 6),
+                **{**runs.case.call, argument: 2},
+            )
+        assert cap.labels.samples == 4
+        place = runs.captured.branches.index("cond")
+        for site in runs.sites:
+            pair = runs.captured[site][:, place].mean(2)
+            found = cap[site][:, 0, ::2]  # the samples that start from the noise of the pair
+            assert float((found - pair).norm() / pair.norm()) < 1e-3, site
+
+    @staticmethod
+    def directions(runs: Runs) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(7)
+        return {s.name: torch.randn(s.width, generator=generator) for s in runs.sites}
+
+
+class TestSites:
+    def test_audioldm2_reads_two_encoders_and_itself(self) -> None:
+        found = sidechain.sites(tiny_pipeline("audioldm2"), "mid_block.*.attn2")
+        assert [(s.kind, s.source, s.context_width) for s in found] == [
+            ("self", None, 16), ("cross", 0, 16), ("cross", 1, 32), ("self", None, 16),
+        ]  # fmt: skip
+
+    def test_audioldm_reads_no_context(self) -> None:
+        assert {s.kind for s in sidechain.sites(tiny_pipeline("audioldm"))} == {"self"}
+
+    def test_unet_sites_come_in_the_order_in_which_they_run(self) -> None:
+        parts = [s.name.partition("_")[0] for s in sidechain.sites(tiny_pipeline("sd"))]
+        assert parts == ["down"] * 2 + ["mid"] * 2 + ["up"] * 4
+
+    def test_joint_sites_have_ranges(self) -> None:
+        pipe = tiny_pipeline("flux")
+        assert sidechain.sites(pipe, "joint:0-1").aliases == ["joint:0", "joint:1"]
+        assert sidechain.sites(pipe, kind="joint").aliases == ["joint:0", "joint:1"]
+        assert "before the block's proj_out" in str(sidechain.sites(pipe))
+
+    def test_two_denoisers_that_share_the_steps(self) -> None:
+        with pytest.raises(NotImplementedError, match="got transformer and transformer_2"):
+            sidechain.sites(tiny_pipeline("wan22"))
+
+    def test_a_module_that_is_no_site_says_why(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        pipe = tiny_pipeline("sd")
+        attn = sidechain.sites(pipe)["cross:3"]
+        monkeypatch.setattr(attn.module, "added_kv_proj_dim", 8)
+        assert f"no site: {attn.name} (its keys and values" in str(sidechain.sites(pipe))
+        with pytest.raises(ValueError, match="an attention module, but no site: its keys"):
+            sidechain.sites(pipe, attn.name)
+
+    def test_keys_alone_where_keys_and_values_are_one_projection(self) -> None:
+        pipe = tiny_pipeline("stable_audio3")
+        with pytest.raises(NotImplementedError, match="expected separate, un-normed key and value"):
+            sidechain.patch(pipe, "cross:0", key=torch.zeros(1, 4, 32))
+
+
+class TestTokens:
+    def test_one_mask_for_sites_of_unequal_tokens(self) -> None:
+        pipe = tiny_pipeline("sd")
+        mask = torch.ones(64, dtype=torch.bool)
+        for tap in (
+            sidechain.capture(pipe, Where("self:*", tokens=mask)),
+            sidechain.steer(pipe, {"self:0": torch.ones(8), "self:1": torch.ones(16)},
+                            Where(tokens=mask)),
+        ):  # fmt: skip
+            with (
+                pytest.raises(ValueError, match=r"down_blocks.* with 64 and mid_block.* with 16"),
+                tap,
+            ):
+                call_tiny(pipe)
+
+    def test_a_slice_past_the_tokens_of_one_site(self) -> None:
+        pipe = tiny_pipeline("sd")
+        with (
+            pytest.raises(ValueError, match=r"within \[0, 16\) \[tokens of mid_block"),
+            sidechain.capture(pipe, Where("self:*", tokens=slice(20, 30))),
+        ):
+            call_tiny(pipe)
+
+    def test_a_wrong_count_names_the_site(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        pipe = tiny_pipeline("sd")
+        wrong = dataclasses.replace(find_denoiser(pipe)[2], tokens=lambda site, shape: 7)
+        monkeypatch.setitem(adapter._REGISTRY, ("UNet2DConditionModel", None), wrong)
+        with (
+            pytest.raises(
+                RuntimeError, match=r"expected an output of \[rows, 7, 16\] at mid_block"
+            ),
+            sidechain.capture(pipe, "mid_block.*.attn2"),
+        ):
+            call_tiny(pipe)
+
+    def test_zeros_where_the_residual_is_inside(self) -> None:
+        pipe = tiny_pipeline("ddpm")
+        with pytest.raises(NotImplementedError, match="expected sites without a residual inside"):
+            sidechain.patch(pipe, "self:0", ablate=True)
+
+    def test_a_context_where_the_family_has_none(self) -> None:
+        pipe = tiny_pipeline("audioldm")
+        pipe.unet.register_forward_pre_hook(
+            lambda m, args, kwargs: (
+                args,
+                {**kwargs, "encoder_hidden_states": torch.ones(2, 3, 8)},
+            ),
+            with_kwargs=True,
+        )
+        with (
+            pytest.raises(RuntimeError, match="expected no encoder_hidden_states"),
+            sidechain.capture(pipe, "*"),
+        ):
+            call_tiny(pipe)
