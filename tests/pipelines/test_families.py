@@ -398,6 +398,11 @@ class TestSites:
         with pytest.raises(ValueError, match="an attention module, but no site: its keys"):
             sidechain.sites(pipe, attn.name)
 
+    def test_one_context_for_sites_of_two_encoders(self) -> None:
+        pipe = tiny_pipeline("audioldm2")
+        with pytest.raises(ValueError, match=r"cross:0 \(source 0\) and cross:1 \(source 1\)"):
+            sidechain.patch(pipe, "cross:*", context=torch.zeros(1, 3, 16))
+
     def test_keys_alone_where_keys_and_values_are_one_projection(self) -> None:
         pipe = tiny_pipeline("stable_audio3")
         with pytest.raises(NotImplementedError, match="expected separate, un-normed key and value"):

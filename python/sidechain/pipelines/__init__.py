@@ -13,7 +13,7 @@ from .adapter import (
     register_adapter,
     source_tokens,
 )
-from .attention import Attention, describe_attention, read_attention
+from .attention import Attention, describe_attention, read_attention, with_context
 from .prompt_pairs import PromptPairs
 from .sites import Site, SiteList, SitePattern, sites
 from .tracker import Generation, GenerationTracker, Observer, observe, observers, release
@@ -42,4 +42,5 @@ __all__ = [
     "release",
     "sites",
     "source_tokens",
+    "with_context",
 ]

@@ -2,7 +2,20 @@
 """The protocol of a pipeline family: what differs between model families, as one entry each.
 
 A family is known by the class name of its denoiser, so that the registry needs none of the
-libraries that define those classes. The entries stand in `families`.
+libraries that define those classes. The entries stand in `families`; one of your own is made the
+same way::
+
+    register_adapter(
+        "MyTransformer",
+        Adapter(
+            family="mine",
+            components=("transformer",),
+            branches={1: ("cond",), 2: ("uncond", "cond")},
+            shape=call_shape((0, "hidden_states"), (1, "encoder_hidden_states")),
+            tokens=lambda site, shape: shape.latent[0],
+            timestep=call_timestep(2),
+        ),
+    )
 """
 
 from __future__ import annotations

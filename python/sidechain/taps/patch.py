@@ -48,6 +48,8 @@ class Patch(Tap):
         self._live: bool | None = None
         self._slot: Tensor | None = None
         device = execution_device(pipe, self.sites[0].module)
+        if inputs:
+            self._check_sources()
         for option, value in inputs.items():
             self._check_input(option, value, device)
         if output is not None:
@@ -75,6 +77,15 @@ class Patch(Tap):
                 f"{', '.join(missing)}"
             )
         return read
+
+    def _check_sources(self) -> None:
+        cross = [site for site in self.sites if site.kind == "cross"]
+        for site in cross[1:]:
+            if site.source != cross[0].source:
+                raise ValueError(
+                    f"patch: expected sites that read one context, got {cross[0].alias} (source "
+                    f"{cross[0].source}) and {site.alias} (source {site.source})"
+                )
 
     def _check_input(self, option: str, value: Tensor, device: torch.device) -> None:
         if not isinstance(value, Tensor) or not value.dtype.is_floating_point:
