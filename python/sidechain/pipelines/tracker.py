@@ -357,6 +357,8 @@ class GenerationTracker:
         self, shape: CallShape, timesteps: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
         samples, table = self.samples, self._adapter.branches
+        if samples is None and set(table) == {1}:
+            samples = shape.rows  # one branch alone: every row is a sample
         if samples is None:
             raise RuntimeError(
                 "sites: expected the number of samples [pipe.prepare_latents, or tracker.begin], "

@@ -61,8 +61,8 @@ def _edit_map(
     edited = edit_output(tokens, edits, operations).transpose(1, 2).unflatten(2, out.shape[2:])
     if torch.is_grad_enabled() and edited.requires_grad:
         return edited.contiguous()
-    # Into the memory of the output, so that what follows finds the same strides.
-    return out.copy_(edited)
+    # With the strides of the output, so that what follows computes as it did.
+    return torch.empty_like(out).copy_(edited)
 
 
 def _check(out: Tensor, operations: list[Operation]) -> None:

@@ -32,6 +32,7 @@ class Patch(Tap):
         inputs: dict[str, Tensor],
         output: Mapping[str, Tensor] | None,
         rows: Rows,
+        steps: tuple[int, ...] | None = None,
     ) -> None:
         if where.tokens is not None:
             raise NotImplementedError(
@@ -41,6 +42,7 @@ class Patch(Tap):
         self._wanted = options.parse_branches("patch", where.branches)
         self._inputs = inputs
         self._output = output
+        self._output_steps = steps  # that `output` is of; None = those of the window
         self._rows = self._parse_rows(rows)
         self._base: dict[str, Tensor] = {}
         self._selected: dict[str, Tensor] = {}
@@ -195,7 +197,7 @@ class Patch(Tap):
         value = (self._output or {})[site.name].detach()
         value = value[:, None] if value.dim() == 4 else value
         steps, given, samples, tokens, width = value.shape
-        expected = [self._span[1] - self._span[0], generation.samples, generation.tokens(site)]
+        expected = [len(self._places()), generation.samples, generation.tokens(site)]
         if [steps, samples, tokens] != expected:
             raise ValueError(
                 f"patch: expected output of shape {[*expected, width]} [steps and samples of "
@@ -212,7 +214,16 @@ class Patch(Tap):
             bank[:, generation.rows_of(branch)] = value[:, place]
         return bank
 
+    def _places(self) -> tuple[int, ...]:
+        """Return the step of each entry of the outputs."""
+        return tuple(range(*self._span)) if self._output_steps is None else self._output_steps
+
     def _advance(self, step: int, inside: bool) -> None:
+        if inside and self._output is not None and step not in self._places():
+            raise ValueError(
+                f"patch: expected an output for step {step}, got those of {list(self._places())} "
+                "[steps of the capture]"
+            )
         if inside != self._live:
             for site in self.sites:
                 selected = self._selected[site.name]
@@ -221,8 +232,8 @@ class Patch(Tap):
                 else:
                     selected.zero_()
             self._live = inside
-        if inside and self._slot is not None:
-            self._slot.fill_(step - self._span[0])
+        if inside and self._slot is not None and self._output is not None:
+            self._slot.fill_(self._places().index(step))
 
 
 @placed
@@ -279,7 +290,8 @@ def patch(
         )
     place = Where.of(where)
     outputs = None if output is None else _outputs_by_name(pipe, place, output)
-    return Patch(pipe, place, inputs, outputs, rows)
+    steps = output.steps if isinstance(output, Capture) else None
+    return Patch(pipe, place, inputs, outputs, rows, steps)
 
 
 def _outputs_by_name(pipe: Any, where: Where, output: Any) -> dict[str, Tensor]:
