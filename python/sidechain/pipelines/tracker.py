@@ -356,7 +356,9 @@ class GenerationTracker:
     def _bind(
         self, shape: CallShape, timesteps: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        samples, table = self.samples, self._adapter.branches
+        # A family of several calls is followed where it makes one: with guidance off.
+        table = self._adapter.branches or {1: self._adapter.calls[:1]}
+        samples = self.samples
         if samples is None and set(table) == {1}:
             samples = shape.rows  # one branch alone: every row is a sample
         if samples is None:
