@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+import shown
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # cuBLAS refuses deterministic mode without it; read when it starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -35,6 +37,22 @@ def pytest_configure() -> None:
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if workers > 1:
         torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    sent = getattr(session.config, "workeroutput", None)  # of a process of xdist
+    if sent is not None:
+        sent["shown"] = shown.pack()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    shown.add(getattr(node, "workeroutput", {}).get("shown"))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    for line in shown.lines():
+        terminalreporter.write_line(line)
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,6 @@ where there is a GPU, run on it.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -36,8 +35,6 @@ from sidechain.testing.cases import (
 from sidechain.testing.tolerance import assert_close
 
 PRECISIONS = ("bf16", "int8")  # beside fp32, which every case has
-# How many (kernel, case) each kind of test went through; printed at the end of the run.
-ran: Counter[tuple[str, str]] = Counter()
 
 
 @dataclass(frozen=True)

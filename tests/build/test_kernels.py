@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import shown
 import sidechain
 from build import kernel_rows, launches, resources, widths
 from build.kernel_rows import Row
@@ -67,7 +68,7 @@ class TestAccessWidths:
     """tests/build/widths.py says which accesses may be narrow, and why."""
 
     def test_loops_move_16_bytes_unless_a_line_says_why(self, rows: list[Row]) -> None:
-        widths.printed += [f"CUDA access widths: {line}" for line in widths.table(rows)]
+        shown.LINES += [f"CUDA access widths: {line}" for line in widths.table(rows)]
         assert widths.refused(rows) == []
 
     def test_every_such_line_is_needed(self, rows: list[Row]) -> None:

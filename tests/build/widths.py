@@ -18,9 +18,6 @@ SCALAR = "<T, 1>"  # every instance that moves one element at a time
 WHY_SCALAR = "rows that are not aligned or not a multiple of a pack: one element at a time"
 
 
-printed: list[str] = []  # tables that the tests have made, shown at the end of the run
-
-
 class Narrow(NamedTuple):
     """Kernels that may move so many bytes at a time, with the reason."""
 

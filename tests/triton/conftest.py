@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-import triton_support
 from sidechain import _triton
 
 # Triton decides at import whether it interprets: these files run in two processes.
@@ -49,8 +48,3 @@ def patch_once() -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_patch_lang", patch_once)
         yield
-
-
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    for (kind, kernel), n in sorted(triton_support.ran.items()):
-        terminalreporter.write_line(f"triton {kind}: {kernel} x {n} cases")

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from build import kernel_rows, widths
+import shown
+from build import kernel_rows
 from build.kernel_rows import WIDE, Row
 from build.resources import read_cubin
 from sidechain.testing.cases import (
@@ -23,7 +24,7 @@ from sidechain.testing.cases import (
     TopkEncodeCase,
     encode_case,
 )
-from triton_support import CALLS, Built, compiling_for, ran
+from triton_support import CALLS, Built, compiling_for
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="triton is not installed"
@@ -62,7 +63,7 @@ def test_compiles_without_spills(op: str, dtype: torch.dtype, capability: int) -
                 used = read_cubin(kernel.asm["cubin"], f"sm_{capability}", **sizes)
                 if not used.clean or meta.shared > SHARED_LIMIT:
                     wrong.append((call.name, used))
-                ran[f"cubin sm_{capability}", name] += 1
+                shown.CASES[f"triton cubin sm_{capability}: {name}"] += 1
     assert seen
     assert wrong == []
 
@@ -93,7 +94,7 @@ def test_loops_move_16_bytes_unless_a_line_says_why() -> None:
         found = [row for row in rows if row.kernel == name]
         narrow, wide = min(r.narrowest for r in found), min(r.widest for r in found)
         why = NARROW.get(name, "-")
-        widths.printed.append(f"Triton access widths: {narrow:2} to {wide:2}  {name:22} {why}")
+        shown.LINES.append(f"Triton access widths: {narrow:2} to {wide:2}  {name:22} {why}")
     assert {row.kernel for row in rows if row.widest < WIDE} == set(NARROW)
 
 

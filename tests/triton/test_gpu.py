@@ -6,8 +6,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+import shown
 from sidechain import _triton
-from triton_support import CALLS, Call, ran
+from triton_support import CALLS, Call
 
 pytestmark = [
     pytest.mark.gpu,
@@ -21,7 +22,7 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
 @pytest.mark.parametrize("call", CALLS, ids=lambda c: f"{c.op}-{c.name}")
 def test_against_float64(call: Call, dtype: torch.dtype) -> None:
     call.check(dtype, "cuda")
-    ran["GPU", call.op] += 1
+    shown.CASES[f"triton GPU: {call.op}"] += 1
 
 
 @dtypes

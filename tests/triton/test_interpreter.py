@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+import shown
 from ops.topk_encode_codes import assert_same_codes, dense, plain, plain_nan
 from sidechain import _triton
 from sidechain.ops import attention_tap, topk_encode_fallbacks
@@ -18,7 +19,7 @@ from sidechain.testing.cases import (
     encode_case,
     structured,
 )
-from triton_support import CALLS, Call, ran
+from triton_support import CALLS, Call
 
 pytestmark = pytest.mark.skipif(_triton.absent() is not None, reason=str(_triton.absent()))
 INTERPRETED = [c for c in CALLS if c.interpreted]
@@ -29,7 +30,7 @@ dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["
 @pytest.mark.parametrize("call", INTERPRETED, ids=lambda c: f"{c.op}-{c.name}")
 def test_against_float64(call: Call, dtype: torch.dtype) -> None:
     call.check(dtype, "cpu")
-    ran["interpreter", call.op] += 1
+    shown.CASES[f"triton interpreter: {call.op}"] += 1
 
 
 class TestAttentionTap:
