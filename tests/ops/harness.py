@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ops.support import backend_params, clone, guarded, guards_intact, upcast
+from ops.support import backend_params, clone, guarded, guards_intact, need_kernel, upcast
 from sidechain.ops import Capture
 from sidechain.testing.cases import DTYPES
 from sidechain.testing.tolerance import assert_close
@@ -83,7 +83,8 @@ class Harness:
         self.check(args, self.call({n: strided(n, v) for n, v in args.items()}, **more))
 
     def check_threads(self, args: Args, counts: Iterable[int] = (1, 2, 3, 7)) -> None:
-        """Check that any number of threads gives the same bits."""
+        """Check that any number of threads gives the same bits, which kernels promise."""
+        need_kernel(self.op)
         before, seen = torch.get_num_threads(), []
         try:
             for threads in counts:

@@ -13,7 +13,7 @@ from sidechain.bench.ops._build import copy as clone
 from sidechain.bench.ops._build import upcast as upcast
 from sidechain.ops import _library
 
-__all__ = ["DEVICE", "backend_params", "clone", "guarded", "guards_intact", "upcast"]
+__all__ = ["DEVICE", "backend_params", "clone", "guarded", "guards_intact", "need_kernel", "upcast"]
 DEVICE = {"reference": "cpu", "cpu": "cpu", "cuda": "cuda", "triton": "cuda"}
 
 
@@ -26,6 +26,13 @@ def backend_params(op: str) -> list[Any]:
         marks += [pytest.mark.skip(reason=f"{op}/{backend}: {reason}")] if reason else []
         params.append(pytest.param(backend, marks=marks))
     return params
+
+
+def need_kernel(op: str, backend: str = "cpu") -> None:
+    """Skip what only a kernel promises where there is none; a GPU is not asked."""
+    reason = None if backend == "cuda" else _library.unavailable(op, "cpu")
+    if reason:
+        pytest.skip(f"{op}/cpu: {reason}")
 
 
 def _sentinel(dtype: torch.dtype) -> Tensor:
