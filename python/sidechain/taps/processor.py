@@ -406,7 +406,6 @@ def _make_tapped_class(inner: type) -> type[Tapped]:
             out = self._inner(seen, hidden_states, *args, **kwargs)
         return edit_output(out, self._outputs, self._operations) if self._outputs else out
 
-    call.__signature__ = signature  # type: ignore[attr-defined]
     body: dict[str, Any] = {"__call__": call, "__doc__": inner.__doc__}
     for context in ("encoder_hidden_states", "context"):
         if context in names:
