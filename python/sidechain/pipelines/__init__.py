@@ -13,7 +13,8 @@ from .adapter import (
     register_adapter,
     source_tokens,
 )
-from .attention import Attention, describe_attention, read_attention, with_context
+from .attention import Attention, describe_attention, described, read_attention, with_context
+from .places import Place, block_places
 from .prompt_pairs import PromptPairs
 from .sites import Site, SiteList, SitePattern, sites
 from .tracker import Generation, GenerationTracker, Observer, observe, observers, release
@@ -25,15 +26,18 @@ __all__ = [
     "Generation",
     "GenerationTracker",
     "Observer",
+    "Place",
     "PromptPairs",
     "Site",
     "SiteList",
     "SitePattern",
+    "block_places",
     "call_argument",
     "call_shape",
     "call_timestep",
     "config_hash",
     "describe_attention",
+    "described",
     "execution_device",
     "observe",
     "observers",

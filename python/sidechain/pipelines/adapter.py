@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import Attention, describe_attention
+from .places import Place, no_places
 
 if TYPE_CHECKING:
     from .sites import Site
@@ -83,6 +84,8 @@ class Adapter:
             (arguments: args, kwargs, samples, branches) and raises on contradiction.
         describe: says of an attention module (its name, itself, the denoiser) what kind of site it
             is, or, as a text, why it is none.
+        places: says of any module (its name, itself, the denoiser) what place beside attention it
+            is: a block, an MLP, a resnet; as a text, why it is none; None = it says nothing.
         excludes: attributes of the pipeline that must be None: they hold a second denoiser, so
             that each of both sees only a part of the steps.
     """
@@ -97,6 +100,7 @@ class Adapter:
     timestep: Callable[[Arguments, Keywords], Tensor | None] | None = None
     verify: Callable[[Arguments, Keywords, int, tuple[str, ...]], None] | None = None
     describe: Callable[[str, nn.Module, nn.Module], Attention | str] = describe_attention
+    places: Callable[[str, nn.Module, nn.Module], Place | str | None] = no_places
     excludes: tuple[str, ...] = ()
 
 

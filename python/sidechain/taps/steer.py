@@ -71,7 +71,6 @@ class _Table:
     """One vector, checked against a pipeline."""
 
     def __init__(self, pipe: Any, vector: Vector) -> None:
-        known = sites(pipe)
         self.timesteps: Tensor | None = None
         self.sigmas: Tensor | None = None
         self.tensors: dict[tuple[str, str], Tensor] = {}
@@ -90,10 +89,12 @@ class _Table:
             raise TypeError(
                 f"steer: expected a SteeringVector or {{site: tensor}}, got {type(vector).__name__}"
             )
-        device = execution_device(pipe, known[0].module)
+        named = {key: key[0] if isinstance(key, tuple) else key for key in entries}
+        known = sites(pipe, list(named.values()))
         for key, value in entries.items():
-            name, branches = (key[0], key[1:]) if isinstance(key, tuple) else (key, BRANCHES)
-            self._add(known[name], branches, value, device)
+            site = known[named[key]]
+            branches = key[1:] if isinstance(key, tuple) else BRANCHES
+            self._add(site, branches, value, execution_device(pipe, site.module))
         lengths = {t.shape[0] for t in self.tensors.values()}
         if len(lengths) != 1:
             raise ValueError(
