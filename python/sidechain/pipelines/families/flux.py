@@ -34,7 +34,9 @@ _double = block_places("transformer_blocks", mlp="ff", element=1, goes=GATED, ot
 def _places(name: str, module: nn.Module, denoiser: nn.Module) -> Place | str | None:
     if not name.startswith("single_transformer_blocks."):
         return _double(name, module, denoiser)
-    width = output_width(module.proj_out) if name.count(".") == 1 else None
+    if name.count(".") > 1:
+        return None
+    width = output_width(module.get_submodule("proj_out"))
     return None if width is None else Place("block", width, element=1, goes=HOLDS)
 
 
