@@ -15,6 +15,8 @@ from .adapter import (
 )
 from .attention import Attention, describe_attention, described, read_attention, with_context
 from .places import Place, block_places
+from .probe import probe
+from .probed import Probe
 from .prompt_pairs import PromptPairs
 from .sites import Site, SiteList, SitePattern, sites
 from .tracker import Generation, GenerationTracker, Observer, observe, observers, release
@@ -27,6 +29,7 @@ __all__ = [
     "GenerationTracker",
     "Observer",
     "Place",
+    "Probe",
     "PromptPairs",
     "Site",
     "SiteList",
@@ -41,6 +44,7 @@ __all__ = [
     "execution_device",
     "observe",
     "observers",
+    "probe",
     "read_attention",
     "register_adapter",
     "release",

@@ -182,7 +182,8 @@ def find_denoiser(pipe: Any) -> tuple[nn.Module, nn.Module, Adapter]:
     known = sorted({name for name, _ in _REGISTRY})
     raise TypeError(
         f"sites: expected a pipeline with a denoiser of class {' | '.join(known)}, got "
-        f"{type(pipe).__name__}({', '.join(f'{k}={v}' for k, v in seen.items())})"
+        f"{type(pipe).__name__}({', '.join(f'{k}={v}' for k, v in seen.items())}): "
+        "sidechain.probe(pipe, ...) looks into one that is not known"
     )
 
 

@@ -15,6 +15,7 @@ ATTENTION_KINDS = ("cross", "self", "joint")
 ADDED = "added to the residual"
 GATED = "gated, then added to the residual"
 HOLDS = "holds the residual"
+UNKNOWN = "whether it holds the residual is not known"
 PROJECTED = "before the block's proj_out"
 
 

@@ -221,6 +221,7 @@ class SiteList(Sequence[Site]):
             if some:
                 last = f"-{some[-1].index}" if len(some) > 1 else ""
                 parts.append(f"{kind}:{some[0].index}{last} ({some[0].name} ... {some[-1].name})")
+        parts += [s.name for s in self._sites if s.kind == "module"]
         return ", ".join(parts) or "no sites"
 
     def __str__(self) -> str:

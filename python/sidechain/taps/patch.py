@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..pipelines import Generation, Site, SitePattern, execution_device, sites
-from ..pipelines.attention import HOLDS
+from ..pipelines.attention import HOLDS, UNKNOWN
 from . import options
 from .base import Tap
 from .capture import Capture
@@ -128,7 +128,7 @@ class Patch(Tap):
 
     def _check_ablation(self) -> None:
         for site in self.sites:
-            if site.goes == HOLDS or getattr(site.module, "residual_connection", False):
+            if site.goes in (HOLDS, UNKNOWN) or getattr(site.module, "residual_connection", False):
                 raise NotImplementedError(
                     f"patch: expected sites without a residual inside [ablate=True], got {site}: "
                     "zeros would take the residual away too"
