@@ -57,6 +57,11 @@ def hooked(sites: SiteList, hook: Callable[[Site, Any], Any]) -> Iterator[None]:
         yield
 
 
+def direction(width: int) -> Tensor:
+    """A vector that a layer norm does not take away, as it does with ones."""
+    return torch.randn(width, generator=torch.Generator().manual_seed(5))
+
+
 def places_of(pipe: Any) -> SiteList:
     """All places that the family lists."""
     known = []
@@ -319,7 +324,7 @@ class TestPatterns:
 
     def test_vectors_of_blocks(self) -> None:
         pipe = tiny_pipeline()
-        vector = sidechain.SteeringVector({("transformer_blocks.1", "cond"): torch.ones(1, 16)})
+        vector = sidechain.SteeringVector({("transformer_blocks.1", "cond"): direction(16)[None]})
         vector.check(pipe)
         with sidechain.capture(pipe, "block:1") as before:
             call_tiny(pipe, steps=1)
@@ -331,6 +336,15 @@ class TestPatterns:
             call_tiny(pipe, steps=1)
         assert torch.equal(within["block:1"], before["block:1"])  # what the module put out
         assert bool(after["mlp:2"].any())
+
+
+class Around(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, states: Tensor) -> Tensor:
+        return self.inner(states) + 1.0
 
 
 class TestAttachment:
@@ -363,7 +377,7 @@ class TestAttachment:
         pipe = tiny_pipeline()
         wanted = call_tiny(pipe)
         state = set(pipe.transformer.state_dict())
-        with sidechain.steer(pipe, {"block:1": torch.ones(16), "mlp:0": torch.ones(16)}):
+        with sidechain.steer(pipe, {"block:1": direction(16), "mlp:0": direction(16)}):
             call_tiny(pipe)
             assert set(pipe.transformer.state_dict()) == state
             other = tiny_pipeline()
@@ -375,7 +389,7 @@ class TestAttachment:
         pipe = tiny_pipeline()
         block = pipe.transformer.transformer_blocks[0]
         calls: list[int] = []
-        with sidechain.steer(pipe, {"block:0": torch.ones(16)}):
+        with sidechain.steer(pipe, {"block:0": direction(16)}):
             tapped = block.forward
 
             def counted(*args: Any, **kwargs: Any) -> Any:
@@ -423,6 +437,16 @@ class TestAttachment:
         with pytest.raises(RuntimeError, match=match), sidechain.capture(pipe, path):
             call_tiny(pipe)
 
+    def test_an_adapter_that_comes_around_a_layer(self) -> None:
+        pipe = tiny_pipeline()
+        net = pipe.transformer.transformer_blocks[0].ff.net
+        with (
+            pytest.raises(RuntimeError, match="that was there when the tap was made, got a Around"),
+            sidechain.capture(pipe, "transformer_blocks.0.ff.net.2"),
+        ):
+            net[2] = Around(net[2])
+            call_tiny(pipe)
+
     def test_an_element_that_is_not_there(self) -> None:
         pipe = tiny_pipeline("sd3")
         pipe.transformer.transformer_blocks[0].forward = lambda **kwargs: kwargs["hidden_states"]
@@ -449,7 +473,7 @@ class TestAttachment:
         pipe = tiny_pipeline()
         mlp = pipe.transformer.transformer_blocks[0].ff
         weights = mlp.net[-1].weight.requires_grad_()
-        tap = sidechain.steer(pipe, {"mlp:0": torch.ones(16), "block:1": torch.ones(16)})
+        tap = sidechain.steer(pipe, {"mlp:0": direction(16), "block:1": direction(16)})
 
         def gradient() -> Tensor:
             tracker = tap.tracker if tap.attached else None
@@ -473,11 +497,25 @@ class TestAttachment:
         edit = {"transformer_blocks.0.ff": 1.0, "transformer_blocks.1": 1.0}
 
         def add(site: Site, out: Tensor) -> Tensor:
-            return out + torch.tensor([0.0, edit[site.name]])[:, None, None]
+            return out + torch.tensor([0.0, edit[site.name]])[:, None, None] * direction(16)
 
         with hooked(sidechain.sites(pipe, list(edit)), add):
             expected = gradient()
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+class TestHalfPrecision:
+    @pytest.mark.parametrize("name", ["sd", "sd3", "sana"])
+    def test_values_are_those_of_the_modules(self, name: str) -> None:
+        runs = Runs(name, tiny_pipeline(name, dtype=torch.bfloat16))
+        result, outputs = runs.plain
+        place = Where(runs.sites, branches="all")
+        with sidechain.capture(runs.pipe, place, reduce="tokens", dtype=torch.bfloat16) as cap:
+            assert torch.equal(runs.run(), result)
+        for site in runs.sites:
+            assert torch.equal(cap[site].flatten(1, 2), outputs[site.name]), site
+        with sidechain.patch(runs.pipe, place, output=cap):
+            assert torch.equal(runs.run(), result)
 
 
 class TestCompile:
@@ -486,10 +524,11 @@ class TestCompile:
     def test_attached_before_or_after_the_first_call(self, how: str, when: str) -> None:
         torch._dynamo.reset()
         pipe = tiny_pipeline()
-        vector = {"block:1": torch.ones(16), "mlp:0": torch.ones(16), "cross:2": torch.ones(16)}
+        vector = {"block:1": direction(16), "mlp:0": direction(16), "cross:2": direction(16)}
         plain = call_tiny(pipe)
         with sidechain.steer(pipe, vector):
             wanted = call_tiny(pipe)
+        assert not torch.allclose(plain, wanted)
         counter = CompileCounter()
         if how == "wrapper":
             pipe.transformer = torch.compile(pipe.transformer, backend=counter, fullgraph=True)
@@ -509,3 +548,20 @@ class TestCompile:
             assert counter.frame_count == graphs  # another strength is no other graph
         assert bool(cap["block:2"].any())
         torch.testing.assert_close(call_tiny(pipe), plain)
+
+    @pytest.mark.parametrize("name", ["flux", "sd"])
+    def test_tuples_and_maps(self, name: str) -> None:
+        torch._dynamo.reset()
+        pipe = tiny_pipeline(name)
+        component = "unet" if name == "sd" else "transformer"
+        place = {"flux": "block:1-2", "sd": "resnet:mid"}[name]
+        vector = {s.name: direction(s.width) for s in sidechain.sites(pipe, place)}
+        with sidechain.steer(pipe, vector):
+            wanted = call_tiny(pipe)
+        counter = CompileCounter()
+        setattr(pipe, component, torch.compile(getattr(pipe, component), backend=counter))
+        plain = call_tiny(pipe)
+        assert not torch.allclose(plain, wanted)
+        with sidechain.steer(pipe, vector), sidechain.capture(pipe, place) as cap:
+            torch.testing.assert_close(call_tiny(pipe), wanted, rtol=1e-4, atol=1e-5)
+        assert all(bool(cap[site].any()) for site in cap.sites)

@@ -3,19 +3,28 @@
 
 A family is known by the class name of its denoiser, so that the registry needs none of the
 libraries that define those classes. The entries stand in `families`; one of your own is made the
-same way::
+same way, in your own code::
 
     register_adapter(
         "MyTransformer",
         Adapter(
             family="mine",
-            components=("transformer",),
+            components=("transformer",),  # pipe.transformer is the denoiser
+            # Rows of a call: B without guidance, else B uncond rows and B cond rows.
             branches={1: ("cond",), 2: ("uncond", "cond")},
+            # forward(hidden_states, encoder_hidden_states, timestep)
             shape=call_shape((0, "hidden_states"), (1, "encoder_hidden_states")),
-            tokens=lambda site, shape: shape.latent[0],
             timestep=call_timestep(2),
+            tokens=lambda site, shape: shape.latent[0],  # latents are [R, T, C]
+            # Attention modules say `is_cross_attention`; their outputs are added as they are.
+            describe=described("text", "added to the residual"),
+            # model.blocks.3 puts out (text, latents), model.blocks.3.ff is its MLP.
+            places=block_places("blocks", mlp="ff", goes="added to the residual", element=1),
         ),
     )
+
+`sidechain.probe(pipe, ...)` shows what of this a pipeline has, and `sidechain.testing.contract`
+checks it: taps have to see and change what plain hooks see and change.
 """
 
 from __future__ import annotations

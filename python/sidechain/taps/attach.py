@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 
 from ..pipelines import Site
+from ..pipelines.adapter import unwrap
 from ..pipelines.watch import Override
 from . import processor
 from .layout import edit_output
@@ -82,8 +83,14 @@ def arrange(site: Site) -> None:
     """Recompute the order of the operations after their buffers have changed."""
     if site.is_attention:
         processor.arrange(site.module)
-    elif site.module in _TAPPED:
-        _TAPPED[site.module]._arrange()
+        return
+    found = unwrap(site.denoiser.get_submodule(site.name))
+    if found is not site.module:  # an adapter around it would not be seen
+        raise RuntimeError(
+            f"taps: expected the {type(site.module).__name__} at {site.name} that was there when "
+            f"the tap was made, got a {type(found).__name__}"
+        )
+    _TAPPED[site.module]._arrange()
 
 
 def detach(site: Site, operation: Operation) -> None:
