@@ -404,6 +404,28 @@ class TestAttachment:
         assert len(calls) == 6 and not torch.equal(plain, steered)
         assert torch.equal(plain, call_tiny(pipe))
 
+    @pytest.mark.parametrize("first", ["tap", "hook"])
+    def test_forward_hooks_that_replace_forward(self, first: str) -> None:
+        """Offloading puts a `forward` of its own on the instance, before or after."""
+        hooks = pytest.importorskip("accelerate.hooks")
+        pipe = tiny_pipeline()
+        block = pipe.transformer.transformer_blocks[1]
+        tap = sidechain.steer(pipe, {"block:1": direction(16)})
+        plain = call_tiny(pipe)
+        with tap:
+            wanted = call_tiny(pipe)
+        if first == "hook":
+            hooks.add_hook_to_module(block, hooks.ModelHook())
+        with tap:
+            if first == "tap":
+                hooks.add_hook_to_module(block, hooks.ModelHook())
+            assert torch.equal(call_tiny(pipe), wanted)
+        assert torch.equal(call_tiny(pipe), plain)
+        hooks.remove_hook_from_module(block)
+        assert torch.equal(call_tiny(pipe), plain)
+        with tap:
+            assert torch.equal(call_tiny(pipe), wanted)
+
     def test_a_block_that_is_left_out(self) -> None:
         pipe = tiny_pipeline()
         blocks = pipe.transformer.transformer_blocks
@@ -435,6 +457,17 @@ class TestAttachment:
     def test_a_layer_whose_output_is_another(self, name: str, path: str, match: str) -> None:
         pipe = tiny_pipeline(name)
         with pytest.raises(RuntimeError, match=match), sidechain.capture(pipe, path):
+            call_tiny(pipe)
+
+    def test_rows_that_broadcasting_would_make_up(self) -> None:
+        pipe = tiny_pipeline()
+        mlp = pipe.transformer.transformer_blocks[0].ff
+        plain = mlp.forward
+        mlp.forward = lambda states: plain(states)[:1]
+        with (
+            pytest.raises(RuntimeError, match=r"expected \[2, T, C\] or .* got \[1, 9, 16\]"),
+            sidechain.patch(pipe, Where("mlp:0"), output=torch.zeros(3, 1, 9, 16)),
+        ):
             call_tiny(pipe)
 
     def test_an_adapter_that_comes_around_a_layer(self) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The forms in which attention modules put out [R, T, C], and the check that T is what it was."""
+"""The forms in which modules put out [R, T, C], and the check that T is what it was."""
 
 from __future__ import annotations
 

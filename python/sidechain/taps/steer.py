@@ -395,7 +395,7 @@ def steer(
     removal: Any = 0.0,
     renorm: bool = False,
 ) -> Steer:
-    """Add directions to what attention sites put out.
+    """Add directions to what sites put out: attention, blocks, MLPs, resnets.
 
     y = x + (strength - removal * max(0, <x, v>)) v for the output x of the module before its
     residual; with renorm every token keeps its norm. Several steers at one site act in the order
