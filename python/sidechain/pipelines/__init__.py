@@ -14,12 +14,13 @@ from .adapter import (
     source_tokens,
 )
 from .attention import Attention, describe_attention, described, read_attention, with_context
+from .generation import Generation, Observer
 from .places import Place, block_places
 from .probe import probe
 from .probed import Probe
 from .prompt_pairs import PromptPairs
 from .sites import Site, SiteList, SitePattern, sites
-from .tracker import Generation, GenerationTracker, Observer, observe, observers, release
+from .tracker import GenerationTracker, observe, observers, release
 
 __all__ = [
     "Adapter",

@@ -172,7 +172,7 @@ class CachedContext(Tap):
     def _operations_at(self, site: Site) -> list[Operation]:
         return [CachedAttention(site.module)]
 
-    def _bind(self, generation: Generation) -> None:
+    def _bind(self, generation: Generation) -> tuple[str, ...]:
         called, denoiser, _ = find_denoiser(self.pipe)
         parts = [called, *denoiser.modules()]
         if any(getattr(part, "_compiled_call_impl", None) for part in parts) or any(
@@ -185,8 +185,9 @@ class CachedContext(Tap):
         for site in self.sites:
             for cached in self._cached_at(site):
                 cached.reset()
+        return generation.branches
 
-    def _advance(self, step: int, inside: bool) -> None:
+    def _advance(self, step: int, call: int, inside: bool) -> None:
         pass
 
     def _finish(self) -> None:
