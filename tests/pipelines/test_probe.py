@@ -114,10 +114,26 @@ class TestKnownFamilies:
     def test_two_denoiser_calls_in_a_step(self) -> None:
         _, found = probed("longcat_audio")
         assert found.calls == 2
-        with pytest.raises(
-            NotImplementedError, match="expected one denoiser call in a step, got 2"
-        ):
+        with pytest.raises(ValueError, match="expected the branch of each of 2 denoiser calls"):
             found.adapter({1: ("cond",)})
+        with pytest.raises(ValueError, match="expected 2 different names of cond, uncond"):
+            found.adapter({}, calls=("cond", "cond"))
+        with pytest.raises(ValueError, match="expected the branch of each of 1 denoiser calls"):
+            probed("sd")[1].adapter({}, calls=("cond", "uncond"))
+
+    def test_calls_are_followed(self, registry: dict[Any, Any]) -> None:
+        pipe, found = probed("longcat_audio")
+        call = functools.partial(tiny_call, pipe, steps=2, seeds=(0, 1))
+        place = Where("block:*", branches="all")
+        with sidechain.capture(pipe, place, reduce="tokens") as family:
+            pipe(**call())
+        del registry["LongCatAudioDiTTransformer", None]
+        made = found.adapter({}, calls=("cond", "uncond"))
+        register_adapter(found.denoiser_class, made)
+        with sidechain.capture(pipe, place, reduce="tokens") as cap:
+            pipe(**call())
+        assert cap.branches == family.branches == ("cond", "uncond")
+        assert all(torch.equal(cap[site], family[site.name]) for site in cap.sites)
 
     def test_an_adapter_does_what_the_family_does(self, registry: dict[Any, Any]) -> None:
         pipe, found = probed("stable_audio")

@@ -152,6 +152,7 @@ class Probe:
         self,
         branches: Mapping[int, tuple[str, ...]],
         *,
+        calls: tuple[str, ...] = (),
         contexts: tuple[str, ...] | None = None,
         elements: Mapping[str, int] | None = None,
     ) -> Adapter:
@@ -159,32 +160,17 @@ class Probe:
 
         Args:
             branches: rows per sample -> the guidance branch of each block of rows, in batch order:
-                what a call cannot show. {1: ("cond",)} without guidance.
+                what a call cannot show. {1: ("cond",)} without guidance; {} with `calls`.
+            calls: guidance branch of each denoiser call of a step, where there are several.
             contexts: names of the arguments that are contexts. None = all that were found.
             elements: glob over module paths -> number of the element that holds the latents, for
                 the modules of these that put out a tuple.
 
         Raises:
-            ValueError: the branches do not fit the rows that were seen, or unknown contexts.
-            NotImplementedError: the denoiser was called several times in the step.
+            ValueError: the branches do not fit the rows and calls that were seen; contexts or
+                elements that do not exist.
         """
-        if self.calls != 1:
-            raise NotImplementedError(
-                f"probe: expected one denoiser call in a step, got {self.calls}: write an Adapter "
-                "whose `calls` name the branch of each"
-            )
-        per_sample, rest = divmod(self.rows, self.samples)
-        if rest or per_sample not in branches:
-            raise ValueError(
-                f"probe: expected branches for {self.rows} rows of {self.samples} samples, got "
-                f"those of {sorted(branches)} rows per sample"
-            )
-        for count, names in branches.items():
-            if len(names) != count or len(set(names)) != count or set(names) - {"cond", "uncond"}:
-                raise ValueError(
-                    f"probe: expected {count} different names of cond, uncond [branches], got "
-                    f"{names}"
-                )
+        self._check_branches(branches, calls)
         known = {context.name: context for context in self.contexts}
         unknown = [name for name in contexts or () if name not in known]
         if unknown:
@@ -202,6 +188,7 @@ class Probe:
             family=self.denoiser_class,
             components=(self.component,),
             branches=dict(branches),
+            calls=calls,
             shape=call_shape(
                 (self.latents.place, self.latents.name), *((c.place, c.name) for c in chosen)
             ),
@@ -210,6 +197,28 @@ class Probe:
             describe=reader.describe,
             places=reader.places,
         )
+
+    def _check_branches(
+        self, branches: Mapping[int, tuple[str, ...]], calls: tuple[str, ...]
+    ) -> None:
+        if len(calls or "1") != self.calls:
+            raise ValueError(
+                f"probe: expected the branch of each of {self.calls} denoiser calls in a step "
+                f"[calls=...], got {calls}"
+            )
+        per_sample, rest = divmod(self.rows, self.samples)
+        stated = {1: ("cond",)} if calls else branches
+        if rest or per_sample not in stated:
+            raise ValueError(
+                f"probe: expected branches for {self.rows} rows of {self.samples} samples, got "
+                f"those of {sorted(stated)} rows per sample"
+            )
+        for count, names in ({**branches, len(calls): calls} if calls else branches).items():
+            if len(names) != count or len(set(names)) != count or set(names) - {"cond", "uncond"}:
+                raise ValueError(
+                    f"probe: expected {count} different names of cond, uncond [branches], got "
+                    f"{names}"
+                )
 
 
 class _Reader:
