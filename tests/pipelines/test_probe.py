@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -16,6 +17,7 @@ import sidechain
 from pipelines.made_up import MadeUpPipeline
 from sidechain import Where
 from sidechain.pipelines import adapter, register_adapter
+from sidechain.pipelines.probed import Probed
 from sidechain.testing import contract, tiny_call, tiny_pipeline
 
 ORDER = {1: ("cond",), 2: ("cond", "uncond")}
@@ -85,18 +87,14 @@ class TestKnownFamilies:
         assert "transformer_blocks.0 " in str(found) and "say which with elements" in str(found)
 
     def test_channels_in_front_are_not_taken_for_tokens(self) -> None:
-        class Convolutions(nn.Module):  # [R, C, T], with as many channels as tokens
+        class Convolutions(nn.Module):  # [R, C, T], and a linear layer as wide as there are tokens
             def __init__(self) -> None:
                 super().__init__()
-                self.attention, self.time = nn.Conv1d(7, 7, 1), nn.Linear(16, 7)
+                self.attention, self.time = nn.Conv1d(7, 7, 1), nn.Linear(16, 16)
                 self.to_q = self.to_k = self.to_v = self.attention
 
             def forward(self, states: Tensor) -> Tensor:
-                found = (
-                    self.attention(states[..., :7])
-                    + self.time(torch.ones(len(states), 16))[..., None]
-                )
-                return torch.cat([found] * 3, -1)[..., :16]
+                return self.attention(states) + self.time(torch.ones(len(states), 1, 16))
 
         pipe = MadeUpPipeline(odd=True)
         pipe.denoiser.odd = Convolutions()
@@ -154,6 +152,46 @@ class TestKnownFamilies:
         assert [s.kind for s in cap.sites] == [s.kind for s in family.sites]
         for site in cap.sites:
             assert torch.equal(cap[site], family[site.name])
+
+
+class TestWhatIsNoSite:
+    @pytest.mark.parametrize(
+        ("changes", "element", "why"),
+        [
+            ({}, None, (6, 8)),
+            ({"output": (4, 8, 2, 3)}, None, (6, 8)),
+            ({"output": [(4, 3, 8), (4, 6, 8)]}, 1, (6, 8)),
+            ({"output": [(4, 2, 8), (4, 4, 8)]}, 1, (4, 8)),  # parts of one sequence of 6
+            ({"output": [(4, 3, 8), (4, 6, 8)]}, None, "it puts out 2 values: say which"),
+            ({"output": [(4, 3, 8), (4, 6, 8)]}, 2, "it puts out 2 values, and elements says 2"),
+            ({"output": [(4, 3, 8), "NoneType"]}, 1, "it puts out NoneType, no"),
+            ({"output": (4, 8)}, None, r"it puts out [4, 8], no [R, T, C] or"),
+            ({"output": (2, 6, 8)}, None, "it puts out 2 rows of 4"),
+            ({"calls": 0}, None, "it runs 0 times in a denoiser call"),
+            ({"calls": 2}, None, "it runs 2 times in a denoiser call"),
+            ({"output": (4, 8, 6)}, None, "whether [4, 8, 6] is [R, T, C] or [R, C, T]"),
+            ({"output": (4, 5, 8)}, None, "whether [4, 5, 8] is [R, T, C] or [R, C, T]"),
+        ],
+    )
+    def test_reasons(self, changes: Any, element: int | None, why: Any) -> None:
+        module = Probed(
+            name="layers.0", class_name="Layer", role="block", calls=1, output=(4, 6, 8),
+            context=None, residual="no", layers=frozenset({(6, 8)}), processor=False,
+        )  # fmt: skip
+        found = dataclasses.replace(module, **changes).latents(4, element)
+        assert found.startswith(why) if isinstance(found, str) else found == why
+
+    def test_attention_that_may_read_either_of_two_contexts(self, registry: dict[Any, Any]) -> None:
+        pipe = MadeUpPipeline()
+        found = sidechain.probe(pipe, PROMPTS, steps=2)
+        (context,) = found.contexts
+        other = dataclasses.replace(context, name="other", place=3)
+        both = dataclasses.replace(found, contexts=(context, other))
+        register_adapter("MadeUpDenoiser", both.adapter(ORDER))
+        with pytest.raises(ValueError, match="which context it reads is not known: name one"):
+            sidechain.sites(pipe, "layers.0.text")
+        registry["MadeUpDenoiser", None] = both.adapter(ORDER, contexts=("context",))
+        assert sidechain.sites(pipe, "layers.0.text")[0].reads == "context"
 
 
 class TestUnknown:
