@@ -14,6 +14,7 @@ from ._lazy import lazy
 
 if TYPE_CHECKING:
     from ._errors import InputError
+    from .pipelines.probe import probe
     from .pipelines.sites import sites
     from .taps.base import attached, detach_all
     from .taps.cache_context import cache_context
@@ -54,6 +55,7 @@ __all__ = [
     "contexts",
     "detach_all",
     "patch",
+    "probe",
     "sites",
     "steer",
 ]
@@ -74,6 +76,7 @@ lazy(
             ),
             ".taps",
         ),
+        "probe": ".pipelines",
         "sites": ".pipelines",
         "SteeringVector": ".vectors",
         "InputError": "._errors",

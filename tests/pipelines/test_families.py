@@ -4,10 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,9 +14,9 @@ from torch import Tensor
 
 import sidechain
 from sidechain import Where
-from sidechain.pipelines import Site, adapter
+from sidechain.pipelines import adapter
 from sidechain.pipelines.adapter import find_denoiser
-from sidechain.testing import PIPELINES, call_tiny, tiny_pipeline
+from sidechain.testing import PIPELINES, call_tiny, contract, tiny_pipeline
 from sidechain.testing.tiny import PROMPTS
 from sidechain.testing.tiny.build import FAMILIES
 
@@ -65,88 +62,16 @@ CASES["flux_true_guidance"] = Case(
 STEPS = 3
 
 
-def tokens_of(out: Any) -> Tensor:
-    """Output of a module as [R, T, C]."""
-    out = out[0] if isinstance(out, tuple) else out
-    return out.flatten(2).transpose(1, 2) if out.dim() == 4 else out
-
-
-@dataclass
-class Runs:
+class Runs(contract.Runs):
     """A tiny pipeline of a family, and what plain hooks saw of it."""
 
-    case: Case
-    pipe: Any
+    def __init__(self, case: Case, pipe: Any) -> None:
+        self.case = case
+        super().__init__(pipe, self._run, case.order, case.calls, case.off)
 
-    def run(self, **changes: Any) -> Tensor:
+    def _run(self, **changes: Any) -> Tensor:
         changes = {**self.case.call, **changes}
         return call_tiny(self.pipe, PROMPTS[:2], steps=STEPS, seeds=(0, 1), **changes)
-
-    @functools.cached_property
-    def sites(self) -> sidechain.SiteList:
-        return sidechain.sites(self.pipe)
-
-    @contextmanager
-    def hooked(self, hook: Callable[[Site, int, dict[str, Any], Any], Any]) -> Iterator[None]:
-        """Call hook(site, number of the call, keywords, output) behind every attention."""
-        counts: dict[str, int] = {}
-
-        def behind(site: Site) -> Any:
-            def call(module: Any, args: Any, kwargs: Any, out: Any) -> Any:
-                number = counts.get(site.name, 0)
-                counts[site.name] = number + 1
-                named = {**dict(zip(("hidden_states", "context"), args, strict=False)), **kwargs}
-                return hook(site, number, named, out)
-
-            return call
-
-        handles = [s.module.register_forward_hook(behind(s), with_kwargs=True) for s in self.sites]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def seen(self, **changes: Any) -> tuple[Tensor, dict[str, list[Tensor]], dict[str, Tensor]]:
-        """Result of a run, and by site its outputs and the context of its first call."""
-        outputs: dict[str, list[Tensor]] = {site.name: [] for site in self.sites}
-        contexts: dict[str, Tensor] = {}
-        self.masked: set[str] = set()
-
-        def note(site: Site, number: int, named: dict[str, Any], out: Any) -> None:
-            outputs[site.name].append(tokens_of(out).clone())
-            context = named.get("encoder_hidden_states", named.get("context"))
-            if context is not None:
-                contexts.setdefault(site.name, context.clone())
-                if any(k.endswith("mask") and v is not None for k, v in named.items()):
-                    self.masked.add(site.name)
-
-        with self.hooked(note):
-            return self.run(**changes), outputs, contexts
-
-    @functools.cached_property
-    def plain(self) -> tuple[Tensor, dict[str, list[Tensor]], dict[str, Tensor]]:
-        return self.seen()
-
-    def by_branch(self, outputs: list[Tensor]) -> dict[str, Tensor]:
-        """Outputs of the calls of a site as {branch: [steps, B, T, C]}."""
-        order = self.case.order
-        if self.case.calls:
-            return {b: torch.stack(outputs[i :: len(order)]) for i, b in enumerate(order)}
-        return dict(zip(order, torch.stack(outputs).chunk(len(order), 1), strict=True))
-
-    def steers(self, number: int, out: Tensor) -> Tensor:
-        """Rows of a call that belong to the cond branch, as a view."""
-        order = self.case.order
-        if self.case.calls:
-            return out if order[number % len(order)] == "cond" else out[:0]
-        return out.chunk(len(order))[order.index("cond")]
-
-    @functools.cached_property
-    def captured(self) -> Any:
-        with sidechain.capture(self.pipe, Where("*", branches="all"), reduce="tokens") as cap:
-            cap.result = self.run()
-        return cap
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -159,126 +84,43 @@ def runs(request: pytest.FixtureRequest) -> Runs:
 
 class TestEveryFamily:
     def test_capture_changes_nothing_and_is_taken_out(self, runs: Runs) -> None:
-        before = [site.module.processor for site in runs.sites]
-        attributes = [set(vars(site.module)) for site in runs.sites]
-        plain = runs.plain[0]
-        assert torch.equal(runs.captured.result, plain)
-        assert all(s.module.processor is p for s, p in zip(runs.sites, before, strict=True))
-        assert [set(vars(site.module)) for site in runs.sites] == attributes
+        contract.capture_changes_nothing(runs)
 
     def test_capture_equals_plain_hooks(self, runs: Runs) -> None:
-        _, outputs, _ = runs.plain
-        cap = runs.captured
-        assert set(cap.branches) == set(runs.case.order)
-        for site in runs.sites:
-            expected = runs.by_branch(outputs[site.name])
-            found = cap[site]
-            assert found.shape[:3] == (len(cap.steps), len(cap.branches), 2)
-            for place, branch in enumerate(cap.branches):
-                assert torch.equal(found[:, place], expected[branch]), (site, branch)
+        contract.capture_equals_plain_hooks(runs)
+        assert all(runs.captured[s].shape[2] == 2 for s in runs.sites)
 
     def test_steps_are_those_of_the_schedule(self, runs: Runs) -> None:
-        ran: list[float] = []
-        scheduler = runs.pipe.scheduler
-        step = scheduler.step
-
-        @functools.wraps(step)
-        def noted(output: Any, timestep: Any, *args: Any, **kwargs: Any) -> Any:
-            ran.append(float(timestep))
-            return step(output, timestep, *args, **kwargs)
-
-        scheduler.step = noted
-        try:
-            with sidechain.capture(runs.pipe, runs.sites[0]) as cap:
-                runs.run()
-            assert cap.timesteps.tolist() == pytest.approx(ran)
-        finally:
-            del scheduler.step
+        contract.steps_are_those_of_the_schedule(runs)
 
     def test_cond_rows_are_those_of_a_run_without_guidance(self, runs: Runs) -> None:
         if runs.case.off is None:
             pytest.skip("the family has no guidance")
-        _, outputs, _ = runs.seen(**runs.case.off)
-        place = runs.captured.branches.index("cond")
-        for site in runs.sites:
-            alone = outputs[site.name][0]  # latents of the first step do not depend on guidance
-            torch.testing.assert_close(
-                runs.captured[site][0, place], alone, rtol=1e-3, atol=1e-5 * float(alone.norm())
-            )
+        contract.cond_rows_are_those_without_guidance(runs)
 
     def test_context_is_the_one_of_the_source(self, runs: Runs) -> None:
-        cross = [site for site in runs.sites if site.kind == "cross"]
-        contexts = runs.plain[2]
-        reading = {site.name for site in runs.sites if site.kind != "self"}
-        assert set(contexts) == reading, "a site whose kind is wrong"
-        if not cross:
-            pytest.skip("the family has no cross-attention")
-        with sidechain.capture(runs.pipe, Where(cross, branches="cond"), reduce="context") as cap:
-            runs.run()
-        for site in cross:
-            cond = runs.steers(0, contexts[site.name])
-            assert torch.equal(cap[site][0], cond.float()), site
+        contract.contexts_are_those_of_the_sources(runs)
 
     def test_strength_zero_is_no_steering(self, runs: Runs) -> None:
-        with sidechain.steer(runs.pipe, self.directions(runs), strength=0.0):
-            assert torch.equal(runs.run(), runs.plain[0])
+        contract.strength_zero_is_no_steering(runs)
 
     def test_steering_equals_a_plain_hook(self, runs: Runs) -> None:
-        directions = self.directions(runs)
-
-        def add(site: Site, number: int, named: dict[str, Any], out: Any) -> Any:
-            runs.steers(number, tokens_of(out)).add_(directions[site.name])
-            return out
-
-        with runs.hooked(add):
-            expected = runs.run()
-        with sidechain.steer(runs.pipe, directions):
-            found = runs.run()
-        assert not torch.equal(found, runs.plain[0])
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        contract.steering_equals_a_plain_hook(runs)
 
     def test_patching_with_its_own_output_changes_nothing(self, runs: Runs) -> None:
-        place = Where("*", branches="all")
-        with sidechain.patch(runs.pipe, place, output=runs.captured):
-            assert torch.equal(runs.run(), runs.plain[0])
+        contract.patching_with_its_own_output_changes_nothing(runs)
 
     def test_patching_with_another_output_is_seen(self, runs: Runs) -> None:
-        site = runs.sites[len(runs.sites) - 1]
-        other = runs.captured[site].flip(2)  # the samples exchanged
-        ran = runs.captured.steps
-        place = Where(site, branches="all", steps=(ran[0], ran[-1] + 1))
-        with sidechain.patch(runs.pipe, place, output=other):
-            assert not torch.equal(runs.run(), runs.plain[0])
+        contract.patching_with_another_output_is_seen(runs)
 
     def test_patching_a_context_equals_a_plain_hook(self, runs: Runs) -> None:
-        contexts, masked = runs.plain[2], runs.masked
-        site = next((s for s in runs.sites if s.kind == "cross" and s.name not in masked), None)
-        if site is None:
+        masked = runs.plain and runs.masked
+        if all(s.kind != "cross" or s.name in masked for s in runs.sites):
             pytest.skip("no cross-attention, or only with masks")
-        other = runs.steers(0, contexts[site.name]).flip(0)  # the prompts exchanged
-        number = itertools.count()
-
-        def swap(module: Any, args: Any, kwargs: Any) -> Any:
-            name = "context" if "context" in kwargs else "encoder_hidden_states"
-            context = (kwargs[name] if name in kwargs else args[1]).clone()
-            rows = runs.steers(next(number), context)
-            rows.copy_(other[: len(rows)])
-            if name in kwargs:
-                return args, {**kwargs, name: context}
-            return (args[0], context, *args[2:]), kwargs
-
-        handle = site.module.register_forward_pre_hook(swap, with_kwargs=True)
-        try:
-            expected = runs.run()
-        finally:
-            handle.remove()
-        with sidechain.patch(runs.pipe, site, context=other):
-            found = runs.run()
-        assert not torch.equal(found, runs.plain[0])
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        contract.patching_a_context_equals_a_plain_hook(runs)
 
     def test_a_masked_context_comes_with_its_mask(self, runs: Runs) -> None:
-        if not runs.masked:
+        if not (runs.plain and runs.masked):
             pytest.skip("no masks")
         name = min(runs.masked)
         with sidechain.capture(runs.pipe, name, reduce="context") as cap:
@@ -297,7 +139,7 @@ class TestEveryFamily:
             changed = {}
             for option in ("encoder_hidden_states", "attention_mask"):
                 value = kwargs[option].clone()
-                rows = runs.steers(place, value)
+                rows = runs.cond_rows(place, value)
                 rows.copy_(rows.flip(0))
                 changed[option] = value
             return args, {**kwargs, **changed}
@@ -319,33 +161,16 @@ class TestEveryFamily:
         place = Where("*", branches="all")
         with sidechain.capture(half.pipe, place, reduce="tokens", dtype=torch.bfloat16) as cap:
             assert torch.equal(half.run(), plain)
-        for site in half.sites:
-            expected = half.by_branch(outputs[site.name])
-            for number, branch in enumerate(cap.branches):
-                assert torch.equal(cap[site][:, number], expected[branch]), (site, branch)
+        contract.equals_hooks(half, cap, outputs)
         with sidechain.patch(half.pipe, place, output=cap):
             assert torch.equal(half.run(), plain)
-        with sidechain.steer(half.pipe, self.directions(half), strength=0.0):
+        with sidechain.steer(half.pipe, half.directions(), strength=0.0):
             assert torch.equal(half.run(), plain)
 
     def test_timesteps_are_in_the_units_of_the_scheduler(self, runs: Runs) -> None:
-        _, denoiser, family = find_denoiser(runs.pipe)
-        if family.timestep is None:
+        if find_denoiser(runs.pipe)[2].timestep is None:
             pytest.skip("the family cannot tell")
-        read: list[float] = []
-
-        def note(module: Any, args: Any, kwargs: Any) -> None:
-            timestep = family.timestep(args, kwargs)
-            read.append(float(timestep.reshape(-1)[0]))
-
-        handle = denoiser.register_forward_pre_hook(note, with_kwargs=True)
-        try:
-            runs.run()
-        finally:
-            handle.remove()
-        per_step = len(runs.case.order) if runs.case.calls else 1
-        timesteps = runs.pipe.scheduler.timesteps[-(len(read) // per_step) :]
-        assert read == pytest.approx(timesteps.repeat_interleave(per_step).tolist(), rel=1e-5)
+        contract.timesteps_are_in_the_units_of_the_scheduler(runs)
 
     def test_rows_of_a_batch_are_those_of_single_runs(self, runs: Runs) -> None:
         call = {k: v[:1] if isinstance(v, list) else v for k, v in runs.case.call.items()}
@@ -374,11 +199,6 @@ class TestEveryFamily:
             pair = runs.captured[site][:, place].mean(2)
             found = cap[site][:, 0, ::2]  # the samples that start from the noise of the pair
             assert float((found - pair).norm() / pair.norm()) < 1e-3, site
-
-    @staticmethod
-    def directions(runs: Runs) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(7)
-        return {s.name: torch.randn(s.width, generator=generator) for s in runs.sites}
 
 
 class TestSites:

@@ -13,8 +13,11 @@ from .adapter import (
     register_adapter,
     source_tokens,
 )
-from .attention import Attention, describe_attention, read_attention, with_context
+from .attention import Attention, describe_attention, described, read_attention, with_context
 from .generation import Generation, Observer
+from .places import Place, block_places
+from .probe import probe
+from .probed import Probe
 from .prompt_pairs import PromptPairs
 from .sites import Site, SiteList, SitePattern, sites
 from .tracker import GenerationTracker, observe, observers, release
@@ -26,18 +29,23 @@ __all__ = [
     "Generation",
     "GenerationTracker",
     "Observer",
+    "Place",
+    "Probe",
     "PromptPairs",
     "Site",
     "SiteList",
     "SitePattern",
+    "block_places",
     "call_argument",
     "call_shape",
     "call_timestep",
     "config_hash",
     "describe_attention",
+    "described",
     "execution_device",
     "observe",
     "observers",
+    "probe",
     "read_attention",
     "register_adapter",
     "release",

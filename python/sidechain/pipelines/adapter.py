@@ -3,19 +3,28 @@
 
 A family is known by the class name of its denoiser, so that the registry needs none of the
 libraries that define those classes. The entries stand in `families`; one of your own is made the
-same way::
+same way, in your own code::
 
     register_adapter(
         "MyTransformer",
         Adapter(
             family="mine",
-            components=("transformer",),
+            components=("transformer",),  # pipe.transformer is the denoiser
+            # Rows of a call: B without guidance, else B uncond rows and B cond rows.
             branches={1: ("cond",), 2: ("uncond", "cond")},
+            # forward(hidden_states, encoder_hidden_states, timestep)
             shape=call_shape((0, "hidden_states"), (1, "encoder_hidden_states")),
-            tokens=lambda site, shape: shape.latent[0],
             timestep=call_timestep(2),
+            tokens=lambda site, shape: shape.latent[0],  # latents are [R, T, C]
+            # Attention modules say `is_cross_attention`; their outputs are added as they are.
+            describe=described("text", "added to the residual"),
+            # model.blocks.3 puts out (text, latents), model.blocks.3.ff is its MLP.
+            places=block_places("blocks", mlp="ff", goes="added to the residual", element=1),
         ),
     )
+
+`sidechain.probe(pipe, ...)` shows what of this a pipeline has, and `sidechain.testing.contract`
+checks it: taps have to see and change what plain hooks see and change.
 """
 
 from __future__ import annotations
@@ -30,6 +39,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import Attention, describe_attention
+from .places import Place, no_places
 
 if TYPE_CHECKING:
     from .sites import Site
@@ -88,6 +98,8 @@ class Adapter:
             (arguments: args, kwargs, samples, branches) and raises on contradiction.
         describe: says of an attention module (its name, itself, the denoiser) what kind of site it
             is, or, as a text, why it is none.
+        places: says of any module (its name, itself, the denoiser) what place beside attention it
+            is: a block, an MLP, a resnet; as a text, why it is none; None = it says nothing.
         excludes: attributes of the pipeline that must be None: they hold a second denoiser, so
             that each of both sees only a part of the steps.
     """
@@ -104,6 +116,7 @@ class Adapter:
     timestep: Callable[[Arguments, Keywords], Tensor | None] | None = None
     verify: Callable[[Arguments, Keywords, int, tuple[str, ...]], None] | None = None
     describe: Callable[[str, nn.Module, nn.Module], Attention | str] = describe_attention
+    places: Callable[[str, nn.Module, nn.Module], Place | str | None] = no_places
     excludes: tuple[str, ...] = ()
 
 
@@ -185,7 +198,8 @@ def find_denoiser(pipe: Any) -> tuple[nn.Module, nn.Module, Adapter]:
     known = sorted({name for name, _ in _REGISTRY})
     raise TypeError(
         f"sites: expected a pipeline with a denoiser of class {' | '.join(known)}, got "
-        f"{type(pipe).__name__}({', '.join(f'{k}={v}' for k, v in seen.items())})"
+        f"{type(pipe).__name__}({', '.join(f'{k}={v}' for k, v in seen.items())}): "
+        "sidechain.probe(pipe, ...) looks into one that is not known"
     )
 
 

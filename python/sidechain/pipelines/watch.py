@@ -33,8 +33,9 @@ class Override:
         self.had = name in attributes
         self.plain = getattr(owner, name)
         self._call = around(self.plain)
-        # Pipelines inspect the signature of scheduler.step.
-        functools.update_wrapper(self, self.plain)
+        # Pipelines inspect the signature of scheduler.step. What a wrapper of another Override took
+        # over from it with `functools.wraps` must not come here.
+        functools.update_wrapper(self, self.plain, updated=())
         attributes[name] = self
         _PlainState.of(owner)
 

@@ -19,7 +19,7 @@ from ..pipelines import (
     observers,
     release,
 )
-from . import processor
+from .attach import arrange, attach, detach
 from .options import Steps, Window, same_device
 from .processor import Operation
 
@@ -104,11 +104,11 @@ class Tap:
         try:
             for site in self.sites:
                 for operation in self._operations[site.name]:
-                    processor.attach(site.module, operation)
+                    attach(site, operation)
                     done.append((site, operation))
         except BaseException:
             for site, operation in reversed(done):
-                processor.detach(site.module, operation)
+                detach(site, operation)
             self._leave()
             raise
 
@@ -125,7 +125,7 @@ class Tap:
         try:
             for site in self.sites:
                 for operation in self._operations[site.name]:
-                    processor.detach(site.module, operation)
+                    detach(site, operation)
         finally:
             self._leave()
 
@@ -180,7 +180,7 @@ class Tap:
             self._acts_on = self._bind(generation)
             self._generation = generation
         for site in self.sites:
-            processor.arrange(site.module)
+            arrange(site)
 
     def advance(self, step: int, call: int) -> None:
         """Point the device buffers at a denoiser call of a step."""

@@ -377,7 +377,7 @@ def capture(
     reduce: str = "mean",
     dtype: torch.dtype = torch.float32,
 ) -> Capture:
-    """Record what attention sites put out while the pipeline runs.
+    """Record what sites put out while the pipeline runs: attention, blocks, MLPs, resnets.
 
     The output of the module before its residual is read as the module put it out, before any
     steering at the same site. Reduction happens on the device, in the same pass as steering.

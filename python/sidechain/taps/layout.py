@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The forms in which attention modules put out [R, T, C], and the check that T is what it was."""
+"""The forms in which modules put out [R, T, C], and the check that T is what it was."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ class Expected(NamedTuple):
     site: str
     tokens: int
     width: int
+    rows: int = 0  # of the denoiser call; 0 = not known
 
 
 def expect(operations: Iterable[Operation], site: Site, generation: Generation) -> None:
     """Tell the operations at a site what output they will meet in a generation."""
-    expected = Expected(site.name, generation.tokens(site), site.width)
+    expected = Expected(site.name, generation.tokens(site), site.width, generation.shape.rows)
     for operation in operations:
         operation.expected = expected
 
@@ -49,6 +50,12 @@ def edit_output(
     if out.dim() == 4:
         return _edit_map(out, edits, operations)
     _check(out, operations)
+    if out.stride(2) != 1:  # tokens of a map that was only transposed
+        return _as_laid_out(out, _edit(out.contiguous(), edits))
+    return _edit(out, edits)
+
+
+def _edit(out: Tensor, edits: list[Callable[[Tensor], Tensor]]) -> Tensor:
     for edit in edits:
         out = edit(out)
     return out
@@ -58,7 +65,11 @@ def _edit_map(
     out: Tensor, edits: list[Callable[[Tensor], Tensor]], operations: list[Operation]
 ) -> Tensor:
     tokens = out.flatten(2).transpose(1, 2).contiguous()
-    edited = edit_output(tokens, edits, operations).transpose(1, 2).unflatten(2, out.shape[2:])
+    edited: Tensor = edit_output(tokens, edits, operations)
+    return _as_laid_out(out, edited.transpose(1, 2).unflatten(2, out.shape[2:]))
+
+
+def _as_laid_out(out: Tensor, edited: Tensor) -> Tensor:
     if torch.is_grad_enabled() and edited.requires_grad:
         return edited.contiguous()
     # With the strides of the output, so that what follows computes as it did.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..pipelines import Generation, Site, SitePattern, execution_device, sites
+from ..pipelines.attention import HOLDS, UNKNOWN
 from . import options
 from .base import Tap
 from .capture import Capture
@@ -133,7 +134,7 @@ class Patch(Tap):
 
     def _check_ablation(self) -> None:
         for site in self.sites:
-            if getattr(site.module, "residual_connection", False):
+            if site.goes in (HOLDS, UNKNOWN) or getattr(site.module, "residual_connection", False):
                 raise NotImplementedError(
                     f"patch: expected sites without a residual inside [ablate=True], got {site}: "
                     "zeros would take the residual away too"
@@ -381,7 +382,7 @@ def _outputs_by_name(pipe: Any, where: Where, output: Any) -> dict[str, Tensor]:
             )
         return {site.name: output[site.name] for site in chosen}
     if isinstance(output, Mapping):
-        known = sites(pipe)
+        known = sites(pipe, list(output))
         given = {known[key].name: value for key, value in output.items()}
         missing = [s.alias for s in chosen if s.name not in given]
         if missing:

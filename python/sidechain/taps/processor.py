@@ -471,7 +471,7 @@ def detach(attn: Any, operation: Operation) -> None:
             f"taps: expected the wrapped processor on {type(attn).__name__}, got "
             f"{type(processor).__name__}: it was replaced while a tap was attached and stays",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
         return
     processor._operations.remove(operation)

@@ -71,7 +71,6 @@ class _Table:
     """One vector, checked against a pipeline."""
 
     def __init__(self, pipe: Any, vector: Vector) -> None:
-        known = sites(pipe)
         self.timesteps: Tensor | None = None
         self.sigmas: Tensor | None = None
         self.tensors: dict[tuple[str, str], Tensor] = {}
@@ -90,10 +89,12 @@ class _Table:
             raise TypeError(
                 f"steer: expected a SteeringVector or {{site: tensor}}, got {type(vector).__name__}"
             )
-        device = execution_device(pipe, known[0].module)
+        named = {key: key[0] if isinstance(key, tuple) else key for key in entries}
+        known = sites(pipe, list(named.values()))
         for key, value in entries.items():
-            name, branches = (key[0], key[1:]) if isinstance(key, tuple) else (key, BRANCHES)
-            self._add(known[name], branches, value, device)
+            site = known[named[key]]
+            branches = key[1:] if isinstance(key, tuple) else BRANCHES
+            self._add(site, branches, value, execution_device(pipe, site.module))
         lengths = {t.shape[0] for t in self.tensors.values()}
         if len(lengths) != 1:
             raise ValueError(
@@ -402,7 +403,7 @@ def steer(
     removal: Any = 0.0,
     renorm: bool = False,
 ) -> Steer:
-    """Add directions to what attention sites put out.
+    """Add directions to what sites put out: attention, blocks, MLPs, resnets.
 
     y = x + (strength - removal * max(0, <x, v>)) v for the output x of the module before its
     residual; with renorm every token keeps its norm. Several steers at one site act in the order

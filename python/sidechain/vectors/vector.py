@@ -168,7 +168,7 @@ class SteeringVector:
                 f"SteeringVector: expected a denoiser with config hash {self.config_hash} "
                 f"[{self.provenance.model or 'the model it was made for'}], got {here}"
             )
-        known = sites(pipe)
+        known = sites(pipe, self.sites)
         for (name, _), value in self._tensors.items():
             if value.shape[1] != known[name].width:
                 raise ValueError(

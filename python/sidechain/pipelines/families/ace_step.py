@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 from ..adapter import Adapter, CallShape, call_shape, call_timestep, register_adapter
+from ..attention import ADDED, GATED, described
+from ..places import block_places
 from ..sites import Site
 
 
@@ -21,5 +23,7 @@ register_adapter(
         late_guidance=True,
         tokens=_tokens,
         timestep=call_timestep(1),
+        describe=described("text, lyrics and timbre", {"self": GATED, "cross": ADDED}),
+        places=block_places("layers", mlp="mlp", goes=GATED),
     ),
 )

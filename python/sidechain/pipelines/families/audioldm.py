@@ -13,8 +13,8 @@ from ..adapter import (
     call_timestep,
     register_adapter,
 )
-from ..attention import with_context
-from .unet import unet_tokens
+from ..attention import ADDED, with_context
+from .unet import unet_places, unet_tokens
 
 
 def _verify(
@@ -36,7 +36,8 @@ _AUDIOLDM = Adapter(
     timestep=call_timestep(1),
     verify=_verify,
     # `attn2` calls itself cross-attention and is given no context.
-    describe=with_context(),
+    describe=with_context(goes=ADDED),
+    places=unet_places,
 )
 for _pipeline in ("AudioLDMPipeline", "MusicLDMPipeline"):
     register_adapter("UNet2DConditionModel", _AUDIOLDM, pipeline=_pipeline)

@@ -8,19 +8,21 @@ from typing import Any
 from torch import nn
 
 from ..adapter import Adapter, CallShape, call_shape, call_timestep, register_adapter
-from ..attention import Attention, read_attention
+from ..attention import ADDED, Attention, read_attention
 from ..sites import Site
-from .unet import unet_tokens
+from .unet import unet_places, unet_tokens
 
 
 def _describe(name: str, module: nn.Module, denoiser: nn.Module) -> Attention | str:
     if not module.is_cross_attention:
-        return read_attention(module, "self")
+        return read_attention(module, "self", goes=ADDED)
     # Of the transformers behind each resnet the first two read GPT-2, the others T5.
     block_name, _, rest = name.partition(".attentions.")
     block: Any = denoiser.get_submodule(block_name)
     place = int(rest.partition(".")[0]) % len(block.cross_attention_dim)
-    return read_attention(module, "cross", source=0 if place <= 1 else 1)
+    source = 0 if place <= 1 else 1
+    reads = ("text of GPT-2", "second encoder, T5")[source]
+    return read_attention(module, "cross", source, reads=reads, goes=ADDED)
 
 
 def _context_tokens(site: Site, shape: CallShape) -> int:
@@ -43,5 +45,6 @@ register_adapter(
         context_tokens=_context_tokens,
         timestep=call_timestep(1),
         describe=_describe,
+        places=unet_places,
     ),
 )

@@ -6,12 +6,12 @@ from __future__ import annotations
 from torch import nn
 
 from ..adapter import Adapter, call_shape, call_timestep, register_adapter
-from ..attention import Attention, read_attention
-from .unet import unet_tokens
+from ..attention import HOLDS, Attention, read_attention
+from .unet import unet_places, unet_tokens
 
 
 def _describe(name: str, module: nn.Module, denoiser: nn.Module) -> Attention | str:
-    return read_attention(module, "self", note="output holds the residual")
+    return read_attention(module, "self", goes=HOLDS)
 
 
 register_adapter(
@@ -24,5 +24,6 @@ register_adapter(
         tokens=unet_tokens,
         timestep=call_timestep(1),
         describe=_describe,
+        places=unet_places,
     ),
 )

@@ -15,6 +15,8 @@ from ..adapter import (
     call_timestep,
     register_adapter,
 )
+from ..attention import GATED, described
+from ..places import block_places
 from .patches import patch_tokens
 
 _NULL = 1000  # class that the pipeline gives the rows without a condition
@@ -37,5 +39,7 @@ register_adapter(
         shape=call_shape((0, "hidden_states")),
         tokens=patch_tokens,
         timestep=call_timestep(1),
+        describe=described("", GATED),
+        places=block_places("transformer_blocks", mlp="ff", goes=GATED),
     ),
 )

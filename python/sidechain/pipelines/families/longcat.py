@@ -16,7 +16,8 @@ from ..adapter import (
     call_timestep,
     register_adapter,
 )
-from ..attention import with_context
+from ..attention import ADDED, GATED, with_context
+from ..places import block_places
 from ..sites import Site
 
 
@@ -47,6 +48,7 @@ register_adapter(
         shape=call_shape((0, "hidden_states"), (1, "encoder_hidden_states")),
         tokens=_tokens,
         timestep=call_timestep(3, scale=1000.0),
-        describe=with_context("cross_attn"),
+        describe=with_context("cross_attn", reads="text", goes={"self": GATED, "cross": ADDED}),
+        places=block_places("blocks", mlp="ffn", goes=GATED),
     ),
 )

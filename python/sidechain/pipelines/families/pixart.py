@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 from ..adapter import Adapter, call_shape, call_timestep, register_adapter
+from ..attention import ADDED, GATED, described
+from ..places import block_places
 from .patches import patch_tokens
 
 register_adapter(
@@ -15,5 +17,7 @@ register_adapter(
         shape=call_shape((0, "hidden_states"), (1, "encoder_hidden_states")),
         tokens=patch_tokens,
         timestep=call_timestep(2),
+        describe=described("text", {"self": GATED, "cross": ADDED}),
+        places=block_places("transformer_blocks", mlp="ff", goes=GATED),
     ),
 )

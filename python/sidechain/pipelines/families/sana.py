@@ -6,14 +6,15 @@ from __future__ import annotations
 from torch import nn
 
 from ..adapter import Adapter, call_shape, register_adapter
-from ..attention import Attention, read_attention
+from ..attention import ADDED, GATED, Attention, read_attention
+from ..places import block_places
 from .patches import patch_tokens
 
 
 def _describe(name: str, module: nn.Module, denoiser: nn.Module) -> Attention | str:
     if module.is_cross_attention:
-        return read_attention(module, "cross")
-    return read_attention(module, "self", note="linear attention")
+        return read_attention(module, "cross", reads="text", goes=ADDED)
+    return read_attention(module, "self", note="linear attention", goes=GATED)
 
 
 register_adapter(
@@ -28,5 +29,6 @@ register_adapter(
         # of a call do not hold.
         timestep=None,
         describe=_describe,
+        places=block_places("transformer_blocks", mlp="ff", goes=GATED),
     ),
 )

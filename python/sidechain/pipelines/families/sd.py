@@ -15,14 +15,16 @@ from ..adapter import (
     call_timestep,
     register_adapter,
 )
-from ..attention import Attention, describe_attention
-from .unet import unet_tokens
+from ..attention import ADDED, Attention, described
+from .unet import unet_places, unet_tokens
+
+_plain = described("text", ADDED)
 
 
 def _describe(name: str, module: nn.Module, denoiser: nn.Module) -> Attention | str:
     if getattr(module, "added_kv_proj_dim", None) is not None:
         return "its keys and values come from latents and text together, over 4-D states"
-    return describe_attention(name, module, denoiser)
+    return _plain(name, module, denoiser)
 
 
 def _verify(
@@ -47,5 +49,6 @@ register_adapter(
         timestep=call_timestep(1),
         verify=_verify,
         describe=_describe,
+        places=unet_places,
     ),
 )

@@ -6,15 +6,16 @@ from __future__ import annotations
 from torch import nn
 
 from ..adapter import Adapter, call_shape, call_timestep, register_adapter
-from ..attention import Attention, read_attention
+from ..attention import GATED, Attention, read_attention
+from ..places import block_places
 from .patches import patch_tokens
 
 
 def _describe(name: str, module: nn.Module, denoiser: nn.Module) -> Attention | str:
     # `is_cross_attention` is False for both.
     if getattr(module, "added_kv_proj_dim", None) is None:
-        return read_attention(module, "self")
-    return read_attention(module, "joint", note="output for the image")
+        return read_attention(module, "self", goes=GATED)
+    return read_attention(module, "joint", note="output for the image", reads="text", goes=GATED)
 
 
 register_adapter(
@@ -27,5 +28,9 @@ register_adapter(
         tokens=patch_tokens,
         timestep=call_timestep(3),
         describe=_describe,
+        # A block puts out (text, image).
+        places=block_places(
+            "transformer_blocks", mlp="ff", element=1, goes=GATED, other=("ff_context",)
+        ),
     ),
 )

@@ -17,6 +17,8 @@ from ..adapter import (
     call_timestep,
     register_adapter,
 )
+from ..attention import ADDED, described
+from ..places import block_places
 from ..sites import Site
 
 
@@ -48,6 +50,8 @@ STABLE_AUDIO = Adapter(
     tokens=_tokens,
     timestep=call_timestep(1),
     verify=_verify,
+    describe=described("text and durations", ADDED),
+    places=block_places("transformer_blocks", mlp="ff", goes=ADDED),
 )
 register_adapter("StableAudioDiTModel", STABLE_AUDIO)
 # The zoo's pipeline divides its timesteps by their number in training.

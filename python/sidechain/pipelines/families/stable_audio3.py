@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from ..adapter import Adapter, CallShape, call_shape, call_timestep, register_adapter
-from ..attention import with_context
+from ..attention import ADDED, GATED, with_context
+from ..places import block_places
 from ..sites import Site
 
 
@@ -24,6 +25,9 @@ register_adapter(
         shape=call_shape((0, "hidden_states"), (2, "encoder_hidden_states")),
         tokens=_tokens,
         timestep=call_timestep(1),
-        describe=with_context("cross_attn"),
+        describe=with_context(
+            "cross_attn", reads="text and durations", goes={"self": GATED, "cross": ADDED}
+        ),
+        places=block_places("transformer_blocks", mlp="ff", goes=GATED),
     ),
 )

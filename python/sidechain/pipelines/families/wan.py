@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 from ..adapter import Adapter, CallShape, call_shape, call_timestep, register_adapter
+from ..attention import ADDED, GATED, described
+from ..places import block_places
 from ..sites import Site
 from .patches import patch_tokens
 
@@ -26,6 +28,9 @@ register_adapter(
         tokens=patch_tokens,
         context_tokens=_context_tokens,
         timestep=call_timestep(1),
+        # Image to video: the tokens of the first image go before those of the text.
+        describe=described("text", {"self": GATED, "cross": ADDED}),
+        places=block_places("blocks", mlp="ffn", goes=GATED),
         excludes=("transformer_2",),
     ),
 )
