@@ -14,6 +14,7 @@ from ._lazy import lazy
 
 if TYPE_CHECKING:
     from ._errors import InputError
+    from .pipelines.places import token_places
     from .pipelines.sites import sites
     from .taps.base import attached, detach_all
     from .taps.cache_context import cache_context
@@ -56,6 +57,7 @@ __all__ = [
     "patch",
     "sites",
     "steer",
+    "token_places",
 ]
 
 lazy(
@@ -75,6 +77,7 @@ lazy(
             ".taps",
         ),
         "sites": ".pipelines",
+        "token_places": ".pipelines",
         "SteeringVector": ".vectors",
         "InputError": "._errors",
         "__version__": "._version",

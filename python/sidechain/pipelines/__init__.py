@@ -14,6 +14,7 @@ from .adapter import (
     source_tokens,
 )
 from .attention import Attention, describe_attention, read_attention, with_context
+from .places import token_grid, token_places
 from .prompt_pairs import PromptPairs
 from .sites import Site, SiteList, SitePattern, sites
 from .tracker import Generation, GenerationTracker, Observer, observe, observers, release
@@ -42,5 +43,7 @@ __all__ = [
     "release",
     "sites",
     "source_tokens",
+    "token_grid",
+    "token_places",
     "with_context",
 ]

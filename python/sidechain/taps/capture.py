@@ -7,7 +7,7 @@ import contextlib
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,7 +21,6 @@ from .layout import expect
 from .options import Where, placed
 from .processor import ContextRecord, Operation, Record
 
-REDUCTIONS = ("mean", "mean_square", "tokens", "context")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -74,6 +73,8 @@ class Capture(Tap):
     """
 
     name = "capture"
+    #: The class of each reduction; a subclass adds its own.
+    reductions: ClassVar[dict[str, type[Capture]]] = {}
 
     def __init__(
         self,
@@ -82,10 +83,6 @@ class Capture(Tap):
         reduce: str,
         dtype: torch.dtype,
     ) -> None:
-        if reduce not in REDUCTIONS:
-            raise ValueError(
-                f"capture: expected reduce to be one of {', '.join(REDUCTIONS)}, got {reduce!r}"
-            )
         if dtype not in _DTYPES:
             raise TypeError(f"capture: expected dtype float32 | float16 | bfloat16, got {dtype}")
         super().__init__(pipe, where.chosen(pipe, "cross:*"), where.steps)
@@ -123,11 +120,20 @@ class Capture(Tap):
         parts = []
         for labels, buffers in self._records():
             found = buffers[name]
-            value = _mean(found.sums, found.counts) if found.ring is None else found.ring
+            value = self._mean(found) if found.ring is None else found.ring
             parts.append(self._split_rows(value, labels))
-        axis = 1 if self.reduce == "context" else 2
+        axis = 2 if self._per_step else 1
         joined = torch.cat(parts, axis) if len(parts) > 1 else parts[0]
         return joined.to(self.dtype)
+
+    @property
+    def _per_step(self) -> bool:
+        """Tell whether every step has an entry of its own; else the buffers hold one for all."""
+        return self.reduce != "context"
+
+    def _mean(self, found: Buffers) -> Tensor:
+        """Divide what was added up at a site by how often."""
+        return _mean(found.sums, found.counts)
 
     def mean_square(self, site: str | Site | int) -> Tensor:
         """Return the mean square over tokens, [steps, branches, B, C] (reduce="mean_square")."""
@@ -225,13 +231,13 @@ class Capture(Tap):
             self._branches(generation, self._wanted),
             generation.samples,
         )
-        if self.reduce == "context":
-            return labels, self._buffers
-        if not steps:
+        if self.reduce != "context" and not steps:
             raise RuntimeError(
                 f"capture: expected steps within [{start}, {stop}) [window of this capture], got "
                 f"{self._seen}"
             )
+        if not self._per_step:
+            return labels, self._buffers
         first, count = steps[0] - start, len(steps)
         if steps == tuple(range(steps[0], steps[0] + count)):
             place: Any = slice(first, first + count)
@@ -240,10 +246,10 @@ class Capture(Tap):
         return labels, {n: _each(lambda t: t[place], b) for n, b in self._buffers.items()}
 
     def _split_rows(self, value: Tensor, labels: Labels) -> Tensor:
-        """Turn [S, R', ...] into [S, branches, B, ...], without S for a context."""
+        """Turn [S, R', ...] into [S, branches, B, ...], without S where it is one for all."""
         rest = value.shape[2:]
         split = value.reshape(len(value), len(labels.branches), labels.samples, *rest)
-        return split[0] if self.reduce == "context" else split
+        return split if self._per_step else split[0]
 
     # -- following the generation -------------------------------------------------------------
 
@@ -305,6 +311,10 @@ class Capture(Tap):
         self._kept_mask = options.reuse(self._kept_mask, mask)
         return self._kept_mask
 
+    def _width(self, site: Site) -> int:
+        """Return the channels of what is recorded at a site."""
+        return site.width
+
     def _shapes(self, site: Site, generation: Generation, rows: int) -> dict[str, tuple[int, ...]]:
         if self.reduce == "context":
             return {"ring": (1, rows, generation.context_tokens(site), site.context_width)}
@@ -312,13 +322,13 @@ class Capture(Tap):
         tokens = None if isinstance(self._tokens, Tensor) else self._tokens
         kept = options.count_tokens("capture", tokens, site, generation)
         if self.reduce == "tokens":
-            return {"ring": (steps, rows, kept, site.width)}
+            return {"ring": (steps, rows, kept, self._width(site))}
         shapes: dict[str, tuple[int, ...]] = {
-            "sums": (steps, rows, site.width),
+            "sums": (steps, rows, self._width(site)),
             "counts": (steps, rows),
         }
         if self.reduce == "mean_square":
-            shapes["squares"] = (steps, rows, site.width)
+            shapes["squares"] = (steps, rows, self._width(site))
         return shapes
 
     def _finish(self) -> None:
@@ -350,6 +360,9 @@ class Capture(Tap):
         self._seen.append(step)
 
 
+Capture.reductions.update(dict.fromkeys(("mean", "mean_square", "tokens", "context"), Capture))
+
+
 @placed
 def capture(
     pipe: Any,
@@ -367,7 +380,9 @@ def capture(
         pipe: diffusers pipeline.
         where: sites, or a `Where`, which names branches, steps and tokens too.
         reduce: "mean" over tokens, "mean_square" (mean and mean square), "tokens" (all of them), or
-            "context" (the text that a cross-attention site sees, once for each generation).
+            "context" (the text that a cross-attention site sees, once for each generation), "heads"
+            (mean of what each head puts out, `taps.heads`), or "maps" (how much attention each
+            token gives to each token of the text, mean over heads and steps, `taps.maps`).
         dtype: of the results; sums are kept in float32.
 
     Returns:
@@ -379,7 +394,12 @@ def capture(
 
     Differentiable in: nothing; gradients flow through the site untouched.
     """
-    return Capture(pipe, Where.of(where), reduce, dtype)
+    kind = Capture.reductions.get(reduce)
+    if kind is None:
+        raise ValueError(
+            f"capture: expected reduce to be one of {', '.join(Capture.reductions)}, got {reduce!r}"
+        )
+    return kind(pipe, Where.of(where), reduce, dtype)
 
 
 class _Enough(Exception):

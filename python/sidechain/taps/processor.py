@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -109,14 +110,6 @@ class Ablate(Operation):
         return out.masked_fill(self.selected, 0)
 
 
-class Attend(Operation):
-    """Computes the attention itself, in place of the model's processor."""
-
-    def __call__(self, hidden: Tensor, context: Tensor) -> Tensor:
-        """Return the output of the attention module."""
-        raise NotImplementedError
-
-
 class OutputSide(Operation):
     """One side of a `tap_` call on the output of a site.
 
@@ -137,6 +130,26 @@ class Record(OutputSide):
     """Captures the output."""
 
     buffers = Capture()
+
+
+class Inside(Record):
+    """Captures what happens within the attention rather than its output; changes nothing."""
+
+    def view(self, attn: Any) -> Any:
+        """Return the attention module as the processor is to see it."""
+        return attn
+
+    def watch(self) -> contextlib.AbstractContextManager[Any] | None:
+        """Return what surrounds a call of the processor; None = nothing."""
+        return None
+
+
+class Attend(Operation):
+    """Computes the attention itself, in place of the model's processor."""
+
+    def __call__(self, hidden: Tensor, context: Tensor, inside: list[Inside]) -> Tensor:
+        """Return the output of the attention module, and let `inside` see what is within."""
+        raise NotImplementedError
 
 
 class Add(OutputSide):
@@ -249,6 +262,7 @@ class Tapped:
         self._swaps: list[Swap] = []
         self._split: SplitAttention | None = None
         self._attend: Attend | None = None
+        self._inside: list[Inside] = []
         self._outputs: list[Callable[[Tensor], Tensor]] = []
 
     def __getattr__(self, name: str) -> Any:
@@ -278,13 +292,27 @@ class Tapped:
         outputs: list[Callable[[Tensor], Tensor]] = [
             o for o in ops if isinstance(o, Replace | Ablate)
         ]
-        records = [o for o in ops if isinstance(o, Record)]
+        self._inside = [o for o in ops if isinstance(o, Inside)]
+        records = [o for o in ops if isinstance(o, Record) and not isinstance(o, Inside)]
         adds = [o for o in ops if isinstance(o, Add)]
         together = bool(records and adds) and _fits(records[-1], adds[0])
         outputs += [TapCall(r, None) for r in (records[:-1] if together else records)]
         if together:
             outputs.append(TapCall(records[-1], adds.pop(0)))
         self._outputs = outputs + [TapCall(None, a) for a in adds]
+
+    def _run(self, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the model's own processor."""
+        seen = self._attn if self._split is None else self._split
+        if not self._inside:
+            return self._inner(seen, hidden, *args, **kwargs)
+        with contextlib.ExitStack() as stack:
+            for inside in self._inside:
+                seen = inside.view(seen)
+                watch = inside.watch()
+                if watch is not None:
+                    stack.enter_context(watch)
+            return self._inner(seen, hidden, *args, **kwargs)
 
     def _edit_context(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         name, place = self._context_name, self._context_place
@@ -342,10 +370,10 @@ def _make_tapped_class(inner: type) -> type[Tapped]:
             attend.mark()
         # Keys and values of two different contexts are not one thing that could be kept.
         if attend is not None and self._split is None and not torch.is_grad_enabled():
-            out = attend(hidden_states, _context_alone(names[3:], args, kwargs))
+            context = _context_alone(names[3:], args, kwargs)
+            out = attend(hidden_states, context, self._inside)
         else:
-            seen = attn if self._split is None else self._split
-            out = self._inner(seen, hidden_states, *args, **kwargs)
+            out = self._run(hidden_states, args, kwargs)
         return edit_output(out, self._outputs, self._operations) if self._outputs else out
 
     call.__signature__ = signature  # type: ignore[attr-defined]
