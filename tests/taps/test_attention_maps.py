@@ -174,7 +174,7 @@ class TestNumerics:
         with sidechain.capture(pipe, Where("cross:0", branches="all"), reduce="maps"):
             run(pipe)
             seen = torch.autograd.grad(attn(hidden, context).square().sum(), hidden)[0]
-            with pytest.raises(RuntimeError, match="attention of 4 rows at .* got 1"):
+            with pytest.raises(RuntimeError, match=r"attention of 4 rows at .* got 1"):
                 attn(hidden[:1], context[:1])
         assert torch.equal(seen, plain)
 
@@ -292,7 +292,7 @@ class TestWhereAWordLooks:
 
 class TestBadInput:
     def test_self_attention(self) -> None:
-        with pytest.raises(ValueError, match="cross-attention or joint attention .*got .*attn1"):
+        with pytest.raises(ValueError, match=r"cross-attention or joint attention .*got .*attn1"):
             sidechain.capture(pipeline("sd"), "self:0", reduce="maps")
 
     def test_a_mask_of_tokens(self) -> None:
@@ -308,7 +308,7 @@ class TestBadInput:
             pass
 
         attn.set_processor(Mine())
-        with pytest.raises(NotImplementedError, match="where the text stands .* got Mine"):
+        with pytest.raises(NotImplementedError, match=r"where the text stands .* got Mine"):
             sidechain.capture(pipe, "joint:0", reduce="maps")
 
     def test_a_processor_that_attends_by_other_means(self) -> None:
@@ -345,9 +345,7 @@ class TestBadInput:
         for token in (-1, 77, [], [3, 500]):
             with pytest.raises(ValueError, match=r"expected tokens within \[0, "):
                 cap.map("cross:0", token)
-        with pytest.raises(
-            ValueError, match=r"branch to be one of cond \[captured\], got 'uncond'"
-        ):
+        with pytest.raises(ValueError, match=r"one of cond \[captured\], got 'uncond'"):
             cap.map("cross:0", 0, branch="uncond")
         with pytest.raises(ValueError, match=r"expected a grid of 64 tokens .* got \(3, 3\)"):
             cap.map("cross:0", 0, grid=(3, 3))

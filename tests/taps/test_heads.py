@@ -255,7 +255,7 @@ class TestBadInput:
     def test_no_output_projection(self) -> None:
         pipe = tiny_pipeline("flux")
         single = sidechain.sites(pipe, "self:0")[0]
-        with pytest.raises(NotImplementedError, match="an output projection .* got FluxAttention"):
+        with pytest.raises(NotImplementedError, match=r"an output projection .* got FluxAttention"):
             sidechain.capture(pipe, single, reduce="heads")
 
     def test_a_processor_that_leaves_the_projection_out(self) -> None:
@@ -267,7 +267,7 @@ class TestBadInput:
                 return hidden_states
 
         attn.set_processor(Mine())
-        with pytest.raises(RuntimeError, match="expected one call of self:0 .* got 0"):
+        with pytest.raises(RuntimeError, match=r"expected one call of self:0 .* got 0"):
             heads(pipe, "self:0")
 
     def test_another_shape_in_front_of_the_projection(self) -> None:

@@ -104,13 +104,11 @@ class HeadRecord(Inside):
         return self.rows or slice(0, place.rows)
 
     def _cut(self, start: int, stop: int) -> Buffers:
-        values = (None if t is None else t[:, start:stop] for t in self.buffers[:4])
-        mask = self.buffers.mask
-        return Buffers(
-            *values,
-            slot=self.buffers.slot,
-            mask=mask if mask is None or mask.shape[0] == 1 else mask[start:stop],
-        )
+        sums, squares, counts, ring, slot, mask = self.buffers
+        values = (None if t is None else t[:, start:stop] for t in (sums, squares, counts, ring))
+        if mask is not None and mask.shape[0] > 1:
+            mask = mask[start:stop]
+        return Buffers(*values, slot, mask)
 
 
 class _Overheard:

@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .. import _device
+from ..ops import Capture as Buffers
 from ..pipelines import Generation, Site, token_grid
 from . import options
-from .capture import Buffers, Capture
+from .capture import Capture
 from .layout import Expected
 from .options import Where
 from .processor import Inside, Operation, inner_processor
