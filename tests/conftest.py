@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import shown
+from pipelines import matrix
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # cuBLAS refuses deterministic mode without it; read when it starts.
@@ -51,7 +52,7 @@ def pytest_testnodedown(node: Any) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    for line in shown.lines():
+    for line in [*matrix.lines(terminalreporter.stats), *shown.lines()]:
         terminalreporter.write_line(line)
 
 

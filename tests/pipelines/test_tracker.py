@@ -21,7 +21,7 @@ class Recorder:
     def bind(self, generation: Generation) -> None:
         self.generations.append(generation)
 
-    def advance(self, step: int) -> None:
+    def advance(self, step: int, call: int) -> None:
         self.steps.append(step)
 
     def before_call(self) -> None:
@@ -51,7 +51,7 @@ class TestGeneration:
             ("uncond", "cond"),
         )
         assert generation.sample_of_row.tolist() == [0, 1, 0, 1]
-        assert generation.branch_of_row.tolist() == [0, 0, 1, 1]
+        assert generation.branch_of_row(0).tolist() == [0, 0, 1, 1]
         assert generation.rows_of("cond") == slice(2, 4)
         assert (
             generation.shape.rows,

@@ -68,6 +68,53 @@ class TestNumerics:
             else:
                 assert (found.sum(-1) < 1).all()
 
+    @pytest.mark.parametrize("name", ["longcat_audio", "wan"])
+    def test_one_call_for_each_branch(self, name: str) -> None:
+        """LongCat turns queries and keys of its cross-attention, and Wan norms all heads at once:
+        what counts is what reaches the softmax."""
+        pipe = pipeline(name)
+        sdpa, given = F.scaled_dot_product_attention, []
+
+        def note(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if query.shape[2] != key.shape[2]:
+                mask = kwargs.get("attn_mask")
+                scores = query.double() @ key.double().transpose(2, 3) / query.shape[-1] ** 0.5
+                if mask is not None:
+                    scores = scores.masked_fill(~mask, -torch.inf)
+                given.append(scores.softmax(-1).mean(1))
+            return sdpa(query, key, value, *args, **kwargs)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(F, "scaled_dot_product_attention", note)
+            plain = run(pipe)
+        cap = maps(pipe, Where("cross:*", branches="all"))
+        assert torch.equal(cap.result, plain)
+        assert cap.branches == ("cond", "uncond")
+        by_call = torch.stack(given).unflatten(0, (3, 2, len(cap.sites)))  # steps, calls, sites
+        for number, site in enumerate(cap.sites):
+            expected = by_call[:, :, number].mean(0)
+            torch.testing.assert_close(cap[site].double(), expected, rtol=1e-4, atol=1e-6)
+        alone = maps(pipe, "cross:0")
+        assert torch.equal(alone["cross:0"], cap["cross:0"][:1]) and alone.branches == ("cond",)
+
+    def test_guidance_in_some_of_the_steps(self) -> None:
+        pipe = pipeline("ace_step")
+        call = {"cfg_interval_start": 0.3}
+        with seen_at(pipe, "cross:0") as seen:
+            plain = run(pipe, **call)
+        name = sidechain.sites(pipe)["cross:0"].name
+        every: list[Tensor] = []
+        for one in seen[name].calls:
+            seen[name].calls = [one]
+            every.append(seen[name].maps()[0])
+        assert {len(rows) for rows in every} == {2, 4}
+        cap = maps(pipe, Where("cross:0", branches="all"), **call)
+        assert torch.equal(cap.result, plain) and cap.branches == ("cond", "uncond")
+        cond = torch.stack([rows[:2] for rows in every]).mean(0)
+        uncond = torch.stack([rows[2:] for rows in every if len(rows) == 4]).mean(0)
+        expected = torch.stack([cond, uncond])
+        torch.testing.assert_close(cap["cross:0"].double(), expected, rtol=1e-4, atol=1e-6)
+
     def test_masks_are_seen(self) -> None:
         """The references above would agree without masks if no token was ever masked."""
         for name in ("audioldm2", "pixart", "sana"):

@@ -77,7 +77,7 @@ class TestSteps:
         with sidechain.steer(pipe, vector, Where(steps=(2, 3))) as tap:
             slots: list[int] = []
             tap._advance, plain = (
-                lambda s, i: (plain(s, i), slots.append(int(tap._slot)))[0],
+                lambda s, c, i: (plain(s, c, i), slots.append(int(tap._slot)))[0],
                 tap._advance,
             )  # type: ignore
             cut(pipe, 2, index=True)
@@ -110,7 +110,7 @@ class TestSteps:
         with sidechain.steer(pipe, vectors(pipe), strength=3.0) as tap:
             tap.tracker.begin(1, 1)
             denoise(pipe, torch.ones(1, 3, 8), torch.ones(1))
-            with pytest.raises(RuntimeError, match=r"expected one denoiser call .*second one at"):
+            with pytest.raises(RuntimeError, match=r"expected one denoiser call .*another one at"):
                 denoise(pipe, torch.ones(1, 3, 8), torch.ones(1))
 
     def test_another_scheduler_is_another_grid(self) -> None:
@@ -305,7 +305,8 @@ class TestGradients:
         with sidechain.capture(pipe, "cross:0") as cap:
             cap.tracker.begin(1, 1)
             denoise(pipe, torch.ones(1, 3, 8), torch.ones(1)).sum().backward()
-        assert bool((cap._buffers["transformer_blocks.0.attn2"].counts == 9).all())
+        (layout,) = cap._layouts.values()
+        assert bool((layout.buffers["transformer_blocks.0.attn2"].counts == 9).all())
 
     def test_trainable_vectors_and_strengths_are_refused(self) -> None:
         pipe = tiny_pipeline()

@@ -14,10 +14,11 @@ from .adapter import (
     source_tokens,
 )
 from .attention import Attention, describe_attention, read_attention, with_context
+from .generation import Generation, Observer
 from .places import token_grid, token_places
 from .prompt_pairs import PromptPairs
 from .sites import Site, SiteList, SitePattern, sites
-from .tracker import Generation, GenerationTracker, Observer, observe, observers, release
+from .tracker import GenerationTracker, observe, observers, release
 
 __all__ = [
     "Adapter",

@@ -75,7 +75,12 @@ class Adapter:
         tokens: T of the output of a site in calls of a shape.
         context_tokens: S of the context of a site in calls of a shape, 0 where it reads none.
         calls: guidance branch of the k-th denoiser call of a step, for families that call the
-            denoiser once for each branch; `branches` is not used then.
+            denoiser once for each branch; `branches` is not used then. Pipelines that name their
+            calls with `cache_context` are taken at their word.
+        late_guidance: whether a generation may begin without the other branches and get them at a
+            later step.
+        samples: reads B from the arguments of a denoiser call, for pipelines without
+            `prepare_latents`. None = `prepare_latents` tells, or every row is a sample.
         timestep: reads from the arguments of the denoiser the timestep in the units of
             `scheduler.timesteps`, as exact as the dtype that it arrived in. None = it cannot be
             read from them.
@@ -94,6 +99,8 @@ class Adapter:
     tokens: Callable[[Site, CallShape], int]
     context_tokens: Callable[[Site, CallShape], int] = source_tokens
     calls: tuple[str, ...] = ()
+    late_guidance: bool = False
+    samples: Callable[[Arguments, Keywords], int] | None = None
     timestep: Callable[[Arguments, Keywords], Tensor | None] | None = None
     verify: Callable[[Arguments, Keywords, int, tuple[str, ...]], None] | None = None
     describe: Callable[[str, nn.Module, nn.Module], Attention | str] = describe_attention

@@ -9,75 +9,18 @@ on instances and put back afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import _device
-from .adapter import Adapter, CallShape, call_argument, find_denoiser
-from .sites import Site
+from .adapter import Adapter, CallShape, find_denoiser
+from .generation import Generation, Observer
+from .schedule import Schedule
 from .watch import Hook, Override
-
-
-@dataclass(frozen=True, eq=False)
-class Generation:
-    """One generation, as it is known at its first denoiser call.
-
-    Attributes:
-        number: counts the generations of the GenerationTracker.
-        samples: B.
-        steps: number of scheduler steps announced.
-        branches: guidance branch of each block of B rows.
-        shape: of the denoiser call.
-        timesteps: [steps] float64 on the CPU.
-        sigmas: [steps] float64 on the CPU; None where the scheduler has none.
-        adapter: of the family.
-        sample_of_row: [R] int64 on the device.
-        branch_of_row: [R] int64 on the device, index into `branches`.
-    """
-
-    number: int
-    samples: int
-    steps: int
-    branches: tuple[str, ...]
-    shape: CallShape
-    timesteps: Tensor
-    sigmas: Tensor | None
-    adapter: Adapter
-    sample_of_row: Tensor
-    branch_of_row: Tensor
-
-    def rows_of(self, branch: str) -> slice:
-        """Return the block of rows of one guidance branch."""
-        start = self.branches.index(branch) * self.samples
-        return slice(start, start + self.samples)
-
-    def tokens(self, site: Site) -> int:
-        """Return T of the output of a site."""
-        return self.adapter.tokens(site, self.shape)
-
-    def context_tokens(self, site: Site) -> int:
-        """Return S of the context of a site, 0 where it reads none."""
-        return self.adapter.context_tokens(site, self.shape)
-
-
-class Observer(Protocol):
-    """What a tap offers to its GenerationTracker."""
-
-    def bind(self, generation: Generation) -> None:
-        """Size and fill device buffers; called before the first denoiser call of a generation."""
-
-    def advance(self, step: int) -> None:
-        """Point the device buffers at a step; called before the first denoiser call of it."""
-
-    def before_call(self) -> None:
-        """Note that a denoiser call begins."""
-
-    def after_call(self, step: int) -> None:
-        """Check that every site ran once in the denoiser call that ends."""
 
 
 class GenerationTracker:
@@ -87,22 +30,26 @@ class GenerationTracker:
         self.pipe = pipe
         self.scheduler = pipe.scheduler
         self.samples: int | None = None
-        self.step = 0
         self.generation: Generation | None = None
         self.observers: list[Observer] = []
+        self._schedule = Schedule()
         self._number = 0
-        self._timesteps: Tensor | None = None  # None: no generation has begun
-        self._published = -1
-        self._called = -1  # step of the last denoiser call
+        self._call = 0  # number of the denoiser call within its step
+        self._branches: set[str] = set()  # those that this generation has had
+        self._named: str | None = None  # what the pipeline calls the denoiser call under way
+        self._published = (-1, 0)  # step and call that the buffers are for
         self._repeated = False
-        self._by_hand = False
-        self._announced: int | None = None  # step that the scheduler was asked about since
         self._state = 0  # counts what the buffers held
         self._states_with_gradient: set[int] = set()
         self._overrides: list[Override] = []
         self._watched: tuple[nn.Module, bool] | None = None
         self._watchers: list[Hook | Override] = []
         self._adapter: Adapter
+
+    @property
+    def step(self) -> int:
+        """Number of the step of the next denoiser call."""
+        return self._schedule.step
 
     # -- life ---------------------------------------------------------------------------------
 
@@ -141,7 +88,7 @@ class GenerationTracker:
 
         A forward hook inside a compiled region would be traced, or, added late, never fire.
         """
-        called, _, self._adapter = find_denoiser(self.pipe)
+        called, denoiser, self._adapter = find_denoiser(self.pipe)
         compiled = getattr(called, "_compiled_call_impl", None) is not None
         if self._watched == (called, compiled):
             return
@@ -161,7 +108,21 @@ class GenerationTracker:
         else:
             self._watchers.append(Hook(called, self._before_denoiser))
             self._watchers.append(Hook(called, self._after_denoiser, after=True))
+        if self._adapter.calls and hasattr(denoiser, "cache_context"):
+            self._watchers.append(Override(denoiser, "cache_context", self._around_cache_context))
         self._watched = (called, compiled)
+
+    def _around_cache_context(self, inner: Callable[..., Any]) -> Callable[..., Any]:
+        @contextlib.contextmanager
+        def cache_context(name: str, *args: Any, **kwargs: Any) -> Iterator[Any]:
+            outer, self._named = self._named, name
+            try:
+                with inner(name, *args, **kwargs) as entered:
+                    yield entered
+            finally:
+                self._named = outer
+
+        return cache_context
 
     # -- what the pipeline does ---------------------------------------------------------------
 
@@ -185,68 +146,32 @@ class GenerationTracker:
     def _around_step(self, inner: Callable[..., Any]) -> Callable[..., Any]:
         def step(*args: Any, **kwargs: Any) -> Any:
             sample = kwargs["sample"] if "sample" in kwargs else args[2]
-            if self.samples is not None and sample.shape[0] != self.samples:
-                raise RuntimeError(
-                    f"sites: expected {self.samples} samples in scheduler.step [B of "
-                    f"prepare_latents], got {sample.shape[0]}"
-                )
+            self._check_samples(sample.shape[0])
             timestep = kwargs["timestep"] if "timestep" in kwargs else args[1]
-            place = self._place(timestep)
-            if place is not None and self._called == self.step and place != self.step:
-                raise RuntimeError(
-                    f"sites: expected scheduler.step at step {self.step} [of the denoiser call "
-                    f"before it], got the timestep of step {place}"
-                )
+            place = self._schedule.check(timestep)
             result = inner(*args, **kwargs)
-            self.step = (self.step if place is None else place) + 1
-            self._announced = None
+            self._schedule.advance(place)
             return result
 
         return step
 
+    def _check_samples(self, rows: int) -> None:
+        if self.samples is None:
+            return
+        expected, why = self.samples, "B of prepare_latents"
+        if self._adapter.samples is not None and self.generation is not None:
+            expected, why = self.generation.shape.rows, "rows of the denoiser"
+        if rows != expected:
+            raise RuntimeError(
+                f"sites: expected {expected} samples in scheduler.step [{why}], got {rows}"
+            )
+
     def _around_scaling(self, inner: Callable[..., Any]) -> Callable[..., Any]:
         def scale_model_input(*args: Any, **kwargs: Any) -> Any:
-            timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
-            self._announced = self._place(timestep)
+            self._schedule.announce(kwargs.get("timestep", args[1] if len(args) > 1 else None))
             return inner(*args, **kwargs)
 
         return scale_model_input
-
-    def _place(self, timestep: Any, *, by_value: bool = True) -> int | None:
-        """Return the number of a timestep in the schedule; None if that cannot be told for free.
-
-        An element of the schedule, the usual case, is known by its address: nothing is read from
-        a device. Where a value stands there twice (Heun), it is the one at or after this step.
-        """
-        grid = self._timesteps
-        if grid is None or grid.dim() != 1 or self._by_hand:
-            return None
-        if isinstance(timestep, Tensor):
-            if timestep.numel() == 0 or timestep.device != grid.device:
-                return None
-            same = timestep.untyped_storage().data_ptr() == grid.untyped_storage().data_ptr()
-            if same and timestep.dtype == grid.dtype and grid.device.type != "meta":
-                place = (timestep.storage_offset() - grid.storage_offset()) // grid.stride(0)
-                return place if 0 <= place < len(grid) else None
-            if grid.device.type != "cpu" or not by_value:
-                return None
-            timestep = timestep.reshape(-1)[0].item()
-        elif not isinstance(timestep, int | float) or grid.device.type != "cpu":
-            return None
-        places: list[int] = (grid == timestep).nonzero()[:, 0].tolist()
-        return next((p for p in places if p >= self.step), places[-1] if places else None)
-
-    def _locate(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Find the step of a denoiser call."""
-        place = self._announced
-        if place is None:
-            # Not by value: denoisers may get it in other units.
-            place = self._place(call_argument(args, kwargs, 1, "timestep"), by_value=False)
-        if place is None and self._called < 0:
-            begin = getattr(self.scheduler, "begin_index", None)
-            place = begin if isinstance(begin, int) and self.step == 0 else None
-        if place is not None:
-            self.step = place
 
     def begin(self, samples: int, timesteps: Tensor | int = 1) -> None:
         """Announce a generation by hand, for calling the denoiser without its pipeline.
@@ -258,12 +183,11 @@ class GenerationTracker:
         if isinstance(timesteps, int):
             timesteps = torch.arange(timesteps - 1, -1, -1, dtype=torch.float64)
         self.samples = samples
-        self._start(timesteps)
-        self._by_hand = True
+        self._start(timesteps, by_hand=True)
 
     def next_step(self) -> None:
         """Do by hand what `scheduler.step` does in a pipeline."""
-        self.step += 1
+        self._schedule.step += 1
 
     def repeat(self) -> None:
         """Let the next denoiser call be that of this step once more (warming up, CUDA graphs)."""
@@ -291,14 +215,12 @@ class GenerationTracker:
         """Have every observer bound again at the next denoiser call."""
         self.generation = None
 
-    def _start(self, timesteps: Tensor) -> None:
-        if len(timesteps) == 0:
-            raise ValueError("sites: expected at least one step [num_inference_steps], got 0")
+    def _start(self, timesteps: Tensor, *, by_hand: bool = False) -> None:
+        self._schedule.start(timesteps, by_hand=by_hand)
         self._watch_denoiser()
         self._number += 1
-        self.step, self._timesteps, self.generation = 0, timesteps, None
-        self._by_hand = False
-        self._called, self._announced = -1, None
+        self.generation = None
+        self._branches.clear()
         self._states_with_gradient.clear()
 
     def _before_denoiser(
@@ -309,45 +231,70 @@ class GenerationTracker:
                 "sites: expected the scheduler that was there when the taps were attached, got a "
                 "new one: attach the taps after replacing pipe.scheduler"
             )
-        if self._timesteps is None:
+        schedule = self._schedule
+        if schedule.timesteps is None:
             raise RuntimeError(
                 "sites: expected a generation [scheduler.set_timesteps, or tracker.begin(samples, "
                 "timesteps) to call the denoiser by hand], got a denoiser call outside of one"
             )
-        self._locate(args, kwargs)
-        if self.step >= len(self._timesteps):
+        schedule.locate(self._adapter, getattr(self.scheduler, "begin_index", None), args, kwargs)
+        if schedule.step >= len(schedule.timesteps):
             raise RuntimeError(
-                f"sites: expected at most {len(self._timesteps)} scheduler steps in this "
+                f"sites: expected at most {len(schedule.timesteps)} scheduler steps in this "
                 "generation, got a denoiser call after the last: start a new one with tracker.begin"
             )
         shape = self._adapter.shape(args, kwargs)
         known = self.generation is not None and shape == self.generation.shape
-        if _device.capturing() and not (known and self._published == self.step):
+        capturing = _device.capturing()
+        again, self._repeated = self._repeated or capturing, False
+        self._call = self._number_of_call(again)
+        now = (schedule.step, self._call)
+        if capturing and not (known and self._published == now):
             raise RuntimeError(
                 "sites: expected an eager denoiser call of these shapes at this step before a CUDA "
                 "graph is captured [it makes and fills the buffers of the taps, which replays "
                 "would fill again], got the first one within the capture"
             )
-        again, self._repeated = self._repeated or _device.capturing(), False
-        if self._called == self.step and not again:
-            raise RuntimeError(
-                f"sites: expected one denoiser call for each scheduler step [family "
-                f"{self._adapter.family}: its branches are rows of one call], got a second one at "
-                f"step {self.step}: its branch and rows are not known [the same call again: "
-                "tracker.repeat()]"
-            )
         if not known:
-            self._bind(shape, self._timesteps, args, kwargs)
-        if self._published != self.step:
+            self._bind(shape, schedule.timesteps, args, kwargs)
+        if self._published != now:
             for observer in self.observers:
-                observer.advance(self.step)
-            self._published = self.step
+                observer.advance(*now)
+            self._published = now
             self._state += 1
         for observer in self.observers:
             observer.before_call()
         if torch.is_grad_enabled():
             self._states_with_gradient.add(self._state)
-        self._called = self.step
+        schedule.called = schedule.step
+
+    def _number_of_call(self, again: bool) -> int:
+        """Return which of the calls of its step a denoiser call is.
+
+        Raises:
+            RuntimeError: the family makes no further call, or not this one.
+        """
+        calls, same_step = self._adapter.calls, self._schedule.called == self._schedule.step
+        if same_step and again:
+            return self._call
+        number = self._call + 1 if same_step else 0
+        if self._named in calls:
+            named = calls.index(self._named)
+            if named < number:
+                raise RuntimeError(
+                    f"sites: expected one {self._named} call of the denoiser for each scheduler "
+                    f"step, got another at step {self.step} [the same call again: tracker.repeat()]"
+                )
+            return named
+        if number >= max(len(calls), 1):
+            allowed = f"{len(calls)} denoiser calls" if calls else "one denoiser call"
+            known = f"{' and '.join(calls)}" if calls else "its branches are rows of one call"
+            raise RuntimeError(
+                f"sites: expected {allowed} for each scheduler step [family "
+                f"{self._adapter.family}: {known}], got another one at step {self.step}: "
+                "its branch and rows are not known [the same call again: tracker.repeat()]"
+            )
+        return number
 
     def _after_denoiser(self, *ignored: Any) -> None:
         for observer in self.observers:
@@ -356,11 +303,42 @@ class GenerationTracker:
     def _bind(
         self, shape: CallShape, timesteps: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        # A family of several calls is followed where it makes one: with guidance off.
-        table = self._adapter.branches or {1: self._adapter.calls[:1]}
-        samples = self.samples
-        if samples is None and set(table) == {1}:
-            samples = shape.rows  # one branch alone: every row is a sample
+        samples, passes = self._passes(shape, args, kwargs)
+        if self._adapter.verify is not None:
+            self._adapter.verify(args, kwargs, samples, passes[self._call])
+        elsewhere = set(self._branches)
+        if self._adapter.late_guidance:
+            elsewhere.update(b for branches in self._adapter.branches.values() for b in branches)
+        self.generation = Generation(
+            number=self._number,
+            samples=samples,
+            steps=len(timesteps),
+            passes=passes,
+            shape=shape,
+            timesteps=timesteps.detach().to("cpu", torch.float64),
+            sigmas=self._sigmas(len(timesteps)),
+            adapter=self._adapter,
+            elsewhere=frozenset(elsewhere),
+        )
+        self._branches.update(self.generation.branches)
+        try:
+            for observer in self.observers:
+                observer.bind(self.generation)
+        except BaseException:
+            self.generation = None
+            raise
+        self._published = (-1, 0)
+
+    def _passes(
+        self, shape: CallShape, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[int, tuple[tuple[str, ...], ...]]:
+        """Return the samples of a generation, and the branches of each call of a step."""
+        adapter, samples = self._adapter, self.samples
+        table = {1: adapter.calls[:1]} if adapter.calls else adapter.branches
+        if adapter.samples is not None and not self._schedule.by_hand:
+            self.samples = samples = adapter.samples(args, kwargs)
+        elif samples is None and set(table) == {1}:
+            samples = shape.rows  # every row is a sample
         if samples is None:
             raise RuntimeError(
                 "sites: expected the number of samples [pipe.prepare_latents, or tracker.begin], "
@@ -373,29 +351,9 @@ class GenerationTracker:
                 f"sites: expected {expected} rows in the denoiser [B={samples} from "
                 f"prepare_latents], got {shape.rows}"
             )
-        branches = table[per_sample]
-        if self._adapter.verify is not None:
-            self._adapter.verify(args, kwargs, samples, branches)
-        rows = torch.arange(shape.rows, device=shape.device)
-        self.generation = Generation(
-            number=self._number,
-            samples=samples,
-            steps=len(timesteps),
-            branches=branches,
-            shape=shape,
-            timesteps=timesteps.detach().to("cpu", torch.float64),
-            sigmas=self._sigmas(len(timesteps)),
-            adapter=self._adapter,
-            sample_of_row=rows % samples,
-            branch_of_row=rows // samples,
-        )
-        try:
-            for observer in self.observers:
-                observer.bind(self.generation)
-        except BaseException:
-            self.generation = None
-            raise
-        self._published = -1
+        if adapter.calls:
+            return samples, tuple((branch,) for branch in adapter.calls)
+        return samples, (table[per_sample],)
 
     def _sigmas(self, steps: int) -> Tensor | None:
         sigmas = getattr(self.scheduler, "sigmas", None)

@@ -3,11 +3,12 @@
 
 from .base import Tap, attached, detach_all
 from .cache_context import CachedContext, cache_context
-from .capture import Capture, Labels, capture, contexts
+from .capture import Capture, capture, contexts
 from .heads import HeadCapture
 from .maps import MapCapture
 from .options import Where
 from .patch import Patch, patch
+from .recording import Labels
 from .steer import MODES, Steer, VectorLike, steer
 
 __all__ = [

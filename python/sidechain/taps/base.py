@@ -40,8 +40,11 @@ class Tap:
         self._tracker: GenerationTracker | None = None
         self._generation: Generation | None = None
         self._span = (0, 0)
-        self._ever_active = False
         self._calls = 0
+        self._inside = False  # whether a call within the window came
+        self._ever_active = False  # and one of a branch that the tap acts on
+        self._acts_on: tuple[str, ...] = ()
+        self._seen_branches: set[str] = set()
         self._by_handle = False
 
     # -- life ---------------------------------------------------------------------------------
@@ -90,7 +93,9 @@ class Tap:
         if self._tracker is not None:
             raise RuntimeError(f"{self.name}: expected a tap that is not attached, got an attached")
         self._operations = {site.name: self._operations_at(site) for site in self.sites}
-        self._generation, self._ever_active, self._calls = None, False, 0
+        self._generation, self._calls = None, 0
+        self._ever_active = self._inside = False
+        self._seen_branches = set()
         self._tracker = observe(self.pipe, self)
         for operations in self._operations.values():
             for operation in operations:
@@ -153,6 +158,11 @@ class Tap:
         """Say that nothing ran where the tap acts while it was attached."""
         if self._calls and self._ever_active:
             return None
+        if self._inside:
+            return (
+                f"{self.name}: expected at least one call of the branch to act on, got those of "
+                f"{', '.join(sorted(self._seen_branches))} [guidance off?]"
+            )
         return (
             f"{self.name}: expected every tapped site to run at least once, got no call at "
             f"{', '.join(self.sites.names)}"
@@ -167,17 +177,22 @@ class Tap:
             if self._generation is not None and generation.number != self._generation.number:
                 self._finish()
             self._span = self.window.resolve(self.name, generation.steps)
-            self._bind(generation)
+            self._acts_on = self._bind(generation)
             self._generation = generation
         for site in self.sites:
             processor.arrange(site.module)
 
-    def advance(self, step: int) -> None:
-        """Point the device buffers at a step."""
+    def advance(self, step: int, call: int) -> None:
+        """Point the device buffers at a denoiser call of a step."""
+        if self._generation is None:
+            raise RuntimeError(f"{self.name}: expected bind before advance, got none")
         inside = self._span[0] <= step < self._span[1]
-        self._ever_active |= inside
+        self._inside |= inside
+        branches = self._generation.passes[call]
+        self._ever_active |= inside and any(branch in self._acts_on for branch in branches)
+        self._seen_branches.update(branches)
         with torch.inference_mode(False), torch.no_grad():
-            self._advance(step, inside)
+            self._advance(step, call, inside)
 
     def before_call(self) -> None:
         """Note that a denoiser call begins."""
@@ -208,30 +223,37 @@ class Tap:
     def _finish(self) -> None:
         """Put away what the finished generation left in the buffers."""
 
-    def _bind(self, generation: Generation) -> None:
+    def _bind(self, generation: Generation) -> tuple[str, ...]:
+        """Size and fill the buffers; return the branches that the tap acts on."""
         raise NotImplementedError
 
-    def _advance(self, step: int, inside: bool) -> None:
+    def _advance(self, step: int, call: int, inside: bool) -> None:
         raise NotImplementedError
 
     # -- helpers ------------------------------------------------------------------------------
 
     def _branches(self, generation: Generation, wanted: tuple[str, ...] | None) -> tuple[str, ...]:
-        """Return the wanted guidance branches of a generation in batch order."""
+        """Return the wanted guidance branches of a generation in batch order.
+
+        None of them where only other steps of the generation have them.
+        """
         if wanted is None:
             return generation.branches
-        missing = [b for b in wanted if b not in generation.branches]
+        missing = set(wanted) - {*generation.branches, *generation.elsewhere}
         if missing:
             raise ValueError(
-                f"{self.name}: expected a generation with the {' and '.join(missing)} branch, got "
-                f"{list(generation.branches)} [guidance off?]"
+                f"{self.name}: expected a generation with the {' and '.join(sorted(missing))} "
+                f"branch, got {list(generation.branches)} [guidance off?]"
             )
         return tuple(b for b in generation.branches if b in wanted)
 
     @staticmethod
     def _block(generation: Generation, branches: tuple[str, ...]) -> slice | None:
-        """Return the rows of neighbouring branches as one block; None = all rows."""
-        if branches == generation.branches:
+        """Return the rows of neighbouring branches as one block of their call; None = all rows.
+
+        With several calls in a step all rows of a call are of one branch.
+        """
+        if not branches or branches == generation.branches or len(generation.passes) > 1:
             return None
         return slice(generation.rows_of(branches[0]).start, generation.rows_of(branches[-1]).stop)
 

@@ -192,13 +192,14 @@ class CachedContext(Tap):
     def _operations_at(self, site: Site) -> list[Operation]:
         return [CachedAttention(site.module)]
 
-    def _bind(self, generation: Generation) -> None:
+    def _bind(self, generation: Generation) -> tuple[str, ...]:
         refuse_compiled("cache_context", self.pipe, "which texts are equal is read on the host")
         for site in self.sites:
             for cached in self._cached_at(site):
                 cached.reset()
+        return generation.branches
 
-    def _advance(self, step: int, inside: bool) -> None:
+    def _advance(self, step: int, call: int, inside: bool) -> None:
         pass
 
     def _finish(self) -> None:

@@ -5,62 +5,22 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, overload
 
 import torch
 from torch import Tensor
 
 from .._device import send
 from ..ops import Capture as Buffers
-from ..pipelines import Generation, Site, SitePattern
+from ..pipelines import CallShape, Generation, Site, SitePattern
 from . import options
 from .base import Tap
 from .layout import expect
 from .options import Where, placed
 from .processor import ContextRecord, Operation, Record
+from .recording import KeptCall, Labels, Layout, Recorded, each, gather, mean_of, tensors
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
-
-@dataclass(frozen=True)
-class Labels:
-    """What the axes of a capture mean.
-
-    Attributes:
-        steps: step number of each entry of the first axis.
-        timesteps: of these steps, [steps] float64.
-        sigmas: of these steps, [steps] float64, or None.
-        branches: guidance branch of each entry of the second axis.
-        samples: B, all generations together.
-    """
-
-    steps: tuple[int, ...]
-    timesteps: Tensor
-    sigmas: Tensor | None
-    branches: tuple[str, ...]
-    samples: int
-
-
-_Recorded = tuple[Labels, dict[str, Buffers]]  # one generation, by name of the site
-
-
-def _tensors(buffers: Buffers) -> list[Tensor]:
-    """Return the buffers that are there, without slot and mask."""
-    return [t for t in buffers[:4] if t is not None]
-
-
-def _each(function: Callable[[Tensor], Tensor], buffers: Buffers) -> Buffers:
-    """Apply a function to every buffer that is there; slot and mask are left out."""
-    return Buffers(*(None if t is None else function(t) for t in buffers[:4]))
-
-
-def _mean(total: Tensor | None, counts: Tensor | None) -> Tensor:
-    """Divide sums over tokens by the number of tokens."""
-    if total is None or counts is None:
-        raise RuntimeError("capture: expected sums and counts of this reduction, got none")
-    return total / counts[..., None]
 
 
 class Capture(Tap):
@@ -70,6 +30,9 @@ class Capture(Tap):
     - reduce="mean" and "mean_square": mean over tokens [steps, branches, B, C] float32;
     - reduce="tokens": [steps, branches, B, T', C];
     - reduce="context": what the site's keys and values are computed from, [branches, B, S, C].
+
+    Values of a branch that was absent at a step, as with guidance in some of the steps only, are
+    NaN; `labels.present` says which.
     """
 
     name = "capture"
@@ -107,10 +70,11 @@ class Capture(Tap):
             )
         self._slot: Tensor | None = None
         self._kept_mask: Tensor | None = None
-        self._buffers: dict[str, Buffers] = {}
-        self._archive: list[_Recorded] = []
-        self._number = -1
-        self._seen: list[int] = []  # steps of the current generation
+        self._layouts: dict[CallShape, Layout] = {}
+        self._archive: list[Recorded] = []
+        # Step, number and shape of every call of the current generation.
+        self._seen: list[tuple[int, int, CallShape]] = []
+        self._contexts: set[str] = set()  # branches whose context is recorded
 
     # -- results ------------------------------------------------------------------------------
 
@@ -133,7 +97,7 @@ class Capture(Tap):
 
     def _mean(self, found: Buffers) -> Tensor:
         """Divide what was added up at a site by how often."""
-        return _mean(found.sums, found.counts)
+        return mean_of(found.sums, found.counts)
 
     def mean_square(self, site: str | Site | int) -> Tensor:
         """Return the mean square over tokens, [steps, branches, B, C] (reduce="mean_square")."""
@@ -144,7 +108,7 @@ class Capture(Tap):
         name = self.sites[site].name
         return torch.cat(
             [
-                self._split_rows(_mean(found[name].squares, found[name].counts), labels)
+                self._split_rows(mean_of(found[name].squares, found[name].counts), labels)
                 for labels, found in self._records()
             ],
             dim=2,
@@ -161,7 +125,24 @@ class Capture(Tap):
             first.sigmas,
             first.branches,
             sum(labels.samples for labels, _ in records),
+            first.present,
         )
+
+    def mask(self, site: str | Site | int) -> Tensor | None:
+        """Return which tokens of the context a site may read (reduce="context").
+
+        Returns:
+            [branches, B, S] bool; None where the attention has no mask.
+        """
+        if self.reduce != "context":
+            raise ValueError(f"capture: expected reduce='context' for mask, got {self.reduce!r}")
+        name = self.sites[site].name
+        (operation,) = self._operations[name]
+        records = self._records()
+        if not (isinstance(operation, ContextRecord) and operation.masked):
+            return None
+        masks = [(buffers[name].mask, labels) for labels, buffers in records]
+        return torch.cat([self._split_rows(m, at) for m, at in masks if m is not None], 1)
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -186,18 +167,21 @@ class Capture(Tap):
     @property
     def nbytes(self) -> int:
         """Bytes held on the device, archived generations included."""
-        kept = [self._buffers, *(buffers for _, buffers in self._archive)]
-        return sum(t.nbytes for each in kept for found in each.values() for t in _tensors(found))
+        kept = [layout.buffers for layout in self._layouts.values()]
+        kept += [buffers for _, buffers in self._archive]
+        return sum(t.nbytes for each in kept for found in each.values() for t in tensors(found))
 
     def clear(self) -> None:
         """Forget the finished generations and the current one."""
         self._archive.clear()
         self._seen.clear()
-        for buffers in self._buffers.values():
-            for buffer in _tensors(buffers):
-                buffer.zero_()
+        self._contexts.clear()
+        for layout in self._layouts.values():
+            for buffers in layout.buffers.values():
+                for buffer in tensors(buffers):
+                    buffer.zero_()
 
-    def _records(self) -> list[_Recorded]:
+    def _records(self) -> list[Recorded]:
         records = list(self._archive)
         if self._seen:
             records.append(self._current())
@@ -208,7 +192,8 @@ class Capture(Tap):
             same_grid = labels.steps == first.steps and torch.equal(
                 labels.timesteps, first.timesteps
             )
-            if not same_grid or labels.branches != first.branches:
+            same_branches = labels.branches == first.branches
+            if not (same_grid and same_branches and torch.equal(labels.present, first.present)):
                 raise ValueError(
                     f"capture: expected generations with equal steps and branches in one capture, "
                     f"got {len(first.steps)} steps {list(first.branches)} and "
@@ -217,88 +202,110 @@ class Capture(Tap):
                 )
         return records
 
-    def _current(self) -> _Recorded:
-        generation = self._generation
-        if generation is None:
-            raise RuntimeError("capture: expected at least one pipeline call, got none")
-        start, stop = self._span
-        # Those that ran: a schedule may begin late, and a generation may stop early.
-        steps = tuple(step for step in self._seen if start <= step < stop)
-        labels = Labels(
-            steps,
-            generation.timesteps[list(steps)],
-            None if generation.sigmas is None else generation.sigmas[list(steps)],
-            self._branches(generation, self._wanted),
-            generation.samples,
-        )
-        if self.reduce != "context" and not steps:
-            raise RuntimeError(
-                f"capture: expected steps within [{start}, {stop}) [window of this capture], got "
-                f"{self._seen}"
-            )
-        if not self._per_step:
-            return labels, self._buffers
-        first, count = steps[0] - start, len(steps)
-        if steps == tuple(range(steps[0], steps[0] + count)):
-            place: Any = slice(first, first + count)
-        else:
-            place = [step - start for step in steps]
-        return labels, {n: _each(lambda t: t[place], b) for n, b in self._buffers.items()}
-
     def _split_rows(self, value: Tensor, labels: Labels) -> Tensor:
         """Turn [S, R', ...] into [S, branches, B, ...], without S where it is one for all."""
         rest = value.shape[2:]
         split = value.reshape(len(value), len(labels.branches), labels.samples, *rest)
         return split if self._per_step else split[0]
 
+    def _current(self) -> Recorded:
+        if self._generation is None:
+            raise RuntimeError("capture: expected at least one pipeline call, got none")
+        return gather(self._calls_kept(), self._generation, self._span, self.reduce == "context")
+
+    def _calls_kept(self) -> list[KeptCall]:
+        start, stop = self._span
+        kept = [
+            KeptCall(step, call, self._layouts[shape])
+            for step, call, shape in self._seen
+            if self.reduce == "context" or start <= step < stop
+        ]
+        if not kept:
+            raise RuntimeError(
+                f"capture: expected steps within [{start}, {stop}) [window of this capture], got "
+                f"{sorted({step for step, _, _ in self._seen})}"
+            )
+        if not any(call.branches for call in kept):
+            raise RuntimeError(
+                f"capture: expected a call of the {' or '.join(self._wanted or ('any',))} branch, "
+                f"got those of {', '.join(sorted(self._seen_branches))} [guidance off?]"
+            )
+        return kept
+
     # -- following the generation -------------------------------------------------------------
 
     def _put_in(self) -> None:
         # What an earlier use recorded is forgotten.
-        self._archive, self._buffers, self._number, self._seen = [], {}, -1, []
+        self._archive, self._layouts, self._seen = [], {}, []
+        self._contexts.clear()
         super()._put_in()
 
     def _operations_at(self, site: Site) -> list[Operation]:
         return [ContextRecord() if self.reduce == "context" else Record()]
 
-    def _bind(self, generation: Generation) -> None:
+    def _bind(self, generation: Generation) -> tuple[str, ...]:
         branches = self._branches(generation, self._wanted)
         rows = self._block(generation, branches)
         device = generation.shape.device
         if self._slot is None or self._slot.device != device:
             self._slot = torch.full((1,), -1, dtype=torch.int64, device=device)
-        mask = self._mask(generation, len(branches))
+        layout = self._layout(generation, branches)
+        blocks = max((len(some) for some in layout.branches.values()), default=0)
+        mask = self._mask(generation, blocks)
         for site in self.sites:
-            shapes = self._shapes(site, generation, len(branches) * generation.samples)
-            old = self._buffers.get(site.name, Buffers())._asdict()
-            kept = {
-                key: self._buffer(old[key], shape, key, generation) for key, shape in shapes.items()
-            }
-            buffers = Buffers(**kept, slot=self._slot, mask=mask)
-            self._buffers[site.name] = buffers
             (operation,) = self._operations[site.name]
+            old = layout.buffers[site.name]
+            buffers = old._replace(slot=self._slot, mask=mask) if branches else Buffers()
             if isinstance(operation, ContextRecord):
-                operation.rows, operation.buffers = rows, buffers
+                operation.rows, operation.mask = rows, old.mask
+                operation.buffers = buffers._replace(mask=None)
             elif isinstance(operation, Record):
                 expect([operation], site, generation)
                 operation.rows = operation.active = rows
                 operation.tokens = None if isinstance(self._tokens, Tensor) else self._tokens
                 operation.buffers = buffers
-        self._number = generation.number
+        return branches
+
+    def _layout(self, generation: Generation, branches: tuple[str, ...]) -> Layout:
+        """Return the buffers for calls of this shape, at zero where a generation begins."""
+        shape, number = generation.shape, generation.number
+        old = self._layouts.get(shape)
+        if old is None:
+            # Kept over generations that change their shape on the way; not those of other batches.
+            self._layouts = {
+                key: layout
+                for key, layout in self._layouts.items()
+                if layout.generation.number >= number - 1
+            }
+        kept = {
+            call: some
+            for call, passes in enumerate(generation.passes)
+            if (some := tuple(b for b in passes if b in branches))
+        }
+        found = self._layouts[shape] = Layout(generation, kept, {})
+        rows = generation.samples * max((len(some) for some in kept.values()), default=0)
+        for site in self.sites:
+            known = Buffers() if old is None else old.buffers[site.name]
+            fresh = old is None or old.generation.number != number
+            found.buffers[site.name] = Buffers(
+                **{
+                    key: self._buffer(getattr(known, key), size, key, shape.device, fresh)
+                    for key, size in self._shapes(site, generation, rows, len(kept)).items()
+                }
+            )
+        return found
 
     def _buffer(
-        self, old: Tensor | None, shape: tuple[int, ...], key: str, generation: Generation
+        self,
+        old: Tensor | None,
+        shape: tuple[int, ...],
+        key: str,
+        device: torch.device,
+        fresh: bool,
     ) -> Tensor:
-        """Return a buffer of zeros for a new generation, the one there is within a generation."""
-        device = generation.shape.device
-        fresh = generation.number != self._number
+        """Return the buffer there is, at zero for a new generation, or a new one."""
         if old is None or old.shape != shape or old.device != device:
-            if not fresh:
-                raise NotImplementedError(
-                    "capture: expected a constant batch within a generation, got a denoiser call "
-                    f"with {generation.shape.rows} rows"
-                )
-            dtype = self.dtype if key == "ring" else torch.float32
+            dtype = {"ring": self.dtype, "mask": torch.bool}.get(key, torch.float32)
             return torch.zeros(shape, dtype=dtype, device=device)
         return old.zero_() if fresh else old
 
@@ -315,10 +322,15 @@ class Capture(Tap):
         """Return the channels of what is recorded at a site."""
         return site.width
 
-    def _shapes(self, site: Site, generation: Generation, rows: int) -> dict[str, tuple[int, ...]]:
+    def _shapes(
+        self, site: Site, generation: Generation, rows: int, calls: int
+    ) -> dict[str, tuple[int, ...]]:
         if self.reduce == "context":
-            return {"ring": (1, rows, generation.context_tokens(site), site.context_width)}
-        steps = self._span[1] - self._span[0]
+            length = generation.context_tokens(site)
+            # One slot more for the masks of the calls that are not recorded.
+            mask = (calls + 1, rows, length)
+            return {"ring": (calls, rows, length, site.context_width), "mask": mask}
+        steps = (self._span[1] - self._span[0]) * calls
         tokens = None if isinstance(self._tokens, Tensor) else self._tokens
         kept = options.count_tokens("capture", tokens, site, generation)
         if self.reduce == "tokens":
@@ -335,7 +347,7 @@ class Capture(Tap):
         # Another generation is about to use the buffers.
         if not self._seen or self._generation is None:
             return
-        reached = self._seen[-1] + 1
+        reached = self._seen[-1][0] + 1
         if reached < self._span[1] and self.reduce != "context":
             warnings.warn(
                 f"capture: a generation that stopped after {reached} of "
@@ -345,19 +357,26 @@ class Capture(Tap):
             )
         else:
             labels, buffers = self._current()
-            kept = {name: _each(torch.clone, found) for name, found in buffers.items()}
-            self._archive.append((labels, kept))
+            if self.reduce != "context":  # contexts are copies already
+                buffers = {name: each(torch.clone, found) for name, found in buffers.items()}
+            self._archive.append((labels, buffers))
         self._seen.clear()
+        self._contexts.clear()
 
-    def _advance(self, step: int, inside: bool) -> None:
-        if self._slot is None:
+    def _advance(self, step: int, call: int, inside: bool) -> None:
+        generation = self._generation
+        if self._slot is None or generation is None:
             return
+        layout = self._layouts[generation.shape]
+        place = step - self._span[0]
         if self.reduce == "context":
             # One context for the whole generation: it is the same at every step.
-            self._slot.fill_(-1 if self._seen else 0)
-        else:
-            self._slot.fill_(step - self._span[0] if inside else -1)
-        self._seen.append(step)
+            new = set(layout.branches.get(call, ())) - self._contexts
+            inside, place = bool(new), 0
+            self._contexts |= new
+            layout.recorded.update(dict.fromkeys(new, (step, call)))
+        self._slot.fill_(layout.slot(place, call) if inside else -1)
+        self._seen.append((step, call, generation.shape))
 
 
 Capture.reductions.update(dict.fromkeys(("mean", "mean_square", "tokens", "context"), Capture))
@@ -406,9 +425,27 @@ class _Enough(Exception):
     """Ends a pipeline call once its first step is known."""
 
 
+@overload
 def contexts(
-    pipe: Any, prompts: str | list[str], *, site: str | None = None, **call: Any
-) -> Tensor:
+    pipe: Any,
+    prompts: str | list[str],
+    *,
+    site: str | None = None,
+    masks: Literal[False] = False,
+    **call: Any,
+) -> Tensor: ...
+@overload
+def contexts(
+    pipe: Any, prompts: str | list[str], *, site: str | None = None, masks: bool, **call: Any
+) -> tuple[Tensor, Tensor | None]: ...
+def contexts(
+    pipe: Any,
+    prompts: str | list[str],
+    *,
+    site: str | None = None,
+    masks: bool = False,
+    **call: Any,
+) -> Tensor | tuple[Tensor, Tensor | None]:
     """Return what cross-attention sees for some prompts.
 
     Runs one denoiser call and stops there: text encoders, projections and padding are those of
@@ -418,22 +455,25 @@ def contexts(
         pipe: diffusers pipeline.
         prompts: one or several.
         site: cross-attention site to ask. None = the first.
+        masks: also return which tokens the site may read.
         **call: further arguments of the pipeline call. Where bits matter, those that decide on
             the rows of a batch (`guidance_scale`): products of fewer rows may round otherwise.
 
     Returns:
-        [B, S, C] of the cond branch, float32, as `patch(context=...)` takes it.
+        [B, S, C] of the cond branch, float32, as `patch(context=...)` takes it; with `masks` a
+        pair of it and [B, S] bool, or None where the attention has no mask.
     """
     call.setdefault("generator", torch.Generator().manual_seed(0))
     where = Where("cross:0" if site is None else site)
-    tap = _FirstStep(pipe, where, "context", torch.float32)
+    tap = _FirstCall(pipe, where, "context", torch.float32)
     bar = getattr(pipe, "_progress_bar_config", None)
     pipe.set_progress_bar_config(disable=True)
     try:
         with tap:
             with contextlib.suppress(_Enough):
                 pipe(prompts, **call)
-            return tap[tap.sites[0]][0]
+            found, mask = tap[tap.sites[0]][0], tap.mask(tap.sites[0])
+            return (found, None if mask is None else mask[0]) if masks else found
     finally:
         if bar is None:
             del pipe._progress_bar_config
@@ -441,8 +481,8 @@ def contexts(
             pipe._progress_bar_config = bar
 
 
-class _FirstStep(Capture):
-    def _advance(self, step: int, inside: bool) -> None:
-        if step:
+class _FirstCall(Capture):
+    def _advance(self, step: int, call: int, inside: bool) -> None:
+        if self._contexts:
             raise _Enough
-        super()._advance(step, inside)
+        super()._advance(step, call, inside)

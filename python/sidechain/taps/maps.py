@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ from .capture import Capture
 from .layout import Expected
 from .options import Where
 from .processor import Inside, Operation, inner_processor
+from .recording import KeptCall, Labels, Recorded, gather
 
 #: Where the text stands in the one sequence that joint attention runs over, by processor.
 TEXT_PLACE = {"JointAttnProcessor2_0": "last", "FluxAttnProcessor": "first"}
@@ -47,6 +49,9 @@ class Scores(NamedTuple):
     scale: float | None = None
 
 
+_attention = F.scaled_dot_product_attention  # itself, whatever replaces it in the module later
+
+
 class _Calls(TorchFunctionMode):
     """Notes what `scaled_dot_product_attention` is given; every call runs as it would."""
 
@@ -58,7 +63,7 @@ class _Calls(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
+        if func is _attention:
             self._note(*args, **kwargs)
         return func(*args, **kwargs)
 
@@ -136,6 +141,7 @@ class MapRecord(Inside):
     Attributes:
         recording: whether the step is one of the window.
         context: S, the tokens of the text.
+        slot: place of the denoiser call in the buffers.
     """
 
     def __init__(self, site: Site) -> None:
@@ -143,6 +149,7 @@ class MapRecord(Inside):
         processor = type(inner_processor(site.module)).__name__
         self.recording = False
         self.context = 0
+        self.slot = 0
         self._processor = processor
         several = getattr(site.module, "use_differential", False)
         self._signs = SIGNS.get(processor, (1.0,)) if several else (1.0,)
@@ -182,8 +189,8 @@ class MapRecord(Inside):
             self._check(call, expected.site, expected.tokens)
         with torch.no_grad():
             for call, sign in zip(calls, self._signs, strict=True):
-                self._add_one(call, sums[0], expected, sign)
-            counts += 1
+                self._add_one(call, sums[self.slot], expected, sign)
+            counts[self.slot] += 1
 
     def _add_one(self, call: Scores, total: Tensor, expected: Expected, sign: float) -> None:
         site, tokens = expected.site, expected.tokens
@@ -307,21 +314,56 @@ class MapCapture(Capture):
     def _operations_at(self, site: Site) -> list[Operation]:
         return [MapRecord(site)]
 
-    def _shapes(self, site: Site, generation: Generation, rows: int) -> dict[str, tuple[int, ...]]:
+    def _shapes(
+        self, site: Site, generation: Generation, rows: int, calls: int
+    ) -> dict[str, tuple[int, ...]]:
         tokens = None if isinstance(self._tokens, Tensor) else self._tokens
         kept = options.count_tokens("capture", tokens, site, generation)
-        return {"sums": (1, rows, kept, generation.context_tokens(site)), "counts": (1, rows)}
+        # One sum for each denoiser call of a step.
+        sums = (calls, rows, kept, generation.context_tokens(site))
+        return {"sums": sums, "counts": (calls, rows)}
 
-    def _bind(self, generation: Generation) -> None:
+    def _current(self) -> Recorded:
+        if self._generation is None:
+            raise RuntimeError("capture: expected at least one pipeline call, got none")
+        kept = self._calls_kept()
+        # The labels alone: buffers of maps have no steps.
+        bare = {id(call.layout): replace(call.layout, buffers={}) for call in kept}
+        ran = [replace(call, layout=bare[id(call.layout)]) for call in kept]
+        labels, _ = gather(ran, self._generation, self._span, False)
+        calls = list({(id(call.layout), call.call): call for call in kept}.values())
+        return labels, {site.name: self._added_up(site, labels, calls) for site in self.sites}
+
+    @staticmethod
+    def _added_up(site: Site, labels: Labels, calls: Sequence[KeptCall]) -> Buffers:
+        """Gather what the calls of a step, and calls of other shapes, have added up at a site."""
+        total: dict[str, Tensor] = {}
+        for kept in calls:
+            slot, found = kept.layout.slot(0, kept.call), kept.layout.buffers[site.name]
+            for branch in kept.branches:
+                place = labels.branches.index(branch) * labels.samples
+                for name in ("sums", "counts"):
+                    part = getattr(found, name)[slot, kept.layout.rows(kept.call, branch)]
+                    if name not in total:
+                        rows = len(labels.branches) * labels.samples
+                        total[name] = part.new_zeros(1, rows, *part.shape[1:])
+                    total[name][0, place : place + labels.samples] += part
+        return Buffers(**total)
+
+    def _bind(self, generation: Generation) -> tuple[str, ...]:
         options.refuse_compiled("capture", self.pipe, "reduce='maps' decides on the host")
-        super()._bind(generation)
+        branches = super()._bind(generation)
         for site, record in self._maps():
             record.context = generation.context_tokens(site)
+        return branches
 
-    def _advance(self, step: int, inside: bool) -> None:
-        super()._advance(step, inside)
+    def _advance(self, step: int, call: int, inside: bool) -> None:
+        super()._advance(step, call, inside)
+        if self._generation is None:
+            return
+        slot = self._layouts[self._generation.shape].slot(0, call)
         for _, record in self._maps():
-            record.recording = inside
+            record.recording, record.slot = inside and slot >= 0, slot
 
     def _maps(self) -> Iterator[tuple[Site, MapRecord]]:
         for site in self.sites:

@@ -32,7 +32,8 @@ class Patch(Tap):
         inputs: dict[str, Tensor],
         output: Mapping[str, Tensor] | None,
         rows: Rows,
-        steps: tuple[int, ...] | None = None,
+        source: Capture | None = None,
+        mask: Tensor | None = None,
     ) -> None:
         if where.tokens is not None:
             raise NotImplementedError(
@@ -42,11 +43,16 @@ class Patch(Tap):
         self._wanted = options.parse_branches("patch", where.branches)
         self._inputs = inputs
         self._output = output
-        self._output_steps = steps  # that `output` is of; None = those of the window
+        self._mask = mask  # [B, S] bool of the context
+        # Of a capture its steps and branches are known; else they are those that are patched.
+        self._output_steps = None if source is None else source.steps
+        self._output_branches = None if source is None else source.branches
+        self._call = 0  # denoiser call of the step that the selection is for
         self._rows = self._parse_rows(rows)
-        self._base: dict[str, Tensor] = {}
+        self._base: dict[str, list[Tensor]] = {}  # by site, of each call
         self._selected: dict[str, Tensor] = {}
         self._banks: dict[str, Tensor] = {}
+        self._spread_mask: Tensor | None = None
         self._live: bool | None = None
         self._slot: Tensor | None = None
         device = execution_device(pipe, self.sites[0].module)
@@ -144,24 +150,24 @@ class Patch(Tap):
             return [Swap(key=True, value=True)]
         return [Swap(key=option == "key", value=option == "value") for option in self._inputs]
 
-    def _bind(self, generation: Generation) -> None:
+    def _bind(self, generation: Generation) -> tuple[str, ...]:
         branches = self._branches(generation, self._wanted)
-        in_branch = torch.tensor(
-            [p in branches for p in generation.branches], device=generation.shape.device
-        )
-        in_branch = in_branch[generation.branch_of_row]
         for option, value in self._inputs.items():
             self._banks[option] = reuse(
                 self._banks.get(option), self._bank(option, value, generation)
             )
+        mask = self._bank_mask(generation)
         if self._slot is None or self._slot.device != generation.shape.device:
             self._slot = torch.zeros(1, dtype=torch.int64, device=generation.shape.device)
         for site in self.sites:
             rows = options.for_rows(
                 "patch", f"rows at {site.alias}", self._rows[site.name], generation
             )
-            self._base[site.name] = (rows & in_branch)[:, None, None]
-            selected = reuse(self._selected.get(site.name), self._base[site.name])
+            self._base[site.name] = [
+                (rows & self._rows_in(generation, call, branches))[:, None, None]
+                for call in range(len(generation.passes))
+            ]
+            selected = reuse(self._selected.get(site.name), self._base[site.name][0])
             self._selected[site.name] = selected
             expect(self._operations[site.name], site, generation)
             for operation, option in zip(
@@ -171,11 +177,37 @@ class Patch(Tap):
                     operation.selected = selected
                 if isinstance(operation, Swap):
                     operation.bank = self._banks[option]
+                    operation.mask = mask
+                    operation.partial = mask is not None and not bool(mask.all())
                 elif isinstance(operation, Replace):
                     bank = self._outputs(site, generation, branches)
                     operation.bank = reuse(getattr(operation, "bank", None), bank)
                     operation.slot = self._slot
-        self._live = True
+        self._live, self._call = True, 0
+        return branches
+
+    @staticmethod
+    def _rows_in(generation: Generation, call: int, branches: tuple[str, ...]) -> Tensor:
+        """Return which rows of a call are of some branches, [R] bool."""
+        inside = torch.tensor([b in branches for b in generation.branches])
+        return inside.to(generation.shape.device)[generation.branch_of_row(call)]
+
+    def _bank_mask(self, generation: Generation) -> Tensor | None:
+        """Spread the mask of the context over the rows: [R, S] bool."""
+        if self._mask is None:
+            return None
+        samples = generation.samples
+        for site in self.sites:
+            tokens = generation.context_tokens(site)
+            if self._mask.shape[0] not in (1, samples) or self._mask.shape[1] != tokens:
+                raise ValueError(
+                    f"patch: expected a mask of shape [{samples}, {tokens}] [samples of this "
+                    f"generation, context tokens of {site}], got {list(self._mask.shape)}"
+                )
+        mask = self._mask.to(generation.shape.device)
+        spread = mask.expand(samples, -1)[generation.sample_of_row]
+        self._spread_mask = reuse(self._spread_mask, spread)
+        return self._spread_mask
 
     def _bank(self, option: str, value: Tensor, generation: Generation) -> Tensor:
         """Spread [B | 1, S, C] over the rows: [R, S, C]."""
@@ -203,37 +235,60 @@ class Patch(Tap):
                 f"patch: expected output of shape {[*expected, width]} [steps and samples of "
                 f"this generation, tokens of {site}], got {list(value.shape)}"
             )
-        if given not in (1, len(branches)):
+        if given not in (1, len(branches)) and self._output_branches is None:
             raise ValueError(
                 f"patch: expected output with 1 or {len(branches)} branches [{list(branches)}], "
                 f"got {given}"
             )
-        value = value.to(generation.shape.dtype).expand(-1, len(branches), -1, -1, -1)
-        bank = value.new_zeros(steps, generation.shape.rows, tokens, width)
-        for place, branch in enumerate(branches):
-            bank[:, generation.rows_of(branch)] = value[:, place]
-        return bank
+        value = value.to(generation.shape.dtype)
+        calls = len(generation.passes)
+        bank = value.new_zeros(steps, calls, generation.shape.rows, tokens, width)
+        for branch in branches:
+            place = self._place_of(branch, branches, given)
+            if place is not None:
+                bank[:, generation.call_of(branch), generation.rows_of(branch)] = value[:, place]
+        return bank.flatten(0, 1)
+
+    def _place_of(self, branch: str, branches: tuple[str, ...], given: int) -> int | None:
+        """Return where an output has a branch, None if it has not."""
+        if self._output_branches is not None:
+            known = self._output_branches
+            return known.index(branch) if branch in known else None
+        return branches.index(branch) if given > 1 else 0
 
     def _places(self) -> tuple[int, ...]:
         """Return the step of each entry of the outputs."""
         return tuple(range(*self._span)) if self._output_steps is None else self._output_steps
 
-    def _advance(self, step: int, inside: bool) -> None:
-        if inside and self._output is not None and step not in self._places():
+    def _advance(self, step: int, call: int, inside: bool) -> None:
+        generation = self._generation
+        if (inside, call) != (self._live, self._call):
+            for site in self.sites:
+                selected = self._selected[site.name]
+                if inside:
+                    selected.copy_(self._base[site.name][call])
+                else:
+                    selected.zero_()
+            self._live, self._call = inside, call
+        if not inside or self._output is None or generation is None or self._slot is None:
+            return
+        self._check_outputs(step, generation.passes[call])
+        self._slot.fill_(self._places().index(step) * len(generation.passes) + call)
+
+    def _check_outputs(self, step: int, branches: tuple[str, ...]) -> None:
+        if step not in self._places():
             raise ValueError(
                 f"patch: expected an output for step {step}, got those of {list(self._places())} "
                 "[steps of the capture]"
             )
-        if inside != self._live:
-            for site in self.sites:
-                selected = self._selected[site.name]
-                if inside:
-                    selected.copy_(self._base[site.name])
-                else:
-                    selected.zero_()
-            self._live = inside
-        if inside and self._slot is not None and self._output is not None:
-            self._slot.fill_(self._places().index(step))
+        known = self._output_branches
+        lacking = [] if known is None else [b for b in branches if b not in known]
+        lacking = [b for b in lacking if b in self._acts_on]
+        if lacking:
+            raise ValueError(
+                f"patch: expected an output for the {lacking[0]} branch, got those of "
+                f"{list(known or ())} [branches of the capture]"
+            )
 
 
 @placed
@@ -241,7 +296,7 @@ def patch(
     pipe: Any,
     where: SitePattern | Where,
     *,
-    context: Tensor | None = None,
+    context: Tensor | tuple[Tensor, Tensor | None] | None = None,
     key: Tensor | None = None,
     value: Tensor | None = None,
     output: Tensor | Mapping[Any, Tensor] | Capture | None = None,
@@ -256,7 +311,8 @@ def patch(
         pipe: diffusers pipeline.
         where: sites, or a `Where`, which names branches and steps too.
         context: [B, S, C], [1, S, C] or [S, C], what keys and values are computed from instead;
-            `contexts` makes it.
+            `contexts` makes it. Where attention reads a mask, a pair of this and the tokens that
+            may be read, [B, S] or [1, S] bool: `contexts(..., masks=True)`.
         key: the same for keys only.
         value: the same for values only.
         output: [steps, B, T, C], or [steps, branches, B, T, C], in place of the module's output;
@@ -274,6 +330,9 @@ def patch(
     Differentiable in: the activations, not in what replaces them. Rows that are not selected stay
     bit-identical.
     """
+    mask = None
+    if isinstance(context, tuple):
+        context, mask = _context_and_mask(context)
     inputs = {
         k: v for k, v in (("context", context), ("key", key), ("value", value)) if v is not None
     }
@@ -290,8 +349,25 @@ def patch(
         )
     place = Where.of(where)
     outputs = None if output is None else _outputs_by_name(pipe, place, output)
-    steps = output.steps if isinstance(output, Capture) else None
-    return Patch(pipe, place, inputs, outputs, rows, steps)
+    source = output if isinstance(output, Capture) else None
+    return Patch(pipe, place, inputs, outputs, rows, source, mask)
+
+
+def _context_and_mask(pair: tuple[Any, ...]) -> tuple[Tensor, Tensor | None]:
+    if len(pair) != 2:
+        raise TypeError(
+            f"patch: expected context as a tensor or a pair of it and its mask, got {len(pair)} "
+            "values"
+        )
+    context, mask = pair
+    if mask is not None and not (isinstance(mask, Tensor) and mask.dtype == torch.bool):
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"patch: expected the mask of a context as a bool tensor [B, S], got {got}")
+    if mask is not None and mask.dim() != 2:
+        raise ValueError(
+            f"patch: expected the mask of a context of shape [B, S], got {list(mask.shape)}"
+        )
+    return context, mask
 
 
 def _outputs_by_name(pipe: Any, where: Where, output: Any) -> dict[str, Tensor]:

@@ -18,6 +18,7 @@ from ..ops import Capture, Steering, tap_
 from ..pipelines import GenerationTracker
 from ..reference.tap import tap as reference_tap
 from .layout import Expected, edit_output
+from .masks import KEY_MASKS, as_mask, readable
 
 
 class Operation:
@@ -52,23 +53,38 @@ class Operation:
 
 
 class ContextRecord(Operation):
-    """Copies the cross-attention context into a ring."""
+    """Copies the cross-attention context, and which of its tokens may be read, into rings."""
 
     def __init__(self) -> None:
         super().__init__()
         self.rows: slice | None = None
         self.buffers = Capture()
+        self.mask: Tensor | None = None  # [slots + 1, R, S] bool; the last for what is not kept
+        self.masked = False
 
-    def __call__(self, context: Tensor) -> None:
+    def __call__(self, context: Tensor, mask: Tensor | None) -> None:
         """Copy the context; changes nothing."""
-        if not self.mark():
+        ring = self.buffers.ring
+        if not self.mark() or ring is None:
             return
+        rows = slice(None) if self.rows is None else self.rows
         x = context.detach()
-        tap_(x if self.rows is None else x[self.rows], self.buffers)
+        if x.shape[0] == 1 < ring.shape[1]:  # one context for all rows
+            x = x.expand(ring.shape[1], -1, -1)
+        tap_(x[rows], self.buffers)
+        if mask is not None and self.mask is not None and self.buffers.slot is not None:
+            self.masked = True
+            slot = self.buffers.slot
+            last = self.mask.shape[0] - 1
+            place = torch.where((slot < 0) | (slot >= last), last, slot)
+            self.mask.index_copy_(0, place, readable(mask)[rows][None])
 
 
 class Swap(Operation):
     """Gives selected rows another context, for keys, values or both."""
+
+    mask: Tensor | None = None  # [R, S] bool, tokens of the bank that may be read; None = all
+    partial = False  # whether it leaves tokens out
 
     def __init__(self, key: bool, value: bool) -> None:
         super().__init__()
@@ -80,6 +96,28 @@ class Swap(Operation):
         """Return the context with the selected rows exchanged."""
         self.mark()
         return torch.where(self.selected, self.bank, context)
+
+    def of_mask(self, mask: Tensor | None) -> Tensor | None:
+        """Return the mask of the attention with the selected rows exchanged.
+
+        Raises:
+            ValueError: the attention reads a mask and the bank has none, or the other way round.
+        """
+        if mask is None:
+            if self.partial:
+                raise ValueError(
+                    "patch: expected a context without a mask [this cross-attention reads all of "
+                    "it], got one that leaves tokens out"
+                )
+            return None
+        if self.mask is None:
+            raise ValueError(
+                "patch: expected a context with its mask [this cross-attention reads one: "
+                "context=contexts(..., masks=True)], got the context alone"
+            )
+        return torch.where(
+            self.selected[:, 0], as_mask(self.mask, mask).flatten(1), mask.flatten(1)
+        ).view_as(mask)
 
 
 class Replace(Operation):
@@ -318,18 +356,21 @@ class Tapped:
         name, place = self._context_name, self._context_place
         named = name in kwargs
         context = kwargs[name] if named else args[place]
+        masks = [k for k in KEY_MASKS if kwargs.get(k) is not None]
+        mask = kwargs[masks[0]] if masks else None
         for record in self._records:
-            record(context)
+            record(context, mask)
         if not self._swaps and self._split is None:
             return args
-        masks = [k for k, value in kwargs.items() if k.endswith("mask") and value is not None]
-        if masks:
+        if mask is not None and self._split is not None:
             raise NotImplementedError(
-                "patch: expected cross-attention without a mask [the mask belongs to the context "
-                f"that is swapped out], got {', '.join(masks)}"
+                "patch: expected cross-attention without a mask [keys and values of two contexts "
+                f"have two], got {masks[0]}"
             )
         for swap in self._swaps:
-            context = swap(context)
+            context, mask = swap(context), swap.of_mask(mask)
+        if masks:
+            kwargs[masks[0]] = mask
         if named:
             kwargs[name] = context
             return args
@@ -376,7 +417,6 @@ def _make_tapped_class(inner: type) -> type[Tapped]:
             out = self._run(hidden_states, args, kwargs)
         return edit_output(out, self._outputs, self._operations) if self._outputs else out
 
-    call.__signature__ = signature  # type: ignore[attr-defined]
     body: dict[str, Any] = {"__call__": call, "__doc__": inner.__doc__}
     for context in ("encoder_hidden_states", "context"):
         if context in names:

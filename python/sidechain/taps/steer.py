@@ -180,6 +180,8 @@ class Steer(Tap):
         self._which: Tensor | None = None
         self._steps_of_table = 1
         self._slot: Tensor | None = None
+        self._call = 0  # denoiser call of the step that the index is for
+        self._indices: list[Tensor] = []  # of each call
         self._row_buffers: dict[str, Tensor] = {}
         self._vectors: dict[str, Tensor] = {}
         self._mask: Tensor | None = None  # [1 | R, T]
@@ -264,10 +266,10 @@ class Steer(Tap):
     def _operations_at(self, site: Site) -> list[Operation]:
         return [Add()]
 
-    def _bind(self, generation: Generation) -> None:
+    def _bind(self, generation: Generation) -> tuple[str, ...]:
         targets = MODES[self.mode]
         touched = tuple(b for b in generation.branches if b in targets)
-        if not touched:
+        if not touched and not generation.elsewhere & targets.keys():
             raise ValueError(
                 f"steer: expected a generation with the {' or '.join(targets)} branch [branches="
                 f"{self.mode!r}], got branches {list(generation.branches)} [guidance off?]"
@@ -276,6 +278,7 @@ class Steer(Tap):
         if self._slot is None or self._slot.device != device:
             self._slot = torch.full((1,), -1, dtype=torch.int64, device=device)
         self._build_tables(generation)
+        self._call = 0
         for option in ("strength", "removal", "index"):
             self._fill(option, generation)
         mask = self._token_mask(generation)
@@ -292,6 +295,7 @@ class Steer(Tap):
                     renorm=self.renorm,
                     **self._row_buffers,
                 )
+        return touched
 
     def _token_mask(self, generation: Generation) -> Tensor | None:
         if not isinstance(self._tokens, Tensor):
@@ -307,7 +311,8 @@ class Steer(Tap):
     def _fill(self, option: str, generation: Generation) -> None:
         old = self._row_buffers.get(option)
         if option == "index":
-            new = self._index(generation)
+            self._indices = [self._index(generation, n) for n in range(len(generation.passes))]
+            new = self._indices[self._call]
         else:
             value = self._strength if option == "strength" else self._removal
             if option == "removal" and old is None and not bool(value.any()):
@@ -315,14 +320,14 @@ class Steer(Tap):
             new = options.for_rows("steer", option, value, generation)
         self._row_buffers[option] = reuse(old, new)
 
-    def _index(self, generation: Generation) -> Tensor:
-        """Row of the table for each row of the batch, [R] int32, -1 for none."""
+    def _index(self, generation: Generation, call: int) -> Tensor:
+        """Row of the table for each row of a denoiser call, [R] int32, -1 for none."""
         targets = MODES[self.mode]
         which = torch.zeros(1, dtype=torch.int64) if self._which is None else self._which
         vector = options.for_rows("steer", "which", which, generation)
         known = generation.branches
         place = [self._sources.index(targets[b]) if b in targets else -1 for b in known]
-        branch = torch.tensor(place, device=vector.device)[generation.branch_of_row]
+        branch = torch.tensor(place, device=vector.device)[generation.branch_of_row(call)]
         index = vector * len(self._sources) + branch
         return torch.where((vector < 0) | (branch < 0), -1, index).to(torch.int32)
 
@@ -378,7 +383,10 @@ class Steer(Tap):
             self._warned = True
         return resample(value, known, wanted)
 
-    def _advance(self, step: int, inside: bool) -> None:
+    def _advance(self, step: int, call: int, inside: bool) -> None:
+        if call != self._call:
+            self._call = call
+            self._row_buffers["index"].copy_(self._indices[call])
         if self._slot is not None:
             self._slot.fill_(min(step, self._steps_of_table - 1) if inside else -1)
 

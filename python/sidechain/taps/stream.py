@@ -76,7 +76,8 @@ class StreamTap(Tap):
         self._rings: dict[str, Tensor] = {}
         self._stream: Any = None
         self._copied: list[Any] = [None, None]  # CUDA events: the slot may be written again
-        self._held: int | None = None  # the step that waits in slot `_place`
+        # Step and branches that wait in slot `_place`.
+        self._held: tuple[int, tuple[str, ...]] | None = None
         self._place = 0
 
     def end(self) -> None:
@@ -90,7 +91,8 @@ class StreamTap(Tap):
     def _finish(self) -> None:
         self._emit()
 
-    def _bind(self, generation: Generation) -> None:
+    def _bind(self, generation: Generation) -> tuple[str, ...]:
+        self._emit()  # the rings may be made anew
         branches = self._branches(generation, self._wanted)
         device = generation.shape.device
         options.common_tokens(self.name, "one set of labels is for all", self.sites, generation)
@@ -98,8 +100,10 @@ class StreamTap(Tap):
         if self._slot is None or self._slot.device != device:
             self._slot = torch.full((1,), -1, dtype=torch.int64, device=device)
             self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        # With several calls in a step one of them is copied at a time; none where all are absent.
+        blocks = 1 if len(generation.passes) > 1 else max(len(branches), 1)
         for site in self.sites:
-            shape = (2, len(branches) * generation.samples, kept, site.width)
+            shape = (2, blocks * generation.samples, kept, site.width)
             ring = self._rings.get(site.alias)
             if ring is None or ring.shape != shape or ring.device != device:
                 ring = torch.zeros(shape, dtype=self.dtype, device=device)
@@ -109,32 +113,39 @@ class StreamTap(Tap):
                 expect([operation], site, generation)
                 operation.rows = operation.active = self._block(generation, branches)
                 operation.tokens = self._slice()
-                operation.buffers = Capture(ring=ring, slot=self._slot)
+                operation.buffers = Capture(ring=ring, slot=self._slot) if branches else Capture()
+        return branches
 
     def _slice(self) -> slice | None:
         return self._tokens if isinstance(self._tokens, slice) else None
 
-    def _advance(self, step: int, inside: bool) -> None:
+    def _advance(self, step: int, call: int, inside: bool) -> None:
         self._emit()
         if self._slot is None:
             return
-        if not inside or (step - self._span[0]) % self.every:
+        branches = self._wanted_of(call)
+        if not inside or not branches or (step - self._span[0]) % self.every:
             self._slot.fill_(-1)
             return
         self._place = 1 - self._place
         if self._copied[self._place] is not None:
             torch.cuda.current_stream(self._slot.device).wait_event(self._copied[self._place])
         self._slot.fill_(self._place)
-        self._held = step
+        self._held = (step, branches)
+
+    def _wanted_of(self, call: int) -> tuple[str, ...]:
+        generation = self._generation
+        passes = () if generation is None else generation.passes[call]
+        return tuple(b for b in passes if self._wanted is None or b in self._wanted)
 
     def _emit(self) -> None:
-        generation, step, self._held = self._generation, self._held, None
-        if step is None or generation is None:
+        generation, held, self._held = self._generation, self._held, None
+        if held is None or generation is None:
             return
         rows, ready = self._to_cpu()
         total = generation.tokens(self.sites[0])
         tokens = range(*(self._slice() or slice(None)).indices(total))
-        branches = self._branches(generation, self._wanted)
+        step, branches = held
         self.consumer(StepRows(step, rows, branches, generation.samples, tokens, generation, ready))
 
     def _to_cpu(self) -> tuple[dict[str, Tensor], Callable[[], None] | None]:

@@ -7,6 +7,7 @@ over tokens of what site l puts out at step t in branch p. Source: TADA, arXiv 2
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from tqdm.auto import tqdm
 from ..pipelines import PromptPairs, SiteList, SitePattern
 from ..pipelines.generate import generate, quiet_settings
 from ..taps import Capture, Where, capture
+from ..taps.recording import Labels
 from .vector import Provenance, SteeringVector, unit
 
 
@@ -48,7 +50,8 @@ def caa(
         Directions [steps, C] for each site and branch.
 
     Raises:
-        ValueError: unknown sites or options.
+        ValueError: unknown sites or options, or a branch asked for that some steps do not have.
+        RuntimeWarning: such a branch that was not asked for; it gets no directions.
     """
     where = Where.of(where)
     if where.steps is not None:
@@ -56,10 +59,10 @@ def caa(
             f"caa: expected all steps [a vector has a direction for each], got {where.steps!r}"
         )
     chosen = where.chosen(pipe, "cross:*")
-    where = replace(where, sites=chosen, branches=where.branches or "all")
+    tapped = replace(where, sites=chosen, branches=where.branches or "all")
     settings = quiet_settings("caa", pipe, call)
     totals: dict[str, Tensor] = {}  # [2, steps, branches, C] float64: sums over + and over -
-    tap = capture(pipe, where, reduce="mean")
+    tap = capture(pipe, tapped, reduce="mean")
     title = f"caa {pairs.concept}".strip()
     with tap, tqdm(total=len(pairs), desc=title, unit="pair", disable=not progress) as bar:
         for prompts, seeds in pairs.batches(batch_size):
@@ -68,17 +71,36 @@ def caa(
             labels = tap.labels
             tap.clear()
             bar.update(len(prompts) // 2)
+    whole = _whole_branches(labels, where.branches)
     tensors = {}
     for site in chosen:
         plus, minus = totals[site.name] / len(pairs)
         difference = plus - minus  # [steps, branches, C]
         directions = unit(difference) if normalise else difference
         for place, branch in enumerate(labels.branches):
+            if branch not in whole:
+                continue
             tensors[site.name, branch] = directions[:, place].float()
     provenance = replace(Provenance.of(pipe, "caa", pairs, call), normalised=normalise)
     return SteeringVector(
         tensors, timesteps=labels.timesteps, sigmas=labels.sigmas, provenance=provenance
     )
+
+
+def _whole_branches(labels: Labels, wanted: str | None) -> tuple[str, ...]:
+    """Return the branches that every step has: guidance may be off in some of them."""
+    share = dict(zip(labels.branches, labels.present.double().mean(0).tolist(), strict=True))
+    partial = [branch for branch in labels.branches if share[branch] < 1.0]
+    if partial:
+        text = (
+            f"a direction of the {partial[0]} branch for each of {len(labels.steps)} steps, got "
+            f"the branch in {round(share[partial[0]] * len(labels.steps))} of them [guidance in an "
+            "interval of steps]"
+        )
+        if wanted is not None:
+            raise ValueError(f"caa: expected {text}")
+        warnings.warn(f"caa: expected {text}: it is left out", RuntimeWarning, stacklevel=3)
+    return tuple(branch for branch in labels.branches if branch not in partial)
 
 
 def _accumulate(totals: dict[str, Tensor], tap: Capture, chosen: SiteList, pairs: int) -> None:

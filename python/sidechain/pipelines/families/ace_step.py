@@ -18,6 +18,7 @@ register_adapter(
         components=("transformer",),
         branches={1: ("cond",), 2: ("cond", "uncond")},
         shape=call_shape((0, "hidden_states"), (3, "encoder_hidden_states")),
+        late_guidance=True,
         tokens=_tokens,
         timestep=call_timestep(1),
     ),

@@ -27,8 +27,8 @@ register_adapter(
     Adapter(
         family="flux",
         components=("transformer",),
-        # Guidance is distilled into the model; true guidance calls it twice in a step.
-        branches={1: ("cond",)},
+        branches={},
+        # Guidance is distilled into the model; only true guidance makes the second call.
         calls=("cond", "uncond"),
         shape=call_shape((0, "hidden_states"), (1, "encoder_hidden_states")),
         tokens=_tokens,
