@@ -104,11 +104,14 @@ class HeadRecord(Inside):
         return self.rows or slice(0, place.rows)
 
     def _cut(self, start: int, stop: int) -> Buffers:
-        sums, squares, counts, ring, slot, mask = self.buffers
-        values = (None if t is None else t[:, start:stop] for t in (sums, squares, counts, ring))
+        found, mask = self.buffers, self.buffers.mask
         if mask is not None and mask.shape[0] > 1:
             mask = mask[start:stop]
-        return Buffers(*values, slot, mask)
+        return found._replace(
+            sums=None if found.sums is None else found.sums[:, start:stop],
+            counts=None if found.counts is None else found.counts[:, start:stop],
+            mask=mask,
+        )
 
 
 class _Overheard:
