@@ -14,7 +14,7 @@ from ._lazy import lazy
 
 if TYPE_CHECKING:
     from ._errors import InputError
-    from .pipelines.places import token_places
+    from .pipelines.words import token_places
     from .pipelines.sites import sites
     from .taps.base import attached, detach_all
     from .taps.cache_context import cache_context

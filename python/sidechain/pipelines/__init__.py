@@ -15,7 +15,7 @@ from .adapter import (
 )
 from .attention import Attention, describe_attention, read_attention, with_context
 from .generation import Generation, Observer
-from .places import token_grid, token_places
+from .words import token_grid, token_places
 from .prompt_pairs import PromptPairs
 from .sites import Site, SiteList, SitePattern, sites
 from .tracker import GenerationTracker, observe, observers, release
