@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ._errors import InputError
     from .pipelines.probe import probe
     from .pipelines.sites import sites
+    from .pipelines.words import token_places
     from .taps.base import attached, detach_all
     from .taps.cache_context import cache_context
     from .taps.capture import capture, contexts
@@ -58,6 +59,7 @@ __all__ = [
     "probe",
     "sites",
     "steer",
+    "token_places",
 ]
 
 lazy(
@@ -78,6 +80,7 @@ lazy(
         ),
         "probe": ".pipelines",
         "sites": ".pipelines",
+        "token_places": ".pipelines",
         "SteeringVector": ".vectors",
         "InputError": "._errors",
         "__version__": "._version",

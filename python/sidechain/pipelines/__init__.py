@@ -21,6 +21,7 @@ from .probed import Probe
 from .prompt_pairs import PromptPairs
 from .sites import Site, SiteList, SitePattern, sites
 from .tracker import GenerationTracker, observe, observers, release
+from .words import token_grid, token_places
 
 __all__ = [
     "Adapter",
@@ -51,5 +52,7 @@ __all__ = [
     "release",
     "sites",
     "source_tokens",
+    "token_grid",
+    "token_places",
     "with_context",
 ]

@@ -4,6 +4,8 @@
 from .base import Tap, attached, detach_all
 from .cache_context import CachedContext, cache_context
 from .capture import Capture, capture, contexts
+from .heads import HeadCapture
+from .maps import MapCapture
 from .options import Where
 from .patch import Patch, patch
 from .recording import Labels
@@ -13,7 +15,9 @@ __all__ = [
     "MODES",
     "CachedContext",
     "Capture",
+    "HeadCapture",
     "Labels",
+    "MapCapture",
     "Patch",
     "Steer",
     "Tap",

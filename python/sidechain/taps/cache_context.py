@@ -11,10 +11,11 @@ from torch import Tensor
 from .. import _device
 from ..ops import attention_tap
 from ..pipelines import Generation, Site, SitePattern, sites
-from ..pipelines.adapter import find_denoiser
 from .base import Tap
-from .options import reuse
-from .processor import Attend, Operation, inner_processor
+from .heads import HeadRecord, Place
+from .maps import MapRecord
+from .options import refuse_compiled, reuse
+from .processor import Attend, Inside, Operation, inner_processor
 
 #: Processors whose cross-attention is softmax(q k^T / sqrt(D)) v, with optional norms of q and k.
 PLAIN_PROCESSORS = ("AttnProcessor2_0", "StableAudioAttnProcessor2_0")
@@ -51,25 +52,44 @@ class CachedAttention(Attend):
         """Tell whether the contexts of a generation changed unnoticed; reads one value back."""
         return self._seen is not None and bool(self._changed)
 
-    def __call__(self, hidden: Tensor, context: Tensor) -> Tensor:
+    def __call__(self, hidden: Tensor, context: Tensor, inside: list[Inside]) -> Tensor:
         """Attend from `hidden` [R, T, C] to the context [R, S, C]; returns [R, T, C]."""
         self._refresh(context)
-        attn = self._attn
-        out_projection, dropout = attn.to_out
+        out_projection, dropout = self._attn.to_out
         if self._active is None:
-            return dropout(out_projection(self._attend(hidden)))
+            return dropout(out_projection(self._attend(hidden, inside)))
         bias = out_projection.bias
         out = hidden.new_zeros(hidden.shape) if bias is None else bias.expand(hidden.shape).clone()
-        if self._entry.numel():
-            out[self._active] = out_projection(self._attend(hidden[self._active]))
+        if self._entry.numel() or inside:
+            out[self._active] = out_projection(self._attend(hidden, inside))
         return dropout(out)
 
-    def _attend(self, hidden: Tensor) -> Tensor:
-        attn = self._attn
-        query = attn.to_q(hidden).unflatten(-1, (attn.heads, -1))
+    def _attend(self, hidden: Tensor, inside: list[Inside]) -> Tensor:
+        """Return what the heads of the active rows put out, [A, T, H D]."""
+        attn, place = self._attn, Place(self._active, hidden.shape[0])
+        query = attn.to_q(hidden if self._active is None else hidden[self._active])
+        query = query.unflatten(-1, (attn.heads, -1))
         if attn.norm_q is not None:
             query = attn.norm_q(query)
-        return attention_tap(query, self._keys, self._values, context_index=self._entry).flatten(2)
+        heads = [o for o in inside if isinstance(o, HeadRecord)]
+        # The first of them is fed by the kernel itself.
+        captured = heads[0].buffers_at(place) if heads and heads[0].mark() else None
+        out = attention_tap(
+            query, self._keys, self._values, context_index=self._entry, capture=captured
+        ).flatten(2)
+        for record in heads:
+            if record is not heads[0]:
+                record(place.all_rows(out))
+            elif captured is None:
+                record.take(place.all_rows(out))
+            else:
+                record.count_silent(place, out)
+        for seen in inside:
+            if isinstance(seen, MapRecord):
+                keys = self._keys.index_select(0, self._entry)
+                # Keys of a silent row are all alike: zeros give the same even attention.
+                seen.attended(place.all_rows(query), place.all_rows(keys))
+        return out
 
     def _weights(self) -> tuple[tuple[int, int], ...]:
         """Return what tells whether the projections have changed.
@@ -173,15 +193,7 @@ class CachedContext(Tap):
         return [CachedAttention(site.module)]
 
     def _bind(self, generation: Generation) -> tuple[str, ...]:
-        called, denoiser, _ = find_denoiser(self.pipe)
-        parts = [called, *denoiser.modules()]
-        if any(getattr(part, "_compiled_call_impl", None) for part in parts) or any(
-            hasattr(part, "_orig_mod") for part in parts
-        ):
-            raise NotImplementedError(
-                "cache_context: expected a denoiser that is not compiled [which texts are equal is "
-                "read back on the host], got one under torch.compile"
-            )
+        refuse_compiled("cache_context", self.pipe, "which texts are equal is read on the host")
         for site in self.sites:
             for cached in self._cached_at(site):
                 cached.reset()

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from typing import Any, Literal, overload
+from typing import Any, ClassVar, Literal, overload
 
 import torch
 from torch import Tensor
@@ -20,7 +20,6 @@ from .options import Where, placed
 from .processor import ContextRecord, Operation, Record
 from .recording import KeptCall, Labels, Layout, Recorded, each, gather, mean_of, tensors
 
-REDUCTIONS = ("mean", "mean_square", "tokens", "context")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -37,6 +36,8 @@ class Capture(Tap):
     """
 
     name = "capture"
+    #: The class of each reduction; a subclass adds its own.
+    reductions: ClassVar[dict[str, type[Capture]]] = {}
 
     def __init__(
         self,
@@ -45,10 +46,6 @@ class Capture(Tap):
         reduce: str,
         dtype: torch.dtype,
     ) -> None:
-        if reduce not in REDUCTIONS:
-            raise ValueError(
-                f"capture: expected reduce to be one of {', '.join(REDUCTIONS)}, got {reduce!r}"
-            )
         if dtype not in _DTYPES:
             raise TypeError(f"capture: expected dtype float32 | float16 | bfloat16, got {dtype}")
         super().__init__(pipe, where.chosen(pipe, "cross:*"), where.steps)
@@ -87,11 +84,20 @@ class Capture(Tap):
         parts = []
         for labels, buffers in self._records():
             found = buffers[name]
-            value = mean_of(found.sums, found.counts) if found.ring is None else found.ring
+            value = self._mean(found) if found.ring is None else found.ring
             parts.append(self._split_rows(value, labels))
-        axis = 1 if self.reduce == "context" else 2
+        axis = 2 if self._per_step else 1
         joined = torch.cat(parts, axis) if len(parts) > 1 else parts[0]
         return joined.to(self.dtype)
+
+    @property
+    def _per_step(self) -> bool:
+        """Tell whether every step has an entry of its own; else the buffers hold one for all."""
+        return self.reduce != "context"
+
+    def _mean(self, found: Buffers) -> Tensor:
+        """Divide what was added up at a site by how often."""
+        return mean_of(found.sums, found.counts)
 
     def mean_square(self, site: str | Site | int) -> Tensor:
         """Return the mean square over tokens, [steps, branches, B, C] (reduce="mean_square")."""
@@ -197,10 +203,10 @@ class Capture(Tap):
         return records
 
     def _split_rows(self, value: Tensor, labels: Labels) -> Tensor:
-        """Turn [S, R', ...] into [S, branches, B, ...], without S for a context."""
+        """Turn [S, R', ...] into [S, branches, B, ...], without S where it is one for all."""
         rest = value.shape[2:]
         split = value.reshape(len(value), len(labels.branches), labels.samples, *rest)
-        return split[0] if self.reduce == "context" else split
+        return split if self._per_step else split[0]
 
     def _current(self) -> Recorded:
         if self._generation is None:
@@ -312,6 +318,10 @@ class Capture(Tap):
         self._kept_mask = options.reuse(self._kept_mask, mask)
         return self._kept_mask
 
+    def _width(self, site: Site) -> int:
+        """Return the channels of what is recorded at a site."""
+        return site.width
+
     def _shapes(
         self, site: Site, generation: Generation, rows: int, calls: int
     ) -> dict[str, tuple[int, ...]]:
@@ -324,13 +334,13 @@ class Capture(Tap):
         tokens = None if isinstance(self._tokens, Tensor) else self._tokens
         kept = options.count_tokens("capture", tokens, site, generation)
         if self.reduce == "tokens":
-            return {"ring": (steps, rows, kept, site.width)}
+            return {"ring": (steps, rows, kept, self._width(site))}
         shapes: dict[str, tuple[int, ...]] = {
-            "sums": (steps, rows, site.width),
+            "sums": (steps, rows, self._width(site)),
             "counts": (steps, rows),
         }
         if self.reduce == "mean_square":
-            shapes["squares"] = (steps, rows, site.width)
+            shapes["squares"] = (steps, rows, self._width(site))
         return shapes
 
     def _finish(self) -> None:
@@ -369,6 +379,9 @@ class Capture(Tap):
         self._seen.append((step, call, generation.shape))
 
 
+Capture.reductions.update(dict.fromkeys(("mean", "mean_square", "tokens", "context"), Capture))
+
+
 @placed
 def capture(
     pipe: Any,
@@ -386,7 +399,9 @@ def capture(
         pipe: diffusers pipeline.
         where: sites, or a `Where`, which names branches, steps and tokens too.
         reduce: "mean" over tokens, "mean_square" (mean and mean square), "tokens" (all of them), or
-            "context" (the text that a cross-attention site sees, once for each generation).
+            "context" (the text that a cross-attention site sees, once for each generation), "heads"
+            (mean of what each head puts out, `taps.heads`), or "maps" (how much attention each
+            token gives to each token of the text, mean over heads and steps, `taps.maps`).
         dtype: of the results; sums are kept in float32.
 
     Returns:
@@ -398,7 +413,12 @@ def capture(
 
     Differentiable in: nothing; gradients flow through the site untouched.
     """
-    return Capture(pipe, Where.of(where), reduce, dtype)
+    kind = Capture.reductions.get(reduce)
+    if kind is None:
+        raise ValueError(
+            f"capture: expected reduce to be one of {', '.join(Capture.reductions)}, got {reduce!r}"
+        )
+    return kind(pipe, Where.of(where), reduce, dtype)
 
 
 class _Enough(Exception):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .._device import send
 from ..pipelines import Generation, Site, SiteList, SitePattern, sites
+from ..pipelines.adapter import find_denoiser
 
 BRANCHES = ("cond", "uncond")
 BRANCH_CHOICES = (*BRANCHES, "all")
@@ -239,6 +240,21 @@ def for_rows(name: str, option: str, value: Tensor, generation: Generation) -> T
             f"{value.shape[0]}"
         )
     return send(value.expand(samples), sample_of_row.device)[sample_of_row]
+
+
+def refuse_compiled(name: str, pipe: Any, why: str) -> None:
+    """Refuse a denoiser under `torch.compile`, as a whole or in parts.
+
+    Raises:
+        NotImplementedError: it is.
+    """
+    called, denoiser, _ = find_denoiser(pipe)
+    for part in (called, *denoiser.modules()):
+        if getattr(part, "_compiled_call_impl", None) or hasattr(part, "_orig_mod"):
+            raise NotImplementedError(
+                f"{name}: expected a denoiser that is not compiled [{why}], got one under "
+                "torch.compile"
+            )
 
 
 def reuse(old: Tensor | None, new: Tensor) -> Tensor:

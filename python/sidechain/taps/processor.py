@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -17,6 +18,7 @@ from ..ops import Capture, Steering, tap_
 from ..pipelines import GenerationTracker
 from ..reference.tap import tap as reference_tap
 from .layout import Expected, edit_output
+from .masks import KEY_MASKS, as_mask, readable
 
 
 class Operation:
@@ -48,24 +50,6 @@ class Operation:
             return True
         self.tracker.recomputed()  # within a backward pass
         return False
-
-
-#: Arguments of processors that mask keys, not queries.
-_KEY_MASKS = ("attention_mask", "context_mask", "encoder_attention_mask")
-_MASKED = -10_000.0  # added to the scores of what may not be read, as diffusers does
-
-
-def readable(mask: Tensor) -> Tensor:
-    """Turn a mask of attention, [R, S] or [R, 1, S], bool or added to the scores, into bool."""
-    flat = mask.flatten(1)
-    return flat > -1.0 if flat.dtype.is_floating_point else flat.bool()
-
-
-def as_mask(allowed: Tensor, like: Tensor) -> Tensor:
-    """Turn [R, S] bool into the form of a mask of attention."""
-    if not like.dtype.is_floating_point:
-        return allowed.to(like.dtype).view_as(like)
-    return ((1 - allowed.to(like.dtype)) * _MASKED).view_as(like)
 
 
 class ContextRecord(Operation):
@@ -164,14 +148,6 @@ class Ablate(Operation):
         return out.masked_fill(self.selected, 0)
 
 
-class Attend(Operation):
-    """Computes the attention itself, in place of the model's processor."""
-
-    def __call__(self, hidden: Tensor, context: Tensor) -> Tensor:
-        """Return the output of the attention module."""
-        raise NotImplementedError
-
-
 class OutputSide(Operation):
     """One side of a `tap_` call on the output of a site.
 
@@ -192,6 +168,26 @@ class Record(OutputSide):
     """Captures the output."""
 
     buffers = Capture()
+
+
+class Inside(Record):
+    """Captures what happens within the attention rather than its output; changes nothing."""
+
+    def view(self, attn: Any) -> Any:
+        """Return the attention module as the processor is to see it."""
+        return attn
+
+    def watch(self) -> contextlib.AbstractContextManager[Any] | None:
+        """Return what surrounds a call of the processor; None = nothing."""
+        return None
+
+
+class Attend(Operation):
+    """Computes the attention itself, in place of the model's processor."""
+
+    def __call__(self, hidden: Tensor, context: Tensor, inside: list[Inside]) -> Tensor:
+        """Return the output of the attention module, and let `inside` see what is within."""
+        raise NotImplementedError
 
 
 class Add(OutputSide):
@@ -304,6 +300,7 @@ class Tapped:
         self._swaps: list[Swap] = []
         self._split: SplitAttention | None = None
         self._attend: Attend | None = None
+        self._inside: list[Inside] = []
         self._outputs: list[Callable[[Tensor], Tensor]] = []
 
     def __getattr__(self, name: str) -> Any:
@@ -333,7 +330,8 @@ class Tapped:
         outputs: list[Callable[[Tensor], Tensor]] = [
             o for o in ops if isinstance(o, Replace | Ablate)
         ]
-        records = [o for o in ops if isinstance(o, Record)]
+        self._inside = [o for o in ops if isinstance(o, Inside)]
+        records = [o for o in ops if isinstance(o, Record) and not isinstance(o, Inside)]
         adds = [o for o in ops if isinstance(o, Add)]
         together = bool(records and adds) and _fits(records[-1], adds[0])
         outputs += [TapCall(r, None) for r in (records[:-1] if together else records)]
@@ -341,11 +339,24 @@ class Tapped:
             outputs.append(TapCall(records[-1], adds.pop(0)))
         self._outputs = outputs + [TapCall(None, a) for a in adds]
 
+    def _run(self, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the model's own processor."""
+        seen = self._attn if self._split is None else self._split
+        if not self._inside:
+            return self._inner(seen, hidden, *args, **kwargs)
+        with contextlib.ExitStack() as stack:
+            for inside in self._inside:
+                seen = inside.view(seen)
+                watch = inside.watch()
+                if watch is not None:
+                    stack.enter_context(watch)
+            return self._inner(seen, hidden, *args, **kwargs)
+
     def _edit_context(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         name, place = self._context_name, self._context_place
         named = name in kwargs
         context = kwargs[name] if named else args[place]
-        masks = [k for k in _KEY_MASKS if kwargs.get(k) is not None]
+        masks = [k for k in KEY_MASKS if kwargs.get(k) is not None]
         mask = kwargs[masks[0]] if masks else None
         for record in self._records:
             record(context, mask)
@@ -400,10 +411,10 @@ def _make_tapped_class(inner: type) -> type[Tapped]:
             attend.mark()
         # Keys and values of two different contexts are not one thing that could be kept.
         if attend is not None and self._split is None and not torch.is_grad_enabled():
-            out = attend(hidden_states, _context_alone(names[3:], args, kwargs))
+            context = _context_alone(names[3:], args, kwargs)
+            out = attend(hidden_states, context, self._inside)
         else:
-            seen = attn if self._split is None else self._split
-            out = self._inner(seen, hidden_states, *args, **kwargs)
+            out = self._run(hidden_states, args, kwargs)
         return edit_output(out, self._outputs, self._operations) if self._outputs else out
 
     body: dict[str, Any] = {"__call__": call, "__doc__": inner.__doc__}
