@@ -280,3 +280,11 @@ class TestCompile:
         with sidechain.steer(pipe, vector), sidechain.capture(pipe, place) as cap:
             torch.testing.assert_close(call_tiny(pipe), wanted, rtol=1e-4, atol=1e-5)
         assert all(bool(cap[site].any()) for site in cap.sites)
+
+
+def test_maps_and_heads_are_of_attention() -> None:
+    pipe = tiny_pipeline("stable_audio")
+    with pytest.raises(ValueError, match=r"\[reduce='maps' .*, which is a block"):
+        sidechain.capture(pipe, "block:0", reduce="maps")
+    with pytest.raises(NotImplementedError, match="expected an output projection"):
+        sidechain.capture(pipe, "block:0", reduce="heads")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
 import warnings
@@ -16,7 +17,7 @@ from torch import Tensor
 
 import sidechain
 from sidechain import Where
-from sidechain.testing import generate, tiny_pipeline
+from sidechain.testing import call_tiny, generate, tiny_pipeline
 
 PROMPT = ["a happy song"]
 
@@ -298,6 +299,27 @@ class TestGradients:
         else:
             with pytest.raises(RuntimeError, match="expected backward before the next step"):
                 gradients(True)
+
+    def test_captures_leave_what_backward_has_saved(self) -> None:
+        # Single blocks of Flux project what attention puts out, so its output is saved.
+        pipe = tiny_pipeline("flux")
+        calls: list[Any] = []
+        handle = pipe.transformer.register_forward_pre_hook(
+            lambda m, a, k: calls.append(k), with_kwargs=True
+        )
+        call_tiny(pipe, seeds=(0,), steps=1)
+        handle.remove()
+        pipe.transformer.requires_grad_(True)
+        gradients = []
+        for _ in range(2):
+            pipe.transformer.zero_grad()
+            cap = sidechain.capture(pipe, "*")
+            with cap if gradients else contextlib.nullcontext():
+                if gradients:
+                    cap.tracker.begin(1, 1)
+                pipe.transformer(**calls[0])[0].square().sum().backward()
+            gradients.append([p.grad.clone() for p in pipe.transformer.parameters()])
+        assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
     def test_captures_count_a_recomputed_part_once(self) -> None:
         pipe = tiny_pipeline()

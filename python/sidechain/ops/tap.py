@@ -75,7 +75,9 @@ def tap_(
         else:
             _reference.tap_(x, capture, steering)
     if grad and not torch.compiler.is_compiling():
-        _checks.count_writes(x, *(capture or NO_CAPTURE)[:4])
+        # A capture alone writes nothing to x: what backward has saved of it stays good.
+        written = () if steering is None else (x,)
+        _checks.count_writes(*written, *(capture or NO_CAPTURE)[:4])
     return x
 
 

@@ -243,10 +243,11 @@ class MapCapture(Capture):
                 "capture: expected a slice of tokens with reduce='maps', got a mask"
             )
         for site in self.sites:
-            if site.kind == "self":
+            if not site.is_attention or site.kind == "self":
+                what = "self-attention" if site.is_attention else f"a {site.kind}"
                 raise ValueError(
                     f"capture: expected cross-attention or joint attention [reduce='maps' shows "
-                    f"where a text is read], got {site}, which is self-attention"
+                    f"where a text is read], got {site}, which is {what}"
                 )
             processor = type(inner_processor(site.module)).__name__
             if site.kind == "joint" and processor not in TEXT_PLACE:
