@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -175,6 +176,13 @@ class PipelineSubject:
             raise InputError(
                 f"--call: expected no {', '.join(sorted(taken))} [set by --steps, --guidance and "
                 "the scorers], got it"
+            )
+        known = inspect.signature(type(self.pipe).__call__).parameters
+        lost = [key for key in self._arguments if key not in known]
+        if lost:  # where a pipeline takes any keyword, it may do nothing with it
+            raise InputError(
+                f"--call: expected arguments of a {type(self.pipe).__name__} call "
+                f"[{', '.join(key for key in known if key != 'self')}], got {lost[0]}"
             )
         return quiet_settings("--call", self.pipe, call)
 
