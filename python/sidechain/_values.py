@@ -7,6 +7,7 @@ InputError (or OSError) where it cannot be used.
 
 from __future__ import annotations
 
+import json
 import re
 import tempfile
 from collections.abc import Callable, Iterable
@@ -112,21 +113,81 @@ def mebibytes(name: str, value: Any) -> int:
 
 
 def model(name: str, value: Any) -> str:
-    """Read "zoo:music" or the folder of a saved pipeline."""
+    """Read "zoo:music", the folder of a saved pipeline, or an id of the hub."""
     if not isinstance(value, str) or not value:
-        raise InputError(f"{name}: expected zoo:music or a folder, got {value!r}")
+        raise InputError(f"{name}: expected {_MODEL}, got {value!r}")
     return value
 
 
+_MODEL = "zoo:music, the folder of a saved pipeline, or a hub id"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
 def model_there(name: str, value: str) -> None:
-    """Check that a model is one of the zoo or an existing folder."""
-    if value.startswith("zoo:"):
-        if value != "zoo:music":
-            raise InputError(f"{name}: expected zoo:music or a folder, got {value!r}")
-    elif not Path(value).is_dir():
-        raise InputError(
-            f"{name}: expected zoo:music or a folder of a saved pipeline, got {value!r}"
+    """Check that a model is one of the zoo, an existing folder, or could be on the hub."""
+    if value == "zoo:music" or Path(value).is_dir():
+        return
+    if value.startswith("zoo:") or not _HUB_ID.fullmatch(value) or value.startswith("."):
+        raise InputError(f"{name}: expected {_MODEL}, got {value!r}")
+
+
+def calls(name: str, value: Any) -> tuple[tuple[str, Any], ...]:
+    """Read arguments of a pipeline call: "height=64" and the like, or pairs."""
+    found: dict[str, Any] = {}
+    for one in [value] if isinstance(value, str) else _items(name, value):
+        if isinstance(one, str):
+            key, equals, word = one.partition("=")
+            if not equals or not key.isidentifier():
+                raise InputError(f"{name}: expected KEY=VALUE, got {one!r}")
+            found[key] = _word(word)
+        else:
+            key, found[str(key)] = one
+    return tuple(found.items())
+
+
+def _word(text: str) -> Any:
+    """Read a value as JSON has it (numbers, true, false, lists), or else as a text."""
+    try:
+        return json.loads(
+            {"none": "null", "true": "true", "false": "false"}.get(text.lower(), text)
         )
+    except ValueError:
+        return text
+
+
+def scorers(name: str, value: Any) -> tuple[str, ...]:
+    """Read "zoo", "clap:PATH", "clip:PATH" or "module:function", one or several."""
+    found = [str(one) for one in ([value] if isinstance(value, str) else _items(name, value))]
+    for one in found:
+        kind, colon, rest = one.partition(":")
+        if one != "zoo" and not (colon and kind and rest):
+            raise InputError(f"{name}: expected {_SCORER}, got {one!r}")
+        if kind == "zoo" and colon:
+            raise InputError(f"{name}: expected {_SCORER}, got {one!r}")
+    if len(set(found)) != len(found):
+        raise InputError(f"{name}: expected every scorer once, got {', '.join(found)}")
+    return tuple(found)
+
+
+_SCORER = "zoo, clap:FOLDER|ID, clip:FOLDER|ID or module:function"
+
+
+def distance(name: str, value: Any) -> str:
+    """Read "scorer", "spectral", "lpips", "clap:PATH" or "clip:PATH"."""
+    kind, colon, rest = str(value).partition(":")
+    if value not in ("scorer", "spectral", "lpips") and not (
+        kind in ("clap", "clip") and colon and rest
+    ):
+        raise InputError(
+            f"{name}: expected scorer, spectral, lpips, clap:FOLDER|ID or clip:FOLDER|ID, got "
+            f"{value!r}"
+        )
+    return str(value)
+
+
+def rows(name: str, value: Any) -> int | str:
+    """Read a number of rows, or "auto"."""
+    return "auto" if value == "auto" else read_whole(name, value, 1)
 
 
 def device(name: str, value: Any) -> str | None:

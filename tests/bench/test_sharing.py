@@ -6,9 +6,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sidechain import zoo
 from sidechain.bench import sharing
 from sidechain.bench.machine import Machine
-from sidechain.studies import common
 
 
 class TestMeasured:
@@ -35,7 +35,8 @@ class TestMeasured:
 
 class TestRows:
     def test_localization_agrees_with_hooks_and_the_published_protocol(self) -> None:
-        pipe, scorers = common.load("zoo:music")
+        pipe, scorers = zoo.music(), zoo.scorers()
+        pipe.set_progress_bar_config(disable=True)
         ways = sharing.Localize(pipe, scorers, steps=2).ways
         results = {name: way() for name, way in ways.items()}
         assert list(results) == ["shared", "hooks", "hooks, published protocol"]

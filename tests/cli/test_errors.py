@@ -17,7 +17,7 @@ from sidechain import InputError
 from sidechain._errors import is_bad_input
 from sidechain.cli import main as cli
 from sidechain.io import atomic
-from sidechain.studies import common, localization
+from sidechain.studies import common, localization, models
 from sidechain.taps.options import parse_tokens
 from sidechain.testing import tiny_pipeline
 
@@ -81,7 +81,8 @@ class TestBugs:
     def test_planted_in_a_study(self, capsys, monkeypatch, tmp_path, name):
         """Bugs in a frame of the package: Python and NumPy raise ValueError there too."""
         study = importlib.import_module("sidechain.studies.localization.run")
-        monkeypatch.setattr(common, "load", lambda *_: (tiny_pipeline("music"), {}))
+        monkeypatch.setattr(models, "load", lambda *_: models.MusicSubject(tiny_pipeline("music")))
+        monkeypatch.setattr(common, "load_scorers", lambda *_: {})
         source = {
             "pairs_of": "def pairs_of(config, name):\n    return int('many')\n",
             "RunFolder": "def RunFolder(*_):\n    return np.zeros(3) + np.zeros(2)\n",
@@ -147,7 +148,8 @@ class TestFullDisk:
         assert not list(tmp_path.iterdir())
 
     def test_in_a_command(self, full, tmp_path, capsys, monkeypatch):
-        monkeypatch.setattr(common, "load", lambda *_: (tiny_pipeline("music"), {}))
+        monkeypatch.setattr(models, "load", lambda *_: models.MusicSubject(tiny_pipeline("music")))
+        monkeypatch.setattr(common, "load_scorers", lambda *_: {})
         out = tmp_path / "run"
         assert cli.main(["localize", "--steps", "1", "--out", str(out)]) == 2
         error = capsys.readouterr().err

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from sidechain.studies import common
+from sidechain.scorers.zoo import ZooScorer
+from sidechain.studies import common, models
 from sidechain.testing import tiny_pipeline
 
 
@@ -21,6 +22,7 @@ class Model:
         mel = MelScorer(channels=(4, 8, 8), width=16)
         mel.codec.load_state_dict(self.pipe.codec.state_dict())
         self.scorers = {"latent": LatentScorer(width=16).eval(), "mel": mel.eval()}
+        self.subject = models.MusicSubject(self.pipe)
         self.clips = 0
         self.calls = 0
         self.stop_after: int | None = None
@@ -48,6 +50,8 @@ def shared_model() -> Model:
 def model(shared_model: Model, monkeypatch: pytest.MonkeyPatch) -> Model:
     """What the studies load instead of the shipped weights."""
     shared_model.reset()
-    monkeypatch.setattr(common, "load", lambda *_: (shared_model.pipe, shared_model.scorers))
+    monkeypatch.setattr(models, "load", lambda *_: models.MusicSubject(shared_model.pipe))
+    scorers = lambda *_: {n: ZooScorer(n, s) for n, s in shared_model.scorers.items()}  # noqa: E731
+    monkeypatch.setattr(common, "load_scorers", scorers)
     monkeypatch.setattr(common, "generate", shared_model.generate)
     return shared_model

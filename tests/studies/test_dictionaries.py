@@ -102,9 +102,9 @@ def test_more_features_come_closer_to_the_mean_difference(model, folder):
         sae.w_dec.copy_(both)
     sae.save(folder / "cross-1.safetensors")
     shared = {"concept": "drums", "sites": "cross:1", "pairs": 2, "steps": 2, "batch_rows": 4}
-    by_means = build(model.pipe, VectorConfig(**shared), progress=False)
+    by_means = build(model.subject, VectorConfig(**shared), progress=False)
     by_features = build(
-        model.pipe,
+        model.subject,
         VectorConfig(**shared, method="sae", dictionaries=folder, features=2 * width),
         progress=False,
     )

@@ -203,13 +203,13 @@ class TestPlanted:
 
 class TestCheckEqual:
     def test_exact_and_close(self, model, config):
-        found = loc.check_equal(model.pipe, config, "violin")
+        found = loc.check_equal(model.subject, config, "violin")
         assert found["all_minus_clean"] == 0.0
         assert found["none_minus_corrupted"] == 0.0
         assert found["batched_minus_single"] <= 2e-5
 
     def test_without_guidance(self, model, config):
-        found = loc.check_equal(model.pipe, replace(config, guidance=1.0), "drums")
+        found = loc.check_equal(model.subject, replace(config, guidance=1.0), "drums")
         assert found["all_minus_clean"] == 0.0
         assert found["none_minus_corrupted"] == 0.0
 
@@ -217,13 +217,13 @@ class TestCheckEqual:
         """The check would notice taps that do nothing."""
         module = sys.modules["sidechain.studies.localization.run"]
         monkeypatch.setattr(module, "patch", lambda *_, **__: contextlib.nullcontext())
-        found = loc.check_equal(model.pipe, config, "violin")
+        found = loc.check_equal(model.subject, config, "violin")
         assert found["all_minus_clean"] > 0.0
         assert found["none_minus_corrupted"] == 0.0
 
 
 BAD = {
-    "concept": ({"concepts": ("oboe",)}, r"concept: expected one of .*, got 'oboe'"),
+    "concept": ({"concepts": ("oboe",)}, r"--concepts: expected piano .*, got 'oboe'"),
     "site": ({"sites": "cross:9"}, r"sites: expected one of cross:0-2"),
     "self": ({"sites": "self:0"}, r"expected at least one cross site"),
     "one of two": ({"sites": "cross:0,cross:7"}, r"sites: expected one of .*, got 'cross:7'"),

@@ -14,7 +14,7 @@ import pytest
 import soundfile
 import torch
 
-from sidechain.studies import common, vectors
+from sidechain.studies import common, models, vectors
 from sidechain.studies import steering as st
 from sidechain.studies.steering import analyse
 from sidechain.testing import tiny_pipeline
@@ -53,7 +53,7 @@ def vector_at(*sites, seed=0, steps=2):
 
 def clips(model, config, vector, rows):
     prompts = ["a flute solo", "a slow cello piece"]
-    return module.generate_rows(config, model.pipe, vector, ["cross:1"], prompts, rows)
+    return module.generate_rows(config, model.subject, vector, ["cross:1"], prompts, rows).latents
 
 
 def alike(first, second):
@@ -222,7 +222,7 @@ def test_vector_of_another_model(model, config, tmp_path):
     path = tmp_path / "other.safetensors"
     other = tiny_pipeline("music", layers=4)
     setup = vectors.VectorConfig(concept="drums", pairs=1, steps=1)
-    vectors.build(other, setup, progress=False).save(path)
+    vectors.build(models.MusicSubject(other), setup, progress=False).save(path)
     with pytest.raises(ValueError, match="config hash"):
         st.run(replace(config, vector=path))
     assert not config.out.exists()

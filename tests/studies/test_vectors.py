@@ -36,7 +36,7 @@ def test_run_saves_a_file_that_loads(model, config):
 
 
 def test_is_the_difference_of_the_concept_pairs(model, config):
-    made = vectors.build(model.pipe, config, progress=False)
+    made = vectors.build(model.subject, config, progress=False)
     pairs = concept("vocals").pairs(3, common.VECTOR_PROMPTS)
     plain = caa(
         model.pipe,
@@ -62,7 +62,7 @@ def test_keys_of_a_prompt_are_computed_once_a_run(model, config):
     calls = []
     hook = attn.to_k.register_forward_pre_hook(lambda module, args: calls.append(args[0].shape))
     try:
-        vectors.build(model.pipe, replace(config, steps=3), progress=False)
+        vectors.build(model.subject, replace(config, steps=3), progress=False)
     finally:
         hook.remove()
     assert len(calls) == 1
@@ -71,7 +71,7 @@ def test_keys_of_a_prompt_are_computed_once_a_run(model, config):
 
 def test_without_text_there_is_no_difference(model, config):
     """The unconditional pass sees no prompt; at the first step it also sees equal latents."""
-    made = vectors.build(model.pipe, config, progress=False)
+    made = vectors.build(model.subject, config, progress=False)
     for site in made.sites:
         assert float(made[site, "uncond"][0].abs().max()) < 1e-6
         assert float(made[site, "cond"][0].abs().max()) > 1e-4

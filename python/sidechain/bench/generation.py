@@ -178,9 +178,9 @@ def rows(
         AssertionError: a graph makes other latents than the eager calls, or taps change nothing.
         ValueError: no case has this name.
     """
-    from sidechain.studies import common
+    from sidechain import zoo
 
-    pipe, _ = common.load("zoo:music")
+    pipe = zoo.music()
     pipe.to(machine.device)
     pipe.set_progress_bar_config(disable=True)
     sizes, steps = (SAMPLES[:1], QUICK_STEPS) if quick else (SAMPLES, STEPS)

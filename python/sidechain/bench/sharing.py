@@ -106,16 +106,21 @@ class Localize:
 
     def shared(self) -> Tensor:
         """One batch, as the study runs it."""
-        from sidechain import contexts
-        from sidechain.studies import common
-        from sidechain.studies.localization.run import _generate
+        from sidechain import contexts, sites
+        from sidechain.scorers.zoo import readings
+        from sidechain.studies.localization.run import generate
+        from sidechain.studies.models import MusicSubject
 
         count = len(self.presets)
         clean = contexts(self.pipe, [self.pair.clean]).expand(count, -1, -1)
         corrupted = self.pipe.encode_prompt([self.pair.corrupted]).expand(count, -1, -1)
         jobs = [(self.pair, preset) for preset in self.presets]
-        latents = _generate(self.config, self.pipe, jobs, clean, corrupted, 0)
-        common.readings(self.scorers, latents)
+        source = sites(self.pipe, "cross:*")[0].source
+        subject = MusicSubject(self.pipe)
+        latents = generate(
+            self.config, subject, jobs, {source: clean}, corrupted, 0
+        ).latents  # fmt: skip
+        readings(self.scorers, latents)
         return latents
 
     def hooks(self) -> Tensor:
@@ -138,11 +143,11 @@ class Localize:
         return torch.cat(rows)
 
     def _patched(self, preset: Any, clean: Tensor) -> Tensor:
-        from sidechain.studies import common
+        from sidechain.scorers.zoo import readings
 
         with context_hooks([self.modules[name] for name in preset.sites], clean):
             latents = _one(self.pipe, self.pair.corrupted, self.steps)
-        common.readings(self.scorers, latents)
+        readings(self.scorers, latents)
         return latents
 
 
@@ -157,6 +162,7 @@ class Sweep:
         strengths: Sequence[float] = STRENGTHS,
     ) -> None:
         from sidechain import sites
+        from sidechain.studies.models import MusicSubject
         from sidechain.studies.steering import SteeringConfig
         from sidechain.studies.steering.run import test_prompts
         from sidechain.studies.vectors.run import VectorConfig, build
@@ -165,9 +171,9 @@ class Sweep:
         self.pipe, self.scorers, self.steps = pipe, scorers, steps
         self.config = SteeringConfig(out=Path("unused"), concept="drums", steps=steps)
         setup = VectorConfig(concept="drums", pairs=2, steps=steps)
-        self.vector = build(pipe, setup, progress=False)
+        self.vector = build(MusicSubject(pipe), setup, progress=False)
         self.sites = ["cross:2", "cross:3"]
-        self.prompts = test_prompts(self.config, concept("drums"))[:1]
+        self.prompts = test_prompts(self.config, concept("drums"), MusicSubject(pipe))[:1]
         self.vectors = {
             site.module: self.vector[site.name, "cond"].to(pipe.device)
             for site in sites(pipe, self.sites)
@@ -178,26 +184,27 @@ class Sweep:
 
     def shared(self) -> Tensor:
         """One batch, as the study runs it."""
-        from sidechain.studies import common
+        from sidechain.scorers.zoo import readings
+        from sidechain.studies.models import MusicSubject
         from sidechain.studies.steering.run import Row as Job
         from sidechain.studies.steering.run import generate_rows
 
         jobs = [Job(0, "localized", strength) for strength in self.strengths]
         latents = generate_rows(
-            self.config, self.pipe, self.vector, self.sites, self.prompts, jobs
-        )  # fmt: skip
-        common.readings(self.scorers, latents)
+            self.config, MusicSubject(self.pipe), self.vector, self.sites, self.prompts, jobs
+        ).latents  # fmt: skip
+        readings(self.scorers, latents)
         return latents
 
     def hooks(self) -> Tensor:
         """One generation for each strength."""
-        from sidechain.studies import common
+        from sidechain.scorers.zoo import readings
 
         rows = []
         for strength in self.strengths:
             with steering_hooks(self.vectors, strength):
                 latents = _one(self.pipe, self.prompts[0], self.steps)
-            common.readings(self.scorers, latents)
+            readings(self.scorers, latents)
             rows.append(latents)
         return torch.cat(rows)
 
@@ -239,10 +246,10 @@ def rows(
         ValueError: no sweep has this name.
     """
     from sidechain import zoo
-    from sidechain.studies import common
 
-    pipe, _ = common.load("zoo:music")
+    pipe = zoo.music()
     pipe.to(machine.device)
+    pipe.set_progress_bar_config(disable=True)
     scorers = zoo.scorers(machine.device)
     names: dict[str, Callable[..., Localize | Sweep]] = {LOCALIZATION: Localize, STRENGTH: Sweep}
     if quick:

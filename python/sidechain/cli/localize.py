@@ -19,10 +19,12 @@ def run(config: LocalizationConfig, given: Mapping[str, Any]) -> int:
 
     from ..studies import localization
     from ..studies.localization import page
+    from ..studies.processes import Processes
 
     localization.run(config)
-    page.write(config.out)
-    print(config.out)
+    if Processes.of_environment().first:
+        page.write(config.out)
+        print(config.out)
     return 0
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -180,23 +180,20 @@ def source(settings: SaeTrainSettings) -> Source:
             "sae train: expected the folder of a store, or --prompts FILE beside a site, got "
             f"{data!r} alone"
         )
-    import torch
+    from ..studies import models
 
-    from .. import zoo
-    from ..studies.config import MODEL
-
-    folder = None if settings.model == MODEL else settings.model
-    pipe = zoo.music(_device(settings) or "cpu", getattr(torch, settings.dtype), folder)
+    subject = models.load(replace(settings, device=_device(settings) or "cpu"))
+    call = subject.call(settings.steps, settings.guidance)
+    call.pop("output_type", None)  # nothing is decoded
     return sae.PipelineSource(
-        pipe,
+        subject.pipe,
         data,
         settings.prompts,
         target=settings.target,
         every=settings.every,
         buffer=settings.buffer,
         seed=settings.seed,
-        num_inference_steps=settings.steps,
-        guidance_scale=settings.guidance,
+        **call,
     )
 
 

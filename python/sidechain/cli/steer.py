@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from .._errors import InputError
+from ..studies.config import MODEL
 from ..studies.steering.config import SteeringConfig
 from ..zoo.music.concepts import CONCEPTS
 from .builder import Command
@@ -22,7 +23,7 @@ def run(config: SteeringConfig, given: Mapping[str, Any]) -> int:
     if (config.vector is None) == (config.concept is None):
         got = "neither" if config.vector is None else "both"
         raise InputError(f"steer: expected either --vector FILE or --concept NAME, got {got}")
-    if config.concept is not None and config.concept not in CONCEPTS:
+    if config.concept is not None and config.model == MODEL and config.concept not in CONCEPTS:
         raise InputError(f"--concept: expected {' | '.join(CONCEPTS)}, got {config.concept!r}")
     if config.vector is not None and config.method != "caa":
         raise InputError(
@@ -31,11 +32,13 @@ def run(config: SteeringConfig, given: Mapping[str, Any]) -> int:
         )
 
     from ..studies import steering
+    from ..studies.processes import Processes
     from ..studies.steering import page
 
     steering.run(config)
-    page.write(config.out)
-    print(config.out)
+    if Processes.of_environment().first:
+        page.write(config.out)
+        print(config.out)
     return 0
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from .._errors import InputError
 from .._options import options
+from ..studies.config import MODEL
 from ..studies.vectors.config import VectorConfig
 from ..zoo.music.concepts import CONCEPTS
 from .builder import Command
@@ -22,7 +23,7 @@ def run(config: VectorConfig, given: Mapping[str, Any]) -> int:
         if config.prompts is None:
             raise InputError("vector: expected --concept NAME or --prompts FILE.csv, got neither")
         concept = Path(given.get("prompts", "own")).stem
-    elif config.prompts is None and concept not in CONCEPTS:
+    elif config.prompts is None and config.model == MODEL and concept not in CONCEPTS:
         raise InputError(f"--concept: expected {' | '.join(CONCEPTS)}, got {concept!r}")
     out = config.out or Path(f"runs/vectors/{concept}.safetensors")
     probe = options(VectorConfig)["out"].probe

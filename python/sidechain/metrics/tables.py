@@ -20,6 +20,7 @@ def read_table(
     text: Sequence[str] = (),
     numbers: Sequence[str] = (),
     blank_numbers: Sequence[str] = (),
+    optional: Sequence[str] = (),
     name: str = "read_table",
 ) -> list[Row]:
     """Read the named columns of a CSV file; columns not named are ignored.
@@ -30,6 +31,7 @@ def read_table(
         numbers: columns of finite numbers.
         blank_numbers: columns of finite numbers where an empty cell (or "-", "nan") means undefined
             and becomes NaN.
+        optional: columns kept as stripped strings, "" where there is none.
         name: what to call the reader in error messages.
 
     Returns:
@@ -41,10 +43,10 @@ def read_table(
         OSError: the file cannot be read.
     """
     if str(path) == "-":
-        return _parse(sys.stdin, "standard input", text, numbers, blank_numbers, name)
+        return _parse(sys.stdin, "standard input", text, numbers, blank_numbers, optional, name)
     with open(path, newline="", encoding="utf-8-sig") as stream:
         try:
-            return _parse(stream, str(path), text, numbers, blank_numbers, name)
+            return _parse(stream, str(path), text, numbers, blank_numbers, optional, name)
         except UnicodeDecodeError as error:
             raise ValueError(f"{name}: expected UTF-8 text in {path}, got {error.reason}") from None
 
@@ -55,6 +57,7 @@ def _parse(
     text: Sequence[str],
     numbers: Sequence[str],
     blank_numbers: Sequence[str],
+    optional: Sequence[str],
     name: str,
 ) -> list[Row]:
     reader = csv.reader(stream)
@@ -62,7 +65,7 @@ def _parse(
         header = [cell.strip() for cell in next(reader, [])]
         wanted = [*text, *numbers, *blank_numbers]
         missing = [column for column in wanted if column not in header]
-        repeated = sorted({column for column in wanted if header.count(column) > 1})
+        repeated = sorted({column for column in (*wanted, *optional) if header.count(column) > 1})
         if missing or repeated:
             problem = f"without {', '.join(missing)}" if missing else f"twice {', '.join(repeated)}"
             raise ValueError(
@@ -79,7 +82,8 @@ def _parse(
                     f"{name}: expected {len(header)} cells on {where}, got {len(cells)}"
                 )
             row = dict(zip(header, (cell.strip() for cell in cells), strict=True))
-            rows.append(_typed(row, text, numbers, blank_numbers, where, name))
+            typed = _typed(row, text, numbers, blank_numbers, where, name)
+            rows.append({**typed, **{column: row.get(column, "") for column in optional}})
     except csv.Error as error:
         raise ValueError(
             f"{name}: expected a CSV table, got {error} on line {reader.line_num} of {source}"

@@ -68,15 +68,15 @@ def spread_seeds(name: str, seeds: int | Sequence[int], count: int) -> list[int]
 
 def generate(
     pipe: Any, prompts: Sequence[str], seeds: Sequence[int], settings: dict[str, Any]
-) -> None:
-    """Run a pipeline for its activations; row i starts from the noise of seeds[i]."""
+) -> Any:
+    """Run a pipeline and return its result; row i starts from the noise of seeds[i]."""
     negative = settings.get("negative_prompt")
     if isinstance(negative, str):
         settings = {**settings, "negative_prompt": [negative] * len(prompts)}
     # Generators on the CPU give the same noise on every device.
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     with _no_bar(pipe):
-        pipe(list(prompts), generator=generators, **settings)
+        return pipe(list(prompts), generator=generators, **settings)
 
 
 def model_name(pipe: Any) -> str:

@@ -104,6 +104,7 @@ def tradeoff(
     *,
     concept: str,
     kept: str,
+    score: str | None = None,
     cutoffs: Mapping[str, float] | None = None,
     theme: Mode = "light",
     width: Width = "wide",
@@ -116,6 +117,7 @@ def tradeoff(
         scorers: curves by scorer and arm; the first arm is drawn on top.
         concept: steered towards.
         kept: what should stay.
+        score: what the score is called. None = P(concept).
         cutoffs: distance up to which the area counts, by scorer.
         theme: "light" or "dark".
         width: "wide" or "narrow".
@@ -131,7 +133,7 @@ def tradeoff(
             for kind in kinds:
                 axes = next(panels)
                 _tradeoff_panel(axes, arms, kind, colours)
-                axes.set_ylabel(labels.get(kind, f"P({concept})"))
+                axes.set_ylabel(labels.get(kind, score or f"P({concept})"))
                 axes.set_title(f"{name} scorer: {_KINDS[kind]}")
                 if kind == "distance" and name in (cutoffs or {}):
                     axes.axvline((cutoffs or {})[name], **_guide(colours))

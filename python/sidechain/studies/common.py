@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Functions of all studies: model and scorers, seeded noise, scores of samples, site patterns."""
+"""Functions of all studies: scorers, digests of inputs, seeded noise, clips, site patterns."""
 
 from __future__ import annotations
 
 import io
+import re
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,9 +19,9 @@ from torch import Tensor
 from .._errors import InputError
 from ..io.atomic import write_atomic
 from ..io.run_folder import RunFolder, digest
+from ..scorers import Samples
 from ..taps import cache_context
 from ..zoo.checksums import CHECKSUMS, WEIGHTS
-from ..zoo.music.attributes import ATTRIBUTES
 from .config import MODEL
 
 Array = NDArray[np.float64]
@@ -27,29 +29,6 @@ Item = TypeVar("Item")
 
 #: Prompt pairs of localization, vectors and steering tests come from different seeds.
 LOCALIZE_PROMPTS, VECTOR_PROMPTS, TEST_PROMPTS = 11, 23, 37
-
-
-def load(model: str, device: str = "cpu", dtype: str = "float32") -> tuple[Any, dict[str, Any]]:
-    """Load pipeline and scorers of "zoo:music", or of a folder with a saved `MusicPipeline`.
-
-    Args:
-        model: which.
-        device: of both.
-        dtype: of the pipeline; the scorers stay in float32.
-
-    Raises:
-        InputError: another name, or a device that this machine does not have.
-        FileNotFoundError: no such folder.
-    """
-    from .. import zoo
-
-    if model != MODEL and not Path(model).is_dir():
-        raise InputError(f"model: expected {MODEL} or a folder, got {model!r}")
-    check_device(device)
-    folder = None if model == MODEL else model
-    pipe = zoo.music(device, getattr(torch, dtype), folder)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe, zoo.scorers(device)
 
 
 def check_device(name: str) -> None:
@@ -69,13 +48,46 @@ def check_device(name: str) -> None:
 
 def inputs(config: Any) -> dict[str, str]:
     """Return digests of the inputs of a study by field, since a path does not identify content."""
+    from ..scorers import scorers_digest
+    from .files import files_of
+
     model = getattr(config, "model", MODEL)
-    found = {"model": digest(WEIGHTS / "music" / CHECKSUMS) if model == MODEL else digest(model)}
+    revision = getattr(config, "revision", None)
+    found = {
+        "model": digest(WEIGHTS / "music" / CHECKSUMS)
+        if model == MODEL
+        else digest(files_of(model, revision))
+    }
     for name in ("vector", "dictionaries"):
         path = getattr(config, name, None)
         if path is not None:
             found[name] = digest(path)
+    if getattr(config, "scorer", ()):
+        found["scorer"] = scorers_digest(config.scorer)
+    if getattr(config, "distance", "scorer") != "scorer":
+        found["distance"] = scorers_digest([config.distance])
     return found
+
+
+def load_scorers(config: Any, subject: Any) -> dict[str, Any]:
+    """Load the scorers of a study: those of the settings, or of the zoo for its own model.
+
+    Raises:
+        InputError: none given for another model, or one that cannot be loaded.
+    """
+    from ..scorers import load_scorers
+
+    if not config.scorer and not subject.zoo:
+        raise InputError(
+            f"--scorer: expected clap:FOLDER|ID, clip:FOLDER|ID or module:function for "
+            f"{config.model} [the zoo's classifiers read its own music model alone], got none"
+        )
+    if "zoo" in config.scorer and not subject.zoo:
+        raise InputError(
+            f"--scorer: expected no zoo for {config.model} [its classifiers read the latents of "
+            "zoo:music alone], got it"
+        )
+    return load_scorers(config.scorer or ("zoo",), subject.device)
 
 
 def noise_seed(seed: int, index: int) -> int:
@@ -103,17 +115,6 @@ def generate(
     return latents
 
 
-def readings(scorers: Mapping[str, Any], latents: Tensor) -> dict[str, dict[str, Array]]:
-    """Compute probabilities [B, classes] by scorer and attribute."""
-    return {
-        name: {
-            attribute: values.double().cpu().numpy()
-            for attribute, values in scorer.probabilities(latents.float()).items()
-        }
-        for name, scorer in scorers.items()
-    }
-
-
 def today(rows: pd.DataFrame) -> pd.DataFrame:
     """Give the columns of an older version the names of today."""
     return rows.rename(columns={"judge": "scorer"})
@@ -125,22 +126,27 @@ def finished(folder: RunFolder, name: str) -> pd.DataFrame | None:
     return None if part is None else today(part)
 
 
-def write_clips(out: Path, pipe: Any, latents: Mapping[str, Tensor]) -> None:
-    """Write latents [64, 64] as sounds, by path within the run folder."""
-    if not latents:
+def write_clips(out: Path, samples: Samples, rows: Mapping[str, int]) -> None:
+    """Write samples as sounds, by path within the run folder; `rows` tells which one it is.
+
+    Raises:
+        InputError: the samples are images.
+    """
+    if not rows:
         return
     import soundfile
 
-    waves = pipe.codec.audio(pipe.codec.decode(torch.stack(list(latents.values()))))
-    for name, wave in zip(latents, waves, strict=True):
+    waves = samples.rows(list(rows.values())).waves("--audio")
+    for name, wave in zip(rows, waves, strict=True):
         clip = io.BytesIO()
-        soundfile.write(clip, wave, pipe.codec.config.sample_rate, format="FLAC")
+        soundfile.write(clip, wave.cpu().numpy().T, samples.rate, format="FLAC")
         write_atomic(out / name, clip.getvalue(), parents=True)
 
 
-def class_index(attribute: str, name: str) -> int:
-    """Return the index of a class in the probabilities of its attribute."""
-    return ATTRIBUTES[attribute].index(name)
+def slug(name: str) -> str:
+    """Return a name as a part of a file name; different names stay different."""
+    plain = re.sub(r"[^\w.-]+", "-", name)
+    return plain if plain == name else f"{plain}-{zlib.crc32(name.encode()):08x}"
 
 
 def site_patterns(text: str) -> list[str]:

@@ -46,14 +46,24 @@ def sites(help: str) -> Any:
 
 @dataclass(frozen=True)
 class Model(Settings):
-    """The model of a study, where it runs and in which dtype."""
+    """The model of a study, how it is called, where it runs and in which dtype."""
 
     model: str = option(
         MODEL,
-        "zoo:music or the folder of a saved pipeline",
+        "zoo:music, the folder of a saved pipeline, or its id on the hub",
         values.model,
         probe=values.model_there,
         metavar="MODEL",
+    )
+    revision: str | None = text(None, "of a model of the hub", "NAME", group="model")
+    call: tuple[tuple[str, Any], ...] = option(
+        (),
+        "argument of the pipeline, such as height=512 or audio_length_in_s=5; may be repeated",
+        values.calls,
+        metavar="KEY=VALUE",
+        many="append",
+        checked=True,
+        group="model",
     )
     device: str = option(
         "cpu",
@@ -67,12 +77,35 @@ class Model(Settings):
 
 
 @dataclass(frozen=True)
+class Scoring(Settings):
+    """Who scores; mixed into the settings of a study."""
+
+    scorer: tuple[str, ...] = option(
+        (),
+        "zoo (default for zoo:music), clap:FOLDER|ID, clip:FOLDER|ID or module:function; may be "
+        "repeated",
+        values.scorers,
+        metavar="SCORER",
+        many="append",
+        checked=True,
+        group="scoring",
+    )
+
+
+@dataclass(frozen=True)
 class Sampling:
     """How clips are sampled; mixed into the settings of a study."""
 
     steps: int = whole(20, "num_inference_steps", least=1, group="sampling")
     guidance: float = number(3.0, "guidance_scale", least=0.0, group="sampling")
-    batch_rows: int = whole(64, "clips generated at once", least=1, group="sampling")
+    batch_rows: int | str = option(
+        64,
+        "samples generated at once, or auto: as many as fit the memory",
+        values.rows,
+        metavar="N|auto",
+        checked=True,
+        group="sampling",
+    )
 
 
 _METHOD = "how the vector is made"

@@ -22,6 +22,8 @@ from ..io.run_folder import MANIFEST, read_json, read_table
 from ..report.data import Block, Commands, Facts, Files, Section, Text
 from .common import today
 
+#: Rate of the sounds on a page.
+PAGE_RATE = 16_000
 #: Name of the page in a run folder.
 PAGE = "report.html"
 #: Settings that a page names elsewhere, or that say nothing to its reader.
@@ -144,7 +146,13 @@ def sound(path: Path) -> tuple[NDArray[np.float32], NDArray[np.float32]] | None:
         return None
     import soundfile
 
+    from ..scorers.clap import resampled
     from ..zoo.music.codec import log_mel
 
     wave, rate = soundfile.read(path, dtype="float32")
-    return wave, log_mel(wave, sample_rate=rate)
+    if wave.ndim == 2:
+        wave = wave.mean(axis=1)
+    wave = resampled(wave, rate, PAGE_RATE)
+    if len(wave) < PAGE_RATE // 50:  # less than a column of the spectrogram
+        return None
+    return wave, log_mel(wave, sample_rate=PAGE_RATE)

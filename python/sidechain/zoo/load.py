@@ -30,7 +30,7 @@ def _folder(given: Path | str | None, shipped: str) -> Path:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Hide the progress bars of both libraries: loading takes only a second."""
     import diffusers.utils.logging
     import transformers.utils.logging
@@ -77,7 +77,7 @@ def music(
     path = _folder(folder, "music")
     # Folders saved before the codec moved name its old module, which diffusers looks up here.
     sys.modules.setdefault("sidechain.zoo.codec", codec)
-    with _quiet():
+    with quiet():
         try:
             pipe = MusicPipeline.from_pretrained(path, local_files_only=True)
         except (ValueError, TypeError, AttributeError, KeyError) as error:
@@ -103,7 +103,7 @@ def scorers(device: str | torch.device = "cpu", folder: Path | str | None = None
     from .music.scorer import LatentScorer, MelScorer
 
     path = _folder(folder, "judges")
-    with _quiet():
+    with quiet():
         found = {
             "latent": LatentScorer.from_pretrained(path / "latent", local_files_only=True),
             "mel": MelScorer.from_pretrained(path / "mel", local_files_only=True),

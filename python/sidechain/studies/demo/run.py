@@ -12,10 +12,10 @@ from typing import Any, TypeVar
 from ...io.run_folder import RunFolder, facts
 from ...vectors import SteeringVector
 from ...zoo.music.concepts import concept
-from .. import common
+from .. import common, models
 from .. import localization as loc
 from .. import steering as st
-from ..config import MODEL
+from ..models import Subject
 from ..steering.analyse import clip_name
 from ..steering.run import Row, generate_rows, test_prompts, write_audio
 from ..vectors.config import VectorConfig
@@ -86,7 +86,7 @@ def run(out: Path, config: DemoConfig) -> DemoResult:
             )
         ),
     )
-    pipe, _ = common.load(MODEL, config.device, config.dtype)
+    subject = models.load(loc.LocalizationConfig(device=config.device, dtype=config.dtype))
     steering: dict[str, st.Steering] = {}
     for name in config.steered:
         path = out / "vectors" / f"{name}.safetensors"
@@ -95,7 +95,7 @@ def run(out: Path, config: DemoConfig) -> DemoResult:
             setup = VectorConfig(
                 concept=name, pairs=config.vector_pairs, seed=config.seed, **shared
             )
-            timed("vectors", lambda setup=setup, path=path: build(pipe, setup).save(path))  # type: ignore[misc]
+            timed("vectors", lambda setup=setup, path=path: build(subject, setup).save(path))  # type: ignore[misc]
         sites = localization.localized.get(name, localization.order[:1])
         sweep = st.SteeringConfig(
             out=folder_of(out, name),
@@ -108,21 +108,21 @@ def run(out: Path, config: DemoConfig) -> DemoResult:
             **shared,
         )
         steering[name] = timed("sweeps", lambda sweep=sweep: st.run(sweep))  # type: ignore[misc]
-        timed("audio", lambda sweep=sweep, sites=sites: _clips(sweep, pipe, sites))  # type: ignore[misc]
-    return DemoResult(out, config, localization, steering, seconds, _model_facts(pipe))
+        timed("audio", lambda sweep=sweep, sites=sites: _clips(sweep, subject, sites))  # type: ignore[misc]
+    return DemoResult(out, config, localization, steering, seconds, _model_facts(subject.pipe))
 
 
-def _clips(config: st.SteeringConfig, pipe: Any, localized: list[str]) -> None:
+def _clips(config: st.SteeringConfig, subject: Subject, localized: list[str]) -> None:
     """Write the first test prompt at every strength of the localized arm, to hear."""
     assert config.vector is not None and config.concept is not None
     rows = [Row(0, "localized" if s else "none", s) for s in config.strengths]
     paths = [config.out / clip_name(row.prompt, row.arm, row.strength) for row in rows]
     if all(path.is_file() for path in paths):
         return
-    vector = SteeringVector.load(config.vector, pipe)
-    prompts = test_prompts(config, concept(config.concept))[:1]
-    latents = generate_rows(config, pipe, vector, localized, prompts, rows)
-    write_audio(config.out, pipe, latents, rows)
+    vector = SteeringVector.load(config.vector, subject.pipe)
+    prompts = test_prompts(config, concept(config.concept), subject)[:1]
+    samples = generate_rows(config, subject, vector, localized, prompts, rows)
+    write_audio(config.out, samples, rows)
 
 
 def _model_facts(pipe: Any) -> dict[str, Any]:

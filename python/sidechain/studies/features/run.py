@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from ..._errors import InputError
 from ...io.run_folder import RunFolder, write_json, write_table
 from ...report.data import Clip
 from ...sae import Sae
@@ -30,7 +31,8 @@ from ...store import ActivationStore, Sampling, record
 from ...zoo.music.captions import fresh_captions
 from ...zoo.music.compose import CLIP_SECONDS
 from ...zoo.music.concepts import concept
-from .. import common
+from .. import common, models
+from ..models import Subject
 from ..vectors.config import VectorConfig
 from ..vectors.run import dictionaries, prompt_pairs
 from .config import DictionaryConfig
@@ -136,17 +138,17 @@ def run(config: DictionaryConfig) -> DictionaryStudy:
         ValueError: an unknown concept or score, or no dictionary for these sites.
     """
     wanted = [concept(name) for name in config.concepts]
-    pipe, _ = common.load(config.model, config.device, config.dtype)
-    saes = dictionaries(pipe, config.sites, config.dictionaries)
+    subject = load(config)
+    saes = dictionaries(subject, config.sites, config.dictionaries)
     RunFolder(config.out, "sae score", config, common.inputs(config))
-    stores = record_captions(config, pipe, list(saes))
+    stores = record_captions(config, subject.pipe, list(saes))
     health = {
         site: measure(_on_store(sae, stores[site]), stores[site]) for site, sae in saes.items()
     }
     found: list[FeatureFound] = []
     tables = []
     for one in wanted:
-        statistics = _statistics(config, pipe, saes, one.name)
+        statistics = _statistics(config, subject, saes, one.name)
         for site, read in statistics.items():
             found += _best(config, one.name, site, saes[site], read, stores[site])
         tables.append(_scores(one.name, statistics))
@@ -163,6 +165,22 @@ def run(config: DictionaryConfig) -> DictionaryStudy:
     return study
 
 
+def load(config: DictionaryConfig) -> Subject:
+    """Load the model.
+
+    Raises:
+        InputError: another model than the zoo's.
+    """
+    subject = models.load(config)
+    if not subject.zoo:
+        raise InputError(
+            f"sae score: expected the zoo's music model [concepts, captions and clips of the study "
+            f"are its own], got {config.model}: measure a dictionary of another model with "
+            "sidechain.sae.features.evaluate.measure on a store of `sidechain capture`"
+        )
+    return subject
+
+
 def record_captions(
     config: DictionaryConfig, pipe: Any, sites: Sequence[str]
 ) -> dict[str, ActivationStore]:
@@ -172,7 +190,7 @@ def record_captions(
         list(sites),
         fresh_captions(config.prompts, FIRST_CAPTION),
         config.out / "activations",
-        sampling=Sampling(FIRST_CAPTION + config.seed, max(1, config.batch_rows)),
+        sampling=Sampling(FIRST_CAPTION + config.seed, max(1, int(config.batch_rows))),
         num_inference_steps=config.steps,
         guidance_scale=config.guidance,
     )
@@ -183,14 +201,14 @@ def _on_store(sae: Sae, store: ActivationStore) -> Sae:
 
 
 def _statistics(
-    config: DictionaryConfig, pipe: Any, saes: dict[str, Sae], name: str
+    config: DictionaryConfig, subject: Subject, saes: dict[str, Sae], name: str
 ) -> dict[str, FeatureStatistics]:
     return feature_statistics(
-        pipe,
+        subject.pipe,
         saes,
-        prompt_pairs(VectorConfig(concept=name, pairs=config.pairs, seed=config.seed)),
+        prompt_pairs(VectorConfig(concept=name, pairs=config.pairs, seed=config.seed), subject),
         activations=config.activations,
-        batch_size=max(1, config.batch_rows // 2),
+        batch_size=max(1, int(config.batch_rows) // 2),
         num_inference_steps=config.steps,
         guidance_scale=config.guidance,
     )
@@ -249,19 +267,18 @@ def _scores(name: str, statistics: dict[str, FeatureStatistics]) -> pd.DataFrame
 def listen(study: DictionaryStudy, found: Sequence[FeatureFound]) -> list[list[Clip]]:
     """Clips of the moments of some features; every caption is generated once."""
     config = study.config
-    pipe, _ = common.load(config.model, config.device, config.dtype)
-    saes = dictionaries(pipe, config.sites, config.dictionaries)
+    subject = load(config)
+    pipe = subject.pipe
+    saes = dictionaries(subject, config.sites, config.dictionaries)
     texts = fresh_captions(config.prompts, FIRST_CAPTION)
     numbers = sorted({m.prompt for f in found for m in f.moments})
     clips: dict[int, tuple[Any, Any]] = {}
-    for part in common.batches(numbers, max(1, config.batch_rows)):
-        latents = common.generate(
-            pipe,
-            pipe.encode_prompt([texts[n] for n in part]),
+    for part in common.batches(numbers, max(1, int(config.batch_rows))):
+        latents = subject.generate(
+            subject.encode([texts[n] for n in part]),
             [FIRST_CAPTION + config.seed + n for n in part],
-            steps=config.steps,
-            guidance=config.guidance,
-        )
+            **subject.call(config.steps, config.guidance),
+        ).latents
         mels = pipe.codec.decode(latents)
         for n, mel, wave in zip(part, mels, pipe.codec.audio(mels), strict=True):
             clips[n] = (np.asarray(wave), mel.numpy())

@@ -29,6 +29,7 @@ from ...metrics.impact import (
     ranking,
 )
 from ...metrics.results import Impacts
+from ..config import MODEL
 
 #: The ranking reads both scorers: the mean of their scores.
 BOTH = "both"
@@ -55,6 +56,7 @@ class Localization:
             measured.
         cumulative_by_concept: the same of each concept, in its own order.
         scores: the table of all scores.
+        model: whose sites these are.
     """
 
     sites: list[str]
@@ -70,6 +72,7 @@ class Localization:
     cumulative: Cumulative | None
     cumulative_by_concept: dict[str, Cumulative]
     scores: pd.DataFrame
+    model: str = MODEL
 
     @property
     def localized(self) -> dict[str, list[str]]:
@@ -93,7 +96,7 @@ class Localization:
         """Impacts in the columns that `sidechain impact` reads."""
         rows = [
             {
-                "model": "zoo:music",
+                "model": self.model,
                 "metric": scorer,
                 "concept": name,
                 "block": site,
@@ -174,10 +177,19 @@ def analyse(
     concepts: Sequence[str],
     seeds: Sequence[int],
     tau: float,
+    model: str = MODEL,
 ) -> Localization:
-    """Turn scores (columns concept, preset, pair, seed, scorer, score) into a `Localization`."""
+    """Turn scores (columns concept, preset, pair, seed, scorer, score) into a `Localization`.
+
+    The mean of the scorers is that of their scores; where these are not all log-odds, each scorer's
+    are first divided by their standard deviation, so that all count alike.
+    """
     concepts = list(concepts)
-    averaged = scores.groupby(["concept", "preset", "pair", "seed"], as_index=False).score.mean()
+    alike = scores
+    if "probability" not in scores:
+        spread = scores.groupby("scorer").score.transform(lambda one: one.std(ddof=0) or 1.0)
+        alike = scores.assign(score=scores.score / spread)
+    averaged = alike.groupby(["concept", "preset", "pair", "seed"], as_index=False).score.mean()
     tables = {name: part for name, part in scores.groupby("scorer")}
     tables[BOTH] = averaged
     scorers = {name: _scorer(part, concepts, list(sites)) for name, part in tables.items()}
@@ -208,6 +220,7 @@ def analyse(
         cumulative=by_concept.pop("", None),
         cumulative_by_concept=by_concept,
         scores=scores,
+        model=model,
     )
 
 

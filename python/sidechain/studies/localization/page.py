@@ -54,7 +54,9 @@ def read(folder: Path) -> tuple[RunRead, Localization, list[str]]:
     if not set(concepts) <= set(rows.concept[rows.preset == "top:1"]):
         rows = rows[~rows.preset.str.startswith("top:")]
     sites = [name for name in single.preset.unique() if ":" in name and "-" not in name]
-    found = analyse(sites, rows, concepts=concepts, seeds=seeds, tau=run.config["tau"])
+    found = analyse(
+        sites, rows, concepts=concepts, seeds=seeds, tau=run.config["tau"], model=run.model
+    )
     return run, found, [name for name in run.config["concepts"] if name not in concepts]
 
 
@@ -76,7 +78,7 @@ def page(run: RunRead, found: Localization, missing: Sequence[str] = ()) -> Page
         sections=[
             Section("where", "Where the concepts enter", blocks(found)),
             Section("listen", "Listen", _sounds(run, found)),
-            Section("method", "What was done", [Text(_method(config))]),
+            Section("method", "What was done", [Text(_method(config, "probability" in run.table))]),
             *shared.closing(run, "localize", _FILES),
         ],
     )
@@ -238,15 +240,25 @@ def ranking_table(found: Localization) -> Table:
     return Table("Ranking", columns, rows, caption)
 
 
-def _method(config: Mapping[str, Any]) -> list[str]:
-    return [
+def _method(config: Mapping[str, Any], own: bool) -> list[str]:
+    scores = "in log-odds of the scorers" if own else "in scores, such as the cosine with a text"
+    rows = [
         "Every generation starts from the prompt without the concept; one site at a time gets the "
         f"{_SWAPPED[config['how']]} of the prompt with it, at every step. Impact is the share of "
-        "the full effect (all sites patched) that comes through, in log-odds of the scorers. All "
+        f"the full effect (all sites patched) that comes through, {scores}. All "
         "presets of a prompt pair run in one batch from the same noise.",
         "Intervals: 95% bootstrap over prompt pairs. A dash: the full prompt had no effect that "
         "could be shared out.",
     ]
+    if not own:
+        rows.append(
+            "Patched is what cross-attention reads. A text that reaches the model by another way "
+            "(the pooled text embedding of SDXL, for one) stays that of the prompt without the "
+            "concept in every generation, so the full effect here is that of all sites, not of the "
+            "whole prompt. For the mean of several scorers, the scores of each are divided by "
+            "their standard deviation."
+        )
+    return rows
 
 
 def _sounds(run: RunRead, found: Localization) -> list[Block]:
@@ -279,6 +291,8 @@ def _strip(run: RunRead, found: Localization, name: str) -> Strip:
 
 
 def _meters(rows: pd.DataFrame, name: str) -> list[Meter]:
+    if "probability" not in rows:
+        return []  # a bar is a share, a cosine is none
     return [Meter(f"P({name}), {row.scorer}", float(row.probability)) for row in rows.itertuples()]
 
 
@@ -287,7 +301,7 @@ def _prompts(run: RunRead, name: str) -> tuple[str, str]:
     from ..common import LOCALIZE_PROMPTS
 
     if run.config.get("prompts"):
-        clean, corrupted = run.config["prompts"][name][0]
+        clean, corrupted = run.config["prompts"][name][0][:2]
         return clean, corrupted
     (pair,) = concept(name).pairs(1, LOCALIZE_PROMPTS)
     return pair.clean, pair.corrupted

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ...metrics.impact import windows
+from ..common import slug
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Preset:
 
 def clip_name(concept: str, preset: str) -> str:
     """Path in the run folder of the clip of the first prompt pair and seed."""
-    return f"audio/{concept}_{preset.replace(':', '-')}.flac"
+    return f"audio/{slug(concept)}_{preset.replace(':', '-')}.flac"
 
 
 def window_name(sites: Sequence[str]) -> str:

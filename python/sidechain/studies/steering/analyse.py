@@ -22,9 +22,32 @@ from ...zoo.music.concepts import Concept
 CUTOFF_ARMS = ("localized", "all")
 
 
-def kept_attribute(wanted: Concept) -> str:
-    """Return the attribute that steering should keep: the instrument, or drums for instruments."""
+@dataclass(frozen=True)
+class Target:
+    """What is steered towards where scorers read texts: a name, and the text they compare with."""
+
+    name: str
+    text: str
+
+
+Wanted = Concept | Target
+#: What should stay where there are no classes: the prompt of the run that a sample is closest to.
+PROMPT = "prompt"
+
+
+def kept_attribute(wanted: Wanted) -> str:
+    """Return the attribute that steering should keep: the instrument, or drums for instruments.
+
+    Without classes it is the prompt: the one that the scorer finds closest.
+    """
+    if isinstance(wanted, Target):
+        return PROMPT
     return "drums" if wanted.attribute == "instrument" else "instrument"
+
+
+def measure_of(wanted: Wanted) -> str:
+    """Return what a score is called on a page."""
+    return f"score of {wanted.name}" if isinstance(wanted, Target) else f"P({wanted.name})"
 
 
 def clip_name(prompt: int, arm: str, strength: float) -> str:
@@ -45,7 +68,7 @@ class Steering:
         readings: the score of every clip.
     """
 
-    concept: Concept
+    concept: Wanted
     localized: list[str]
     arms: dict[str, dict[str, ArmCurve]]
     cutoff: dict[str, dict[int, float]]
@@ -129,7 +152,7 @@ class Steering:
         )
 
 
-def analyse(readings: pd.DataFrame, wanted: Concept, localized: Sequence[str]) -> Steering:
+def analyse(readings: pd.DataFrame, wanted: Wanted, localized: Sequence[str]) -> Steering:
     """Turn the readings of `sweep` into curves with intervals over prompts."""
     arms: dict[str, dict[str, ArmCurve]] = {}
     cutoffs: dict[str, dict[int, float]] = {}
@@ -157,7 +180,7 @@ def _cutoff(tables: dict[str, pd.DataFrame]) -> dict[int, float]:
     return {sign: curves.cutoff(sweeps, sign) for sign in signs}
 
 
-def _curve(part: pd.DataFrame, wanted: Concept, limits: dict[int, float]) -> ArmCurve:
+def _curve(part: pd.DataFrame, wanted: Wanted, limits: dict[int, float]) -> ArmCurve:
     column = f"{kept_attribute(wanted)}_kept"
     strengths = sorted(part.strength.unique())
     points = {s: part[part.strength == s].sort_values("prompt") for s in strengths}

@@ -10,7 +10,7 @@ from typing import Any
 from ... import _values as values
 from ..._options import choice, flag, option, path, text
 from ...zoo.music.concepts import CONCEPTS
-from ..config import Method, Model, Sampling, folder, seed
+from ..config import Method, Model, Sampling, Scoring, folder, seed
 
 ARMS = ("localized", "all", "ablated", "random")
 #: The modes of `sidechain.taps.steer`.
@@ -29,7 +29,7 @@ def _arms(name: str, value: Any) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SteeringConfig(Method, Sampling, Model):
+class SteeringConfig(Method, Scoring, Sampling, Model):
     """Settings of `sidechain steer`; see `sidechain steer --help`."""
 
     vector: Path | None = path(None, "a vector of `sidechain vector`", "FILE", values.file_there)
@@ -40,6 +40,21 @@ class SteeringConfig(Method, Sampling, Model):
         "held-out prompts and localized sites (default: the concept of the vector)",
         tuple(CONCEPTS),
         metavar="NAME",
+    )
+    scored_text: str | None = text(
+        None,
+        "text that clap, clip or a function compares with (default: the name of the concept)",
+        "TEXT",
+        group="scoring",
+    )
+    distance: str = option(
+        "scorer",
+        "how far a sample is from the one of strength 0: scorer (its feature maps), spectral, "
+        "lpips, clap:FOLDER|ID or clip:FOLDER|ID",
+        values.distance,
+        metavar="DISTANCE",
+        checked=True,
+        group="scoring",
     )
     strengths: tuple[float, ...] = option(
         (0.0, 1.0, 2.0, 4.0, 8.0),

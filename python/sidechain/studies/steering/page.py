@@ -19,7 +19,7 @@ from ...report.html import picture, write_page
 from ...zoo.music.concepts import concept
 from .. import page as shared
 from ..page import PAGE, RunRead, counted, listed, scorer_label
-from .analyse import Steering, analyse, clip_name, kept_attribute
+from .analyse import PROMPT, Steering, Target, analyse, clip_name, kept_attribute, measure_of
 from .config import SteeringConfig
 
 _FILES = {
@@ -49,7 +49,10 @@ def read(folder: Path) -> tuple[RunRead, Steering]:
         sites = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["localized"]
     else:
         sites = (run.config.get("sites") or "the localized sites").split(",")
-    return run, analyse(run.table, concept(str(run.table.concept[0])), sites)
+    name = str(run.table.concept[0])
+    texts = f"{PROMPT}_kept" in run.table
+    wanted = Target(name, str(run.config.get("scored_text") or name)) if texts else concept(name)
+    return run, analyse(run.table, wanted, sites)
 
 
 def page(run: RunRead, found: Steering) -> Page:
@@ -94,8 +97,8 @@ def findings(found: Steering) -> list[str]:
             f"({scorer_label(scorer)}, {kept} kept {curve.kept[at].value:.0%})"
         )
     rows = [
-        f"Steering {name} at {listed(found.localized)} with strength {strength:g} moves P({name}) "
-        f"from {'; '.join(parts)}."
+        f"Steering {name} at {listed(found.localized)} with strength {strength:g} moves "
+        f"{measure_of(found.concept)} from {'; '.join(parts)}."
     ]
     control = [arms["random"] for arms in found.arms.values() if "random" in arms]
     if control:
@@ -128,9 +131,15 @@ def _curves(found: Steering) -> Picture:
     )
     return picture(
         lambda mode, width: figures.tradeoff(
-            found.arms, concept=name, kept=kept, cutoffs=cutoffs, theme=mode, width=width
+            found.arms,
+            concept=name,
+            kept=kept,
+            score=measure_of(found.concept),
+            cutoffs=cutoffs,
+            theme=mode,
+            width=width,
         ),
-        f"P({name}) over distance and strength. {words}",
+        f"{measure_of(found.concept)} over distance and strength. {words}",
         f"Steering towards {name}. Distance: between features of the scorer, to the clip of "
         f"strength 0. Bands: {level:.0%} intervals over {counted(found.prompts, 'prompt')}. Dashed "
         f"level: {kept} kept {KEPT_FLOOR:.2f}.{upright}",
@@ -171,7 +180,7 @@ def _curve_table(found: Steering, scorer: str, arms: Mapping[str, ArmCurve]) -> 
         for strength, *values in zip(one.strength, one.score, one.distance, one.kept, strict=True)
     ]
     columns = [
-        "arm", "strength", f"P({found.concept.name})", "distance",
+        "arm", "strength", measure_of(found.concept), "distance",
         f"{kept_attribute(found.concept)} kept",
     ]  # fmt: skip
     title = f"Curves of {found.concept.name}, {scorer_label(scorer)}"
@@ -205,11 +214,29 @@ def _method(config: Mapping[str, Any], found: Steering) -> list[str]:
         "sites, all but the localized ones, and a random direction of the same length at the "
         "localized sites. All strengths and arms of a prompt run in one batch from the same noise; "
         "strength 0 is the plain model.",
-        f"P({found.concept.name}) is the probability that a classifier gives the concept; the "
-        f"{kept_attribute(found.concept)} counts as kept where its most probable class stays. AUC "
-        "is the area of the gain in P over the distance up to the cut-off, smoothness the "
-        "unevenness of the climb.",
+        _measures(config, found),
     ]
+
+
+def _measures(config: Mapping[str, Any], found: Steering) -> str:
+    """Say what score, distance and preservation are."""
+    far = config.get("distance", "scorer")
+    area = (
+        "AUC is the area of the gain over the distance up to the cut-off, smoothness the "
+        "unevenness of the climb."
+    )
+    if isinstance(found.concept, Target):
+        return (
+            f"{measure_of(found.concept)} is what a scorer says of a sample and the text "
+            f"“{found.concept.text}”; a prompt counts as kept where it stays the closest of all "
+            f"prompts of the run. Distance: {'features of the scorer' if far == 'scorer' else far}."
+            f" {area}"
+        )
+    return (
+        f"P({found.concept.name}) is the probability that a classifier gives the concept; the "
+        f"{kept_attribute(found.concept)} counts as kept where its most probable class stays. "
+        f"{area}"
+    )
 
 
 def sounds(folder: Path, found: Steering) -> list[Block]:
@@ -246,6 +273,7 @@ def _meters(part: pd.DataFrame, found: Steering) -> list[Meter]:
         *(
             Meter(f"P({found.concept.name}), {scorer}", float(score))
             for scorer, score in zip(part.scorer, part.score, strict=True)
+            if not isinstance(found.concept, Target)  # a bar is a share, a cosine is none
         ),
         Meter(f"{kept} kept, share of scorers", float(part[f"{kept}_kept"].mean()), effect=False),
     ]

@@ -7,8 +7,8 @@ dictionary features that score best.
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
-from typing import Any
 
 from ..._errors import InputError
 from ...pipelines import PromptPairs
@@ -18,32 +18,33 @@ from ...sae.features.scoring import feature_statistics
 from ...taps import cache_context
 from ...vectors import SteeringVector, caa, sae_features
 from ...zoo.music.concepts import concept
-from .. import common
+from .. import common, memory, models
+from ..models import Subject
 from .config import VectorConfig as VectorConfig
 
 
-def build(pipe: Any, config: VectorConfig, *, progress: bool = True) -> SteeringVector:
+def build(subject: Subject, config: VectorConfig, *, progress: bool = True) -> SteeringVector:
     """Build the vector of the concept in `config`, without saving it.
 
-    Keys and values of the prompts are computed once in a generation, not at every step.
+    Keys and values of the zoo's prompts are computed once in a generation, not at every step.
 
     Raises:
         InputError: neither concept nor prompts, or with "sae" a site without a dictionary.
     """
-    with cache_context(pipe):
-        return _build(pipe, config, progress)
+    pairs = prompt_pairs(config, subject)
+    rows = memory.batch_rows(config, subject, pairs.positive[0])
+    with cache_context(subject.pipe) if subject.zoo else contextlib.nullcontext():
+        return _build(subject, config, pairs, max(1, rows // 2), progress)
 
 
-def _build(pipe: Any, config: VectorConfig, progress: bool) -> SteeringVector:
-    pairs = prompt_pairs(config)
-    call: dict[str, Any] = {
-        "num_inference_steps": config.steps,
-        "guidance_scale": config.guidance,
-    }
-    batch_size = max(1, config.batch_rows // 2)
+def _build(
+    subject: Subject, config: VectorConfig, pairs: PromptPairs, batch_size: int, progress: bool
+) -> SteeringVector:
+    call = subject.call(config.steps, config.guidance)
+    call.pop("output_type", None)  # nothing is decoded
     if config.method == "caa":
         return caa(
-            pipe,
+            subject.pipe,
             pairs,
             common.site_patterns(config.sites),
             batch_size=batch_size,
@@ -51,12 +52,12 @@ def _build(pipe: Any, config: VectorConfig, progress: bool) -> SteeringVector:
             progress=progress,
             **call,
         )
-    saes = dictionaries(pipe, config.sites, config.dictionaries)
+    saes = dictionaries(subject, config.sites, config.dictionaries)
     statistics = feature_statistics(
-        pipe, saes, pairs, batch_size=batch_size, progress=progress, **call
+        subject.pipe, saes, pairs, batch_size=batch_size, progress=progress, **call
     )
     return sae_features(
-        pipe,
+        subject.pipe,
         saes,
         statistics,
         pairs,
@@ -67,8 +68,17 @@ def _build(pipe: Any, config: VectorConfig, progress: bool) -> SteeringVector:
     )
 
 
-def prompt_pairs(config: VectorConfig) -> PromptPairs:
-    """Return prompts with and without the concept: given ones, or from its templates."""
+def prompt_pairs(config: VectorConfig, subject: Subject) -> PromptPairs:
+    """Return prompts with and without the concept: given ones, or from the zoo's templates.
+
+    Raises:
+        InputError: neither concept nor prompts, or no prompts for a model that has no templates.
+    """
+    if config.prompts is None and not subject.zoo:
+        raise InputError(
+            f"--prompts: expected a CSV with columns positive,negative for {subject.name} [only "
+            "the zoo's music model has prompts of its own], got none"
+        )
     if config.prompts is None and config.concept is None:
         raise InputError("vector: expected a concept or prompts, got neither")
     if config.prompts is not None:
@@ -80,20 +90,25 @@ def prompt_pairs(config: VectorConfig) -> PromptPairs:
     return PromptPairs(sides[0], sides[1], config.concept or "", seeds)
 
 
-def dictionaries(pipe: Any, pattern: str, folder: Path | None) -> dict[str, Sae]:
+def dictionaries(subject: Subject, pattern: str, folder: Path | None) -> dict[str, Sae]:
     """Load the dictionaries of the sites of a pattern that have one, by alias.
 
     Args:
-        pipe: the pipeline.
+        subject: the model.
         pattern: comma list of sites.
         folder: its files are named as in the zoo, `cross-6.safetensors`; None = those of the zoo.
 
     Raises:
-        InputError: no site of the pattern has one.
+        InputError: no site of the pattern has one, or no folder for a model without shipped ones.
     """
     from ... import zoo
 
-    chosen = list_sites(pipe, common.site_patterns(pattern)).aliases
+    if folder is None and not subject.zoo:
+        raise InputError(
+            f"--dictionaries: expected a folder for {subject.name} [only the zoo's music model has "
+            "dictionaries that ship], got none"
+        )
+    chosen = list_sites(subject.pipe, common.site_patterns(pattern)).aliases
     if folder is None:
         known = zoo.dictionaries()
         found = {alias: zoo.dictionary(alias) for alias in chosen if alias in known}
@@ -111,8 +126,7 @@ def dictionaries(pipe: Any, pattern: str, folder: Path | None) -> dict[str, Sae]
 
 def run(config: VectorConfig) -> SteeringVector:
     """Make the vector and save it to `config.out` (safetensors)."""
-    pipe, _ = common.load(config.model, config.device, config.dtype)
-    vector = build(pipe, config)
+    vector = build(models.load(config), config)
     if config.out is not None:
         config.out.parent.mkdir(parents=True, exist_ok=True)
         vector.save(config.out)
