@@ -107,9 +107,8 @@ class Localize:
     def shared(self) -> Tensor:
         """One batch, as the study runs it."""
         from sidechain import contexts, sites
-        from sidechain.scorers.zoo import readings
         from sidechain.studies.localization.run import generate
-        from sidechain.studies.models import MusicSubject
+        from sidechain.studies.models import Context, MusicSubject
 
         count = len(self.presets)
         clean = contexts(self.pipe, [self.pair.clean]).expand(count, -1, -1)
@@ -118,10 +117,9 @@ class Localize:
         source = sites(self.pipe, "cross:*")[0].source
         subject = MusicSubject(self.pipe)
         latents = generate(
-            self.config, subject, jobs, {source: clean}, corrupted, 0
+            self.config, subject, jobs, {source: Context(clean)}, corrupted, 0
         ).latents  # fmt: skip
-        readings(self.scorers, latents)
-        return latents
+        return _read(self.scorers, latents)
 
     def hooks(self) -> Tensor:
         """One generation for each preset."""
@@ -143,11 +141,10 @@ class Localize:
         return torch.cat(rows)
 
     def _patched(self, preset: Any, clean: Tensor) -> Tensor:
-        from sidechain.scorers.zoo import readings
 
         with context_hooks([self.modules[name] for name in preset.sites], clean):
             latents = _one(self.pipe, self.pair.corrupted, self.steps)
-        readings(self.scorers, latents)
+        _read(self.scorers, latents)
         return latents
 
 
@@ -184,7 +181,6 @@ class Sweep:
 
     def shared(self) -> Tensor:
         """One batch, as the study runs it."""
-        from sidechain.scorers.zoo import readings
         from sidechain.studies.models import MusicSubject
         from sidechain.studies.steering.run import Row as Job
         from sidechain.studies.steering.run import generate_rows
@@ -193,20 +189,27 @@ class Sweep:
         latents = generate_rows(
             self.config, MusicSubject(self.pipe), self.vector, self.sites, self.prompts, jobs
         ).latents  # fmt: skip
-        readings(self.scorers, latents)
-        return latents
+        return _read(self.scorers, latents)
 
     def hooks(self) -> Tensor:
         """One generation for each strength."""
-        from sidechain.scorers.zoo import readings
-
         rows = []
         for strength in self.strengths:
             with steering_hooks(self.vectors, strength):
                 latents = _one(self.pipe, self.prompts[0], self.steps)
-            readings(self.scorers, latents)
+            _read(self.scorers, latents)
             rows.append(latents)
         return torch.cat(rows)
+
+
+def _read(scorers: Mapping[str, Any], latents: Tensor | None) -> Tensor:
+    """Score latents, as the studies do, and return them."""
+    from sidechain.scorers.zoo import readings
+
+    if latents is None:
+        raise RuntimeError("bench: expected a model that leaves latents, got none")
+    readings(scorers, latents)
+    return latents
 
 
 def _one(pipe: Any, prompt: str, steps: int) -> Tensor:

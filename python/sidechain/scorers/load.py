@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import PurePath
 
 from .._errors import InputError
@@ -17,7 +17,7 @@ from .loading import files_digest, load_towers
 from .protocol import Distance, Scorer
 from .zoo import ZooScorer
 
-TOWERS = {"clap": ClapScorer, "clip": ClipScorer}
+TOWERS: dict[str, Callable[..., Scorer]] = {"clap": ClapScorer, "clip": ClipScorer}
 
 
 def load_scorers(entries: Sequence[str], device: str = "cpu") -> dict[str, Scorer]:

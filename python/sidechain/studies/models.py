@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +23,27 @@ from .files import load_pipeline, saved_class
 
 _OUTPUTS = ("audios", "images", "frames")
 _RATES = ("sampling_rate", "sample_rate")
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a cross-attention site sees of some prompts.
+
+    Attributes:
+        states: [B, S, C].
+        mask: tokens that it may read, [B, S] bool; None = all.
+    """
+
+    states: Tensor
+    mask: Tensor | None = None
+
+    def take(self, rows: Any) -> Context:
+        """Return the context of some rows."""
+        return Context(self.states[rows], None if self.mask is None else self.mask[rows])
+
+    def given(self, how: str) -> dict[str, Any]:
+        """Return it as arguments of `patch`, in place of "context", "key" or "value"."""
+        return {how: (self.states, self.mask) if how == "context" else self.states}
 
 
 class Subject(Protocol):
@@ -43,8 +65,8 @@ class Subject(Protocol):
         """Return what `generate` takes for some prompts; indexed by a list of row numbers."""
         ...
 
-    def contexts(self, prompts: Sequence[str], site: str, **call: Any) -> Tensor:
-        """Return what a cross-attention site sees of each prompt, [B, S, C]."""
+    def contexts(self, prompts: Sequence[str], site: str, **call: Any) -> Context:
+        """Return what a cross-attention site sees of each prompt."""
         ...
 
     def fillers(self, prompts: Sequence[str], **call: Any) -> list[str]:
@@ -84,9 +106,9 @@ class MusicSubject:
         encoded: Tensor = self.pipe.encode_prompt(list(prompts))
         return encoded
 
-    def contexts(self, prompts: Sequence[str], site: str, **call: Any) -> Tensor:
+    def contexts(self, prompts: Sequence[str], site: str, **call: Any) -> Context:
         """See `Subject.contexts`."""
-        return contexts(self.pipe, list(prompts), site=site)
+        return Context(*contexts(self.pipe, list(prompts), site=site, masks=True))
 
     def fillers(self, prompts: Sequence[str], **call: Any) -> list[str]:
         """See `Subject.fillers`: none, every text has one length."""
@@ -140,10 +162,10 @@ class PipelineSubject:
         """See `Subject.encode`: the texts themselves."""
         return Texts(prompts)
 
-    def contexts(self, prompts: Sequence[str], site: str, **call: Any) -> Tensor:
+    def contexts(self, prompts: Sequence[str], site: str, **call: Any) -> Context:
         """See `Subject.contexts`."""
         call = {**call, **_listed(call, len(prompts))}
-        return contexts(self.pipe, list(prompts), site=site, **call)
+        return Context(*contexts(self.pipe, list(prompts), site=site, masks=True, **call))
 
     def fillers(self, prompts: Sequence[str], **call: Any) -> list[str]:
         """See `Subject.fillers`: the longest prompt of every source of text, if they differ.
@@ -154,7 +176,7 @@ class PipelineSubject:
         every, found = list(dict.fromkeys(prompts)), []
         cross = [site for site in sites(self.pipe) if site.kind == "cross"]
         for site in {site.source: site.alias for site in reversed(cross)}.values():
-            tokens = [self.contexts([text], site, **call).shape[1] for text in every]
+            tokens = [self.contexts([text], site, **call).states.shape[1] for text in every]
             if len(set(tokens)) > 1:
                 found.append(every[tokens.index(max(tokens))])
         return list(dict.fromkeys(found))

@@ -26,7 +26,7 @@ from ...scorers import Samples, Scorer, read_scores
 from ...taps import patch
 from ...zoo.music.concepts import concept
 from .. import common, memory, models
-from ..models import Subject
+from ..models import Context, Subject
 from ..processes import Processes, in_pieces
 from .analyse import Localization, analyse
 from .config import LocalizationConfig
@@ -143,7 +143,7 @@ class Measure:
 
     def __init__(self, study: Study, name: str, seed: int) -> None:
         self._study, self._name, self._seed = study, name, seed
-        self._prompts: tuple[Mapping[int | None, Tensor], Any, list[Pair]] | None = None
+        self._prompts: tuple[Mapping[int | None, Context], Any, list[Pair]] | None = None
 
     def __call__(self, chunk: Sequence[Job]) -> pd.DataFrame:
         """Score every pair and preset.
@@ -163,7 +163,7 @@ class Measure:
             config,
             study.subject,
             jobs,
-            {source: part[rows] for source, part in clean.items()},
+            {source: part.take(rows) for source, part in clean.items()},
             encoded[rows],
             self._seed,
         ).first(len(chunk))
@@ -202,11 +202,11 @@ class Measure:
 
 def read_prompts(
     config: LocalizationConfig, subject: Subject, name: str
-) -> tuple[dict[int | None, Tensor], Any, list[Pair]]:
+) -> tuple[dict[int | None, Context], Any, list[Pair]]:
     """Encode the prompts of a concept.
 
     Returns:
-        What sites see of the clean prompts [P, S, C] by source, the corrupted prompts encoded, and
+        What sites see of the clean prompts by source, the corrupted prompts encoded, and
         pairs that have to be in every batch so that all texts are padded alike; these come last.
     """
     pairs = pairs_of(config, name)
@@ -229,7 +229,7 @@ def generate(
     config: LocalizationConfig,
     subject: Subject,
     jobs: Sequence[Job],
-    clean: Mapping[int | None, Tensor],
+    clean: Mapping[int | None, Context],
     encoded: Any,
     seed: int,
 ) -> Samples:
@@ -239,7 +239,7 @@ def generate(
         config: what is swapped, and how to sample.
         subject: the model.
         jobs: pair and preset of each row.
-        clean: contexts of the clean prompts [B, S, C] by source.
+        clean: contexts of the clean prompts by source.
         encoded: the corrupted prompts, a row for each job.
         seed: of the repetition.
     """
@@ -254,7 +254,7 @@ def generate(
             ]
             if order:
                 masks = row_masks([preset for _, preset in jobs], order)
-                given: dict[str, Any] = {config.how: context}
+                given = context.given(config.how)
                 stack.enter_context(patch(subject.pipe, order, rows=masks, **given))
         return subject.generate(encoded, seeds, **subject.call(config.steps, config.guidance))
 
@@ -276,7 +276,7 @@ def check_equal(subject: Subject, config: LocalizationConfig, name: str) -> dict
     corrupted = subject.encode([pair.corrupted] * count)
     seeds = [common.noise_seed(0, pair.index)] * count
     batch = _latents(generate(config, subject, jobs, clean, corrupted, 0))
-    one = {source: clean[source][:1]}
+    one = {source: clean[source].take(slice(1))}
     single = [_latents(generate(config, subject, [job], one, corrupted[:1], 0)) for job in jobs]
     full, none = (
         _latents(subject.generate(encoded, seeds, **call))
