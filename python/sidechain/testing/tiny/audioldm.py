@@ -187,6 +187,7 @@ def _audioldm2(layers: int, scheduler: Any) -> Any:
     )
     language_model = GPT2LMHeadModel(
         GPT2Config(
+            max_new_tokens=3,  # read by the pipeline; not an option of GPT-2
             vocab_size=8,
             n_embd=language_width,
             n_head=2,
