@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -157,6 +159,19 @@ class TestLocalize:
         assert localize(saved, "sdxl", *words) == 0
         # 20 + 10 jobs of single sites, 14 + 7 of best sites, at most 7 at a time
         assert len(calls) - 3 == (3 + 2 + 2 + 1) - 2
+        for name in ("scores.csv", "impact.csv", "summary.json"):
+            assert (here / "run" / name).read_text() == (here / "whole" / name).read_text()
+
+    def test_two_processes_write_the_tables_of_one(self, saved, here):
+        words = ("--scorer", "own_scorer:brightness", *SMALL, "--batch-rows", "7")
+        assert localize(saved, "sdxl", *words, "--out", "whole") == 0
+        run = [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+            "-m", "sidechain", "localize", "--model", str(saved / "sdxl"),
+            "--prompts", str(saved / "pairs.csv"), "--out", "run", *words,
+        ]  # fmt: skip
+        made = subprocess.run(run, capture_output=True, text=True, timeout=300, check=False)
+        assert made.returncode == 0, made.stderr[-2000:]
         for name in ("scores.csv", "impact.csv", "summary.json"):
             assert (here / "run" / name).read_text() == (here / "whole" / name).read_text()
 
