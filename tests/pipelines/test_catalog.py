@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 
 import sidechain
 from sidechain.pipelines import Adapter, config_hash, register_adapter
+from sidechain.pipelines.adapter import _REGISTRY
 from sidechain.testing import tiny_pipeline
 
 PIPE = tiny_pipeline(layers=5)
@@ -117,3 +120,11 @@ class TestContract:
         )  # type: ignore[arg-type,return-value]
         with pytest.raises(ValueError, match="expected a new class name"):
             register_adapter("StableAudioDiTModel", other)
+
+
+def test_the_readme_names_every_family() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    section = readme.split("## Any pipeline")[1].split("## ")[0]
+    named = set(re.findall(r"`(\w+)`", section.split("Each passes")[0]))
+    ours = [a for a in _REGISTRY.values() if a.tokens.__module__.startswith("sidechain.")]
+    assert named == {adapter.family for adapter in ours}
