@@ -4,6 +4,8 @@
 from .base import Tap, attached, detach_all
 from .cache_context import CachedContext, cache_context
 from .capture import Capture, Labels, capture, contexts
+from .edit import Edit, edit
+from .feature_edit import SaeLike
 from .options import Where
 from .patch import Patch, patch
 from .steer import MODES, Steer, VectorLike, steer
@@ -12,8 +14,10 @@ __all__ = [
     "MODES",
     "CachedContext",
     "Capture",
+    "Edit",
     "Labels",
     "Patch",
+    "SaeLike",
     "Steer",
     "Tap",
     "VectorLike",
@@ -23,6 +27,7 @@ __all__ = [
     "capture",
     "contexts",
     "detach_all",
+    "edit",
     "patch",
     "steer",
 ]

@@ -117,6 +117,14 @@ class Attend(Operation):
         raise NotImplementedError
 
 
+class Change(Operation):
+    """Changes the output, in the order of attachment with what is added."""
+
+    def __call__(self, out: Tensor) -> Tensor:
+        """Return the output of the site, changed."""
+        raise NotImplementedError
+
+
 class OutputSide(Operation):
     """One side of a `tap_` call on the output of a site.
 
@@ -279,12 +287,15 @@ class Tapped:
             o for o in ops if isinstance(o, Replace | Ablate)
         ]
         records = [o for o in ops if isinstance(o, Record)]
-        adds = [o for o in ops if isinstance(o, Add)]
-        together = bool(records and adds) and _fits(records[-1], adds[0])
-        outputs += [TapCall(r, None) for r in (records[:-1] if together else records)]
-        if together:
-            outputs.append(TapCall(records[-1], adds.pop(0)))
-        self._outputs = outputs + [TapCall(None, a) for a in adds]
+        changes = [o for o in ops if isinstance(o, Add | Change)]
+        first = changes[0] if records and changes else None
+        if isinstance(first, Add) and _fits(records[-1], first):
+            outputs += [TapCall(r, None) for r in records[:-1]]
+            outputs.append(TapCall(records[-1], first))
+            changes = changes[1:]
+        else:
+            outputs += [TapCall(r, None) for r in records]
+        self._outputs = outputs + [TapCall(None, c) if isinstance(c, Add) else c for c in changes]
 
     def _edit_context(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
         name, place = self._context_name, self._context_place
