@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tap, patch and steer the attention of diffusion models.
 
-`sites` says where; `capture`, `patch` and `steer` say what happens there; `cache_context`
-makes it cheaper.
+`sites` says where; `capture`, `patch`, `steer` and `edit` say what happens there;
+`cache_context` makes it cheaper.
 Everything is imported on first use: `import sidechain` alone imports neither torch nor NumPy.
 """
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .taps.base import attached, detach_all
     from .taps.cache_context import cache_context
     from .taps.capture import capture, contexts
+    from .taps.edit import edit
     from .taps.options import Where
     from .taps.patch import patch
     from .taps.steer import steer
@@ -55,6 +56,7 @@ __all__ = [
     "capture",
     "contexts",
     "detach_all",
+    "edit",
     "patch",
     "probe",
     "sites",
@@ -73,6 +75,7 @@ lazy(
                 "capture",
                 "contexts",
                 "detach_all",
+                "edit",
                 "patch",
                 "steer",
             ),

@@ -4,6 +4,8 @@
 from .base import Tap, attached, detach_all
 from .cache_context import CachedContext, cache_context
 from .capture import Capture, capture, contexts
+from .edit import Edit, edit
+from .feature_edit import SaeLike
 from .heads import HeadCapture
 from .maps import MapCapture
 from .options import Where
@@ -15,10 +17,12 @@ __all__ = [
     "MODES",
     "CachedContext",
     "Capture",
+    "Edit",
     "HeadCapture",
     "Labels",
     "MapCapture",
     "Patch",
+    "SaeLike",
     "Steer",
     "Tap",
     "VectorLike",
@@ -28,6 +32,7 @@ __all__ = [
     "capture",
     "contexts",
     "detach_all",
+    "edit",
     "patch",
     "steer",
 ]

@@ -148,6 +148,14 @@ class Ablate(Operation):
         return out.masked_fill(self.selected, 0)
 
 
+class Change(Operation):
+    """Changes the output, in the order of attachment with what is added."""
+
+    def __call__(self, out: Tensor) -> Tensor:
+        """Return the output of the site, changed."""
+        raise NotImplementedError
+
+
 class OutputSide(Operation):
     """One side of a `tap_` call on the output of a site.
 
@@ -332,12 +340,15 @@ class Tapped:
         ]
         self._inside = [o for o in ops if isinstance(o, Inside)]
         records = [o for o in ops if isinstance(o, Record) and not isinstance(o, Inside)]
-        adds = [o for o in ops if isinstance(o, Add)]
-        together = bool(records and adds) and _fits(records[-1], adds[0])
-        outputs += [TapCall(r, None) for r in (records[:-1] if together else records)]
-        if together:
-            outputs.append(TapCall(records[-1], adds.pop(0)))
-        self._outputs = outputs + [TapCall(None, a) for a in adds]
+        changes = [o for o in ops if isinstance(o, Add | Change)]
+        first = changes[0] if records and changes else None
+        if isinstance(first, Add) and _fits(records[-1], first):
+            outputs += [TapCall(r, None) for r in records[:-1]]
+            outputs.append(TapCall(records[-1], first))
+            changes = changes[1:]
+        else:
+            outputs += [TapCall(r, None) for r in records]
+        self._outputs = outputs + [TapCall(None, c) if isinstance(c, Add) else c for c in changes]
 
     def _run(self, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the model's own processor."""

@@ -25,6 +25,7 @@ from ..pipelines.time_grid import resample, same_grid
 from . import options
 from .base import Tap
 from .layout import expect
+from .live import live_generation
 from .options import BRANCHES, Where, placed, reuse, same_device
 from .processor import Add, Operation
 
@@ -240,7 +241,7 @@ class Steer(Tap):
     def _changed(self, option: str, value: Any, dtype: torch.dtype) -> Tensor:
         """Read an option; while a generation is under way, fill its buffer at once."""
         read = options.per_sample("steer", option, value, dtype)
-        generation = self._live_generation()
+        generation = live_generation(self)
         if generation is not None:
             rows = options.for_rows("steer", option, read, generation)
             if option in self._row_buffers:
@@ -250,17 +251,10 @@ class Steer(Tap):
         return read
 
     def _refill_index(self) -> None:
-        generation = self._live_generation()
+        generation = live_generation(self)
         if generation is not None:
             with torch.inference_mode(False), torch.no_grad():
                 self._fill("index", generation)
-
-    def _live_generation(self) -> Generation | None:
-        """Return the generation whose buffers are in use, None between generations."""
-        tracker, generation = self._tracker, self._generation
-        if tracker is None or generation is None or tracker.generation is not generation:
-            return None
-        return generation if tracker.step < generation.steps else None
 
     # -- following the generation -------------------------------------------------------------
 
