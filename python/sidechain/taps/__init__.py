@@ -8,7 +8,8 @@ from .edit import Edit, edit
 from .feature_edit import SaeLike
 from .options import Where
 from .patch import Patch, patch
-from .steer import MODES, Steer, VectorLike, steer
+from .steer import MODES, Steer, steer
+from .vector_table import VectorLike
 
 __all__ = [
     "MODES",

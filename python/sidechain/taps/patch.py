@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -189,13 +190,12 @@ class Patch(Tap):
                     f"[samples of this generation, context tokens of {site}], got "
                     f"{list(value.shape)}"
                 )
-        value = value.detach().to(generation.shape.dtype)
+        value = value.to(generation.shape.dtype)
         return value.expand(generation.samples, -1, -1)[generation.sample_of_row]
 
     def _outputs(self, site: Site, generation: Generation, branches: tuple[str, ...]) -> Tensor:
         """Spread [steps, branches | 1, B, T, C] over [steps, R, T, C]; other rows are 0."""
-        value = (self._output or {})[site.name].detach()
-        value = value[:, None] if value.dim() == 4 else value
+        value = self._output_at(site)
         steps, given, samples, tokens, width = value.shape
         expected = [len(self._places()), generation.samples, generation.tokens(site)]
         if [steps, samples, tokens] != expected:
@@ -208,6 +208,17 @@ class Patch(Tap):
                 f"patch: expected output with 1 or {len(branches)} branches [{list(branches)}], "
                 f"got {given}"
             )
+        return self._spread(value, generation, branches)
+
+    def _output_at(self, site: Site) -> Tensor:
+        """Return the output that is given for a site [steps, branches | 1, B, T, C]."""
+        value = (self._output or {})[site.name]
+        return value[:, None] if value.dim() == 4 else value
+
+    @staticmethod
+    def _spread(value: Tensor, generation: Generation, branches: tuple[str, ...]) -> Tensor:
+        """Spread [steps, branches | 1, B, T, C] over [steps, R, T, C]; other rows are 0."""
+        steps, tokens, width = value.shape[0], *value.shape[3:]
         value = value.to(generation.shape.dtype).expand(-1, len(branches), -1, -1, -1)
         bank = value.new_zeros(steps, generation.shape.rows, tokens, width)
         for place, branch in enumerate(branches):
@@ -234,6 +245,34 @@ class Patch(Tap):
             self._live = inside
         if inside and self._slot is not None and self._output is not None:
             self._slot.fill_(self._places().index(step))
+        if self._generation is not None and inside:
+            self._follow_gradients(self._generation, step)
+
+    # -- gradients ----------------------------------------------------------------------------
+
+    def _follow_gradients(self, generation: Generation, step: int) -> None:
+        """Use the tensors that a gradient is wanted for: themselves, and in the buffers."""
+        for site in self.sites:
+            for operation, option in zip(
+                self._operations[site.name], self._inputs or [""], strict=True
+            ):
+                if isinstance(operation, Swap):
+                    value = self._inputs[option]
+                    operation.live = None
+                    if value.requires_grad:
+                        operation.live = partial(self._bank, option, value, generation)
+                        operation.bank.copy_(operation.live())
+                elif isinstance(operation, Replace):
+                    place = self._places().index(step)
+                    operation.live = None
+                    if self._output_at(site).requires_grad:
+                        operation.live = partial(self._output_of_step, site, generation, place)
+                        operation.bank[place].copy_(operation.live())
+
+    def _output_of_step(self, site: Site, generation: Generation, place: int) -> Tensor:
+        """Return one entry of the outputs of a site [R, T, C]."""
+        value = self._output_at(site)[place : place + 1]
+        return self._spread(value, generation, self._branches(generation, self._wanted))[0]
 
 
 @placed
@@ -271,7 +310,9 @@ def patch(
         TypeError, ValueError: options that do not fit each other, the sites or the generation.
         RuntimeError: on leaving the context, a site that never ran.
 
-    Differentiable in: the activations, not in what replaces them. Rows that are not selected stay
+    Differentiable in: the activations, and a context, key, value or output with requires_grad:
+    where gradients are enabled the sites compute with that tensor, and without them with the
+    values that it holds at the beginning of the step. Rows that are not selected stay
     bit-identical.
     """
     inputs = {
