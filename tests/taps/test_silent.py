@@ -330,15 +330,6 @@ class TestGradients:
         (layout,) = cap._layouts.values()
         assert bool((layout.buffers["transformer_blocks.0.attn2"].counts == 9).all())
 
-    def test_trainable_vectors_and_strengths_are_refused(self) -> None:
-        pipe = tiny_pipeline()
-        trained = {k: v.requires_grad_() for k, v in vectors(pipe).items()}
-        with pytest.raises(NotImplementedError, match="steer: expected vectors without gradient"):
-            sidechain.steer(pipe, trained)
-        strength = torch.tensor(3.0, requires_grad=True)
-        with pytest.raises(NotImplementedError, match="expected strength without gradient"):
-            sidechain.steer(pipe, vectors(pipe), strength=strength)
-
 
 class TestCachedContext:
     @pytest.mark.parametrize("options", [{}, {"lora_bias": True}], ids=["plain", "bias"])

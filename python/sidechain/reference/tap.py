@@ -79,14 +79,18 @@ def _steered(x: Tensor, steering: Steering | None) -> Tensor:
     zero = torch.zeros((), dtype=acc, device=x.device)
     a = zero.expand(rows) if strength is None else strength.to(acc)
     b = zero.expand(rows) if removal is None else removal.to(acc)
-    touched = touched & ((a != 0) | (b != 0))
+    # A row at 0 keeps its value below too; taken out here, it could never be trained away from 0.
+    trained = torch.is_grad_enabled() and (a.requires_grad or b.requires_grad)
+    if not trained:
+        touched = touched & ((a != 0) | (b != 0))
 
     xf = x.to(acc)
     scale = a[:, None, None]  # [R, 1, 1]
     if removal is not None:
         xv = (xf * v).sum(-1, keepdim=True)  # [R, T, 1]
-        # b = 0 must not meet an infinite projection: 0 * inf is NaN.
-        removed = torch.where(b[:, None, None] == 0, zero, b[:, None, None] * xv.clamp(min=0))
+        removed = b[:, None, None] * xv.clamp(min=0)
+        if not trained:  # b = 0 must not meet an infinite projection: 0 * inf is NaN.
+            removed = torch.where(b[:, None, None] == 0, zero, removed)
         scale = scale - removed
     y = xf + scale * v
     if renorm:

@@ -11,7 +11,8 @@ from .maps import MapCapture
 from .options import Where
 from .patch import Patch, patch
 from .recording import Labels
-from .steer import MODES, Steer, VectorLike, steer
+from .steer import MODES, Steer, steer
+from .vector_table import VectorLike
 
 __all__ = [
     "MODES",

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -222,13 +223,12 @@ class Patch(Tap):
                     f"[samples of this generation, context tokens of {site}], got "
                     f"{list(value.shape)}"
                 )
-        value = value.detach().to(generation.shape.dtype)
+        value = value.to(generation.shape.dtype)
         return value.expand(generation.samples, -1, -1)[generation.sample_of_row]
 
     def _outputs(self, site: Site, generation: Generation, branches: tuple[str, ...]) -> Tensor:
         """Spread [steps, branches | 1, B, T, C] over [steps, R, T, C]; other rows are 0."""
-        value = (self._output or {})[site.name].detach()
-        value = value[:, None] if value.dim() == 4 else value
+        value = self._output_at(site)
         steps, given, samples, tokens, width = value.shape
         expected = [len(self._places()), generation.samples, generation.tokens(site)]
         if [steps, samples, tokens] != expected:
@@ -241,14 +241,24 @@ class Patch(Tap):
                 f"patch: expected output with 1 or {len(branches)} branches [{list(branches)}], "
                 f"got {given}"
             )
+        return self._spread(value, generation, branches).flatten(0, 1)
+
+    def _output_at(self, site: Site) -> Tensor:
+        """Return the output that is given for a site [steps, branches | 1, B, T, C]."""
+        value = (self._output or {})[site.name]
+        return value[:, None] if value.dim() == 4 else value
+
+    def _spread(self, value: Tensor, generation: Generation, branches: tuple[str, ...]) -> Tensor:
+        """Spread [steps, branches | 1, B, T, C] over [steps, calls, R, T, C]; other rows are 0."""
+        steps, given, _, tokens, width = value.shape
         value = value.to(generation.shape.dtype)
-        calls = len(generation.passes)
-        bank = value.new_zeros(steps, calls, generation.shape.rows, tokens, width)
+        calls, rows = len(generation.passes), generation.shape.rows
+        bank = value.new_zeros(steps, calls, rows, tokens, width)
         for branch in branches:
             place = self._place_of(branch, branches, given)
             if place is not None:
                 bank[:, generation.call_of(branch), generation.rows_of(branch)] = value[:, place]
-        return bank.flatten(0, 1)
+        return bank
 
     def _place_of(self, branch: str, branches: tuple[str, ...], given: int) -> int | None:
         """Return where an output has a branch, None if it has not."""
@@ -271,10 +281,12 @@ class Patch(Tap):
                 else:
                     selected.zero_()
             self._live, self._call = inside, call
-        if not inside or self._output is None or generation is None or self._slot is None:
+        if not inside or generation is None or self._slot is None:
             return
-        self._check_outputs(step, generation.passes[call])
-        self._slot.fill_(self._places().index(step) * len(generation.passes) + call)
+        if self._output is not None:
+            self._check_outputs(step, generation.passes[call])
+            self._slot.fill_(self._places().index(step) * len(generation.passes) + call)
+        self._follow_gradients(generation, step, call)
 
     def _check_outputs(self, step: int, branches: tuple[str, ...]) -> None:
         if step not in self._places():
@@ -290,6 +302,35 @@ class Patch(Tap):
                 f"patch: expected an output for the {lacking[0]} branch, got those of "
                 f"{list(known or ())} [branches of the capture]"
             )
+
+    # -- gradients ----------------------------------------------------------------------------
+
+    def _follow_gradients(self, generation: Generation, step: int, call: int) -> None:
+        """Use the tensors that a gradient is wanted for: themselves, and in the buffers."""
+        for site in self.sites:
+            for operation, option in zip(
+                self._operations[site.name], self._inputs or [""], strict=True
+            ):
+                if isinstance(operation, Swap):
+                    value = self._inputs[option]
+                    operation.live = None
+                    if value.requires_grad:
+                        operation.live = partial(self._bank, option, value, generation)
+                        operation.bank.copy_(operation.live())
+                elif isinstance(operation, Replace):
+                    place = self._places().index(step)
+                    operation.live = None
+                    if self._output_at(site).requires_grad:
+                        operation.live = partial(
+                            self._output_of_call, site, generation, place, call
+                        )
+                        entry = place * len(generation.passes) + call
+                        operation.bank[entry].copy_(operation.live())
+
+    def _output_of_call(self, site: Site, generation: Generation, place: int, call: int) -> Tensor:
+        """Return one entry of the outputs of a site [R, T, C]."""
+        value = self._output_at(site)[place : place + 1]
+        return self._spread(value, generation, self._branches(generation, self._wanted))[0, call]
 
 
 @placed
@@ -328,7 +369,9 @@ def patch(
         TypeError, ValueError: options that do not fit each other, the sites or the generation.
         RuntimeError: on leaving the context, a site that never ran.
 
-    Differentiable in: the activations, not in what replaces them. Rows that are not selected stay
+    Differentiable in: the activations, and a context, key, value or output with requires_grad:
+    where gradients are enabled the sites compute with that tensor, and without them with the
+    values that it holds at the beginning of the step. Rows that are not selected stay
     bit-identical.
     """
     mask = None

@@ -52,6 +52,11 @@ class Operation:
         return False
 
 
+def _kept(buffer: Tensor) -> Tensor:
+    """Return a buffer that autograd may keep: a later step writes the one of the tap."""
+    return buffer.clone() if torch.is_grad_enabled() else buffer
+
+
 class ContextRecord(Operation):
     """Copies the cross-attention context, and which of its tokens may be read, into rings."""
 
@@ -91,11 +96,13 @@ class Swap(Operation):
         self.key, self.value = key, value
         self.selected: Tensor  # [R, 1, 1] bool
         self.bank: Tensor  # [R, S, C]
+        self.live: Callable[[], Tensor] | None = None  # the bank, where a gradient is wanted for it
 
     def __call__(self, context: Tensor) -> Tensor:
         """Return the context with the selected rows exchanged."""
         self.mark()
-        return torch.where(self.selected, self.bank, context)
+        live = self.live if torch.is_grad_enabled() else None
+        return torch.where(_kept(self.selected), self.bank if live is None else live(), context)
 
     def of_mask(self, mask: Tensor | None) -> Tensor | None:
         """Return the mask of the attention with the selected rows exchanged.
@@ -128,11 +135,15 @@ class Replace(Operation):
         self.selected: Tensor  # [R, 1, 1] bool
         self.slot: Tensor  # [1] int64, within the bank
         self.bank: Tensor  # [S, R, T, C]
+        # The entry of the bank [R, T, C] of this step, where a gradient is wanted for it.
+        self.live: Callable[[], Tensor] | None = None
 
     def __call__(self, out: Tensor) -> Tensor:
         """Return the output with the selected rows exchanged."""
         self.mark()
-        return torch.where(self.selected, self.bank.index_select(0, self.slot)[0], out)
+        live = self.live if torch.is_grad_enabled() else None
+        new = self.bank.index_select(0, self.slot)[0] if live is None else live()
+        return torch.where(_kept(self.selected), new, out)
 
 
 class Ablate(Operation):
@@ -145,7 +156,7 @@ class Ablate(Operation):
     def __call__(self, out: Tensor) -> Tensor:
         """Return the output with the selected rows at zero."""
         self.mark()
-        return out.masked_fill(self.selected, 0)
+        return out.masked_fill(_kept(self.selected), 0)
 
 
 class Change(Operation):
@@ -199,9 +210,14 @@ class Attend(Operation):
 
 
 class Add(OutputSide):
-    """Adds directions to the output; does nothing until `buffers` are there."""
+    """Adds directions to the output; does nothing until `buffers` are there.
+
+    Attributes:
+        live: makes the same of the tensors that a gradient is wanted for; None = there are none.
+    """
 
     buffers: Steering | None = None
+    live: Callable[[], Steering] | None = None
 
 
 class TapCall:
@@ -217,6 +233,7 @@ class TapCall:
             self.where = (first.rows or slice(None), first.tokens or slice(None))
         self.capture = None if record is None else record.buffers
         self.steering = None if add is None else _cut(add.buffers, first.rows)
+        self.rows, self.add = first.rows, add
 
     def __call__(self, out: Tensor) -> Tensor:
         """Capture from `out` and steer it, in place where no gradient is wanted."""
@@ -224,7 +241,8 @@ class TapCall:
         for part in self.parts:
             first = part.mark()
         view = out if self.where is None else out[self.where]
-        if torch.is_grad_enabled() and out.requires_grad:
+        live = None if self.add is None else self.add.live
+        if torch.is_grad_enabled() and (out.requires_grad or live is not None):
             return self._differentiable(out, view, first)
         tap_(view, self.capture, self.steering)
         return out
@@ -234,7 +252,9 @@ class TapCall:
             tap_(view.detach(), self.capture)
         if self.steering is None:
             return out
-        steered, _ = reference_tap(view, steering=self.steering)
+        live = None if self.add is None else self.add.live
+        steering = self.steering if live is None else _cut(live(), self.rows)
+        steered, _ = reference_tap(view, steering=steering)
         if self.where is None:
             return steered
         out = out.clone()

@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,17 +17,14 @@ from ..pipelines import (
     Site,
     SiteList,
     SitePattern,
-    config_hash,
-    execution_device,
-    sites,
 )
-from ..pipelines.time_grid import resample, same_grid
 from . import options
 from .base import Tap
 from .layout import expect
 from .live import live_generation
-from .options import BRANCHES, Where, placed, reuse, same_device
+from .options import BRANCHES, Where, placed, reuse
 from .processor import Add, Operation
+from .vector_table import Vector, VectorLike, VectorTable
 
 # mode -> for each guidance branch, the branch whose vector it gets
 MODES: dict[str, dict[str, str]] = {
@@ -44,111 +41,6 @@ _OWN: dict[str | None, str] = {
 }  # fmt: skip
 
 
-@runtime_checkable
-class VectorLike(Protocol):
-    """What steering needs of a vector; `sidechain.vectors.SteeringVector` is one."""
-
-    @property
-    def tensors(self) -> Mapping[tuple[str, str], Tensor]:
-        """(site name, branch) -> [S, C]."""
-
-    @property
-    def timesteps(self) -> Tensor | None:
-        """Time of each step [S], or None."""
-
-    @property
-    def sigmas(self) -> Tensor | None:
-        """Noise level of each step [S], or None."""
-
-    @property
-    def config_hash(self) -> str:
-        """Of the denoiser it was made for, or the empty string."""
-
-
-Vector = VectorLike | Mapping[Any, Tensor]
-
-
-class _Table:
-    """One vector, checked against a pipeline."""
-
-    def __init__(self, pipe: Any, vector: Vector) -> None:
-        self.timesteps: Tensor | None = None
-        self.sigmas: Tensor | None = None
-        self.tensors: dict[tuple[str, str], Tensor] = {}
-        if isinstance(vector, VectorLike):
-            here = config_hash(pipe)
-            if vector.config_hash and vector.config_hash != here:
-                raise ValueError(
-                    f"steer: expected a vector made for a denoiser with config hash {here} [this "
-                    f"pipeline], got {vector.config_hash}"
-                )
-            self.timesteps, self.sigmas = vector.timesteps, vector.sigmas
-            entries: Mapping[Any, Tensor] = vector.tensors
-        elif isinstance(vector, Mapping):
-            entries = vector
-        else:
-            raise TypeError(
-                f"steer: expected a SteeringVector or {{site: tensor}}, got {type(vector).__name__}"
-            )
-        named = {key: key[0] if isinstance(key, tuple) else key for key in entries}
-        known = sites(pipe, list(named.values()))
-        for key, value in entries.items():
-            site = known[named[key]]
-            branches = key[1:] if isinstance(key, tuple) else BRANCHES
-            self._add(site, branches, value, execution_device(pipe, site.module))
-        lengths = {t.shape[0] for t in self.tensors.values()}
-        if len(lengths) != 1:
-            raise ValueError(
-                f"steer: expected vectors with one number of steps, got {sorted(lengths)}"
-            )
-        self.steps = lengths.pop()
-        if self.timesteps is not None and len(self.timesteps) != self.steps:
-            raise ValueError(
-                f"steer: expected {self.steps} timesteps [steps of the vector], got "
-                f"{len(self.timesteps)}"
-            )
-
-    def _add(
-        self, site: Site, branches: tuple[str, ...], value: Tensor, device: torch.device
-    ) -> None:
-        if not isinstance(value, Tensor) or not value.dtype.is_floating_point:
-            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(f"steer: expected a float tensor [S, C] for {site}, got {got}")
-        table = value[None] if value.dim() == 1 else value
-        if table.dim() != 2 or table.shape[0] == 0 or table.shape[1] != site.width:
-            raise ValueError(
-                f"steer: expected a vector of shape [S, {site.width}] [width of {site}], got "
-                f"{list(value.shape)}"
-            )
-        if value.device.type != "cpu" and not same_device(value.device, device):
-            raise ValueError(
-                f"steer: expected the vector of {site} on cpu or {device} [where the denoiser "
-                f"computes], got {value.device}"
-            )
-        if not bool(torch.isfinite(table).all()):
-            raise ValueError(f"steer: expected a finite vector for {site}, got NaN or infinity")
-        if value.requires_grad:
-            raise NotImplementedError(
-                f"steer: expected vectors without gradient [they are copied into a table], got "
-                f"requires_grad=True at {site}: steer with detached ones"
-            )
-        for branch in branches:
-            self.tensors[site.name, branch] = table.detach().float()
-
-    def names(self) -> list[str]:
-        return list(dict.fromkeys(name for name, _ in self.tensors))
-
-    def at(self, site: Site, branch: str) -> Tensor:
-        try:
-            return self.tensors[site.name, branch]
-        except KeyError:
-            held = sorted(b for n, b in self.tensors if n == site.name)
-            raise ValueError(
-                f"steer: expected a vector for {site} and the {branch} branch, got "
-                f"{'branches ' + str(held) if held else f'sites {self.names()}'}"
-            ) from None
-
-
 class Steer(Tap):
     """Directions added at sites; made by `steer`. `strength`, `removal` and `which` can be set."""
 
@@ -157,7 +49,7 @@ class Steer(Tap):
     def __init__(
         self,
         pipe: Any,
-        tables: list[_Table],
+        tables: list[VectorTable],
         chosen: SiteList,
         where: Where,
         renorm: bool,
@@ -179,6 +71,7 @@ class Steer(Tap):
                 for branch in self._sources:
                     table.at(site, branch)
         self._strength = self._removal = torch.zeros(1)
+        self._given: dict[str, Tensor] = {}  # strength and removal that a gradient is wanted for
         self._which: Tensor | None = None
         self._steps_of_table = 1
         self._slot: Tensor | None = None
@@ -188,14 +81,16 @@ class Steer(Tap):
         self._vectors: dict[str, Tensor] = {}
         self._mask: Tensor | None = None  # [1 | R, T]
         self._built_for: tuple[Tensor, Tensor | None] | None = None
-        self._warned = False
 
     # -- what can be changed while the tap is in place ------------------------------------------
 
     @property
     def strength(self) -> Tensor:
-        """Strength of each sample, [1] or [B]; set it to a number or to [B] numbers."""
-        return self._strength
+        """Strength of each sample, [1] or [B]; set it to a number or to [B] numbers.
+
+        A tensor that needs a gradient stays the one that was given.
+        """
+        return self._given.get("strength", self._strength)
 
     @strength.setter
     def strength(self, value: Any) -> None:
@@ -204,7 +99,7 @@ class Steer(Tap):
     @property
     def removal(self) -> Tensor:
         """Share of the projection to take away for each sample, [1] or [B]."""
-        return self._removal
+        return self._given.get("removal", self._removal)
 
     @removal.setter
     def removal(self, value: Any) -> None:
@@ -240,7 +135,9 @@ class Steer(Tap):
 
     def _changed(self, option: str, value: Any, dtype: torch.dtype) -> Tensor:
         """Read an option; while a generation is under way, fill its buffer at once."""
-        read = options.per_sample("steer", option, value, dtype)
+        trained = isinstance(value, Tensor) and value.requires_grad and dtype.is_floating_point
+        plain = value.detach() if trained else value
+        read = options.per_sample("steer", option, plain, dtype)
         generation = live_generation(self)
         if generation is not None:
             rows = options.for_rows("steer", option, read, generation)
@@ -248,6 +145,9 @@ class Steer(Tap):
                 self.tracker.touch()
                 with torch.inference_mode(False), torch.no_grad():
                     self._row_buffers[option].copy_(rows)
+        self._given.pop(option, None)
+        if trained:
+            self._given[option] = value
         return read
 
     def _refill_index(self) -> None:
@@ -310,7 +210,9 @@ class Steer(Tap):
             new = self._indices[self._call]
         else:
             value = self._strength if option == "strength" else self._removal
-            if option == "removal" and old is None and not bool(value.any()):
+            if option in self._given:
+                value = self._given[option].detach().reshape(-1).float()
+            elif option == "removal" and old is None and not bool(value.any()):
                 return  # without removal the kernel needs no dot products
             new = options.for_rows("steer", option, value, generation)
         self._row_buffers[option] = reuse(old, new)
@@ -329,54 +231,26 @@ class Steer(Tap):
     def _build_tables(self, generation: Generation) -> None:
         """Stack the vectors of each site to [V x branches, S, C] on the grid of the generation."""
         grid = (generation.timesteps, generation.sigmas)
-        if self._built_for is not None and _same(self._built_for, grid):
+        fresh = any(table.trained for table in self._tables)
+        if not fresh and self._built_for is not None and _same(self._built_for, grid):
             self._vectors = {k: v.to(generation.shape.device) for k, v in self._vectors.items()}
             return
         self._steps_of_table = 1 if all(t.steps == 1 for t in self._tables) else generation.steps
         for site in self.sites:
-            rows = [
-                self._on_grid(table, table.at(site, branch), generation)
-                for table in self._tables
-                for branch in self._sources
-            ]
-            stacked = torch.stack([r.to(generation.shape.device) for r in rows])
+            stacked = self._stacked(site, generation).float()
             self._vectors[site.name] = reuse(self._vectors.get(site.name), stacked)
         self._built_for = grid
 
-    def _on_grid(self, table: _Table, value: Tensor, generation: Generation) -> Tensor:
-        steps = self._steps_of_table
-        if table.steps == 1:
-            return value.expand(steps, -1)
-        if table.timesteps is None:
-            if table.steps != generation.steps:
-                raise ValueError(
-                    f"steer: expected a vector of 1 or {generation.steps} steps [of this "
-                    "generation; it has no timesteps to interpolate over], got "
-                    f"{table.steps}"
-                )
-            return value
-        known, wanted, unit = table.timesteps, generation.timesteps, "timesteps"
-        # Two schedulers may give the same noise other timesteps: the noise level decides.
-        if table.sigmas is not None and generation.sigmas is not None:
-            known, wanted, unit = table.sigmas, generation.sigmas, "sigmas"
-        if same_grid(known, wanted):
-            return value
-        low, high = max(known.min(), wanted.min()), min(known.max(), wanted.max())
-        if low > high:
-            raise ValueError(
-                f"steer: expected a vector whose {unit} overlap those of this generation "
-                f"[{float(wanted.min()):g} to {float(wanted.max()):g}], got "
-                f"{float(known.min()):g} to {float(known.max()):g}"
-            )
-        if not self._warned:
-            warnings.warn(
-                f"steer: a vector of {table.steps} steps is interpolated over {unit} to the "
-                f"{generation.steps} steps of this generation",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-            self._warned = True
-        return resample(value, known, wanted)
+    def _stacked(self, site: Site, generation: Generation) -> Tensor:
+        """Return the vectors of a site [V x branches, S, C], float64 if one of them is."""
+        rows = [
+            table.on_grid(table.at(site, branch), self._steps_of_table, generation)
+            for table in self._tables
+            for branch in self._sources
+        ]
+        wide = any(row.dtype == torch.float64 for row in rows)
+        dtype = torch.float64 if wide else torch.float32
+        return torch.stack([row.to(generation.shape.device, dtype) for row in rows])
 
     def _advance(self, step: int, call: int, inside: bool) -> None:
         if call != self._call:
@@ -384,6 +258,51 @@ class Steer(Tap):
             self._row_buffers["index"].copy_(self._indices[call])
         if self._slot is not None:
             self._slot.fill_(min(step, self._steps_of_table - 1) if inside else -1)
+        trained = bool(self._given) or any(table.trained for table in self._tables)
+        generation = self._generation
+        if generation is None:
+            return
+        if trained:
+            self._refresh(generation)
+        for site in self.sites:
+            (operation,) = self._operations[site.name]
+            if isinstance(operation, Add):
+                operation.live = partial(self._live, site, generation) if trained else None
+
+    # -- gradients ----------------------------------------------------------------------------
+
+    def _refresh(self, generation: Generation) -> None:
+        """Fill the buffers with what the tensors hold now: an optimiser may have changed them."""
+        self._build_tables(generation)
+        for option in self._given:
+            self._fill(option, generation)
+
+    def _live(self, site: Site, generation: Generation) -> Steering:
+        """Return the steering of a site made of the tensors that a gradient is wanted for."""
+        (operation,) = self._operations[site.name]
+        buffers = operation.buffers if isinstance(operation, Add) else None
+        if buffers is None:
+            raise RuntimeError("steer: expected buffers of a generation, got none")
+        vectors = buffers.vectors
+        if any(table.trained for table in self._tables):
+            vectors = self._stacked(site, generation)
+        return buffers._replace(
+            vectors=vectors,
+            index=None if buffers.index is None else buffers.index.clone(),
+            strength=self._live_rows("strength", buffers.strength, generation),
+            removal=self._live_rows("removal", buffers.removal, generation),
+        )
+
+    def _live_rows(
+        self, option: str, buffer: Tensor | None, generation: Generation
+    ) -> Tensor | None:
+        """Return strength or removal of each row [R], of the tensor that is trained if one is."""
+        given = self._given.get(option)
+        if given is None:
+            # Autograd keeps it, and a later step may write the buffer.
+            return None if buffer is None else buffer.clone()
+        each = given.to(generation.shape.device).reshape(-1).expand(generation.samples)
+        return each[generation.sample_of_row]
 
 
 @placed
@@ -423,12 +342,15 @@ def steer(
         TypeError, ValueError: options that do not fit each other, the sites or the generation.
         RuntimeError: on leaving the context, a site that never ran.
 
-    Differentiable in: the activations.
+    Differentiable in: the activations, and every vector, strength and removal that is given as a
+    tensor with requires_grad: where gradients are enabled the sites compute with that tensor, and
+    without them with the values that it holds at the beginning of the step. To train through a
+    pipeline, whose `__call__` disables gradients: `type(pipe).__call__.__wrapped__(pipe, ...)`.
     """
     several = [vector] if isinstance(vector, VectorLike | Mapping) else list(vector)
     if not several:
         raise ValueError("steer: expected at least one vector, got none")
-    tables = [_Table(pipe, one) for one in several]
+    tables = [VectorTable(pipe, one) for one in several]
     place = Where.of(where)
     tap = Steer(pipe, tables, place.chosen(pipe, tables[0].names()), place, renorm)
     tap.strength, tap.removal, tap.which = strength, removal, which

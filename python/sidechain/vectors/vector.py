@@ -99,6 +99,11 @@ class SteeringVector:
                 raise ValueError(
                     f"SteeringVector: expected [S, C] at {key}, got {list(value.shape)}"
                 )
+            if value.requires_grad:
+                raise NotImplementedError(
+                    f"SteeringVector: expected tensors without gradient [it keeps copies; steer "
+                    f"with {{site: tensor}} to train one], got requires_grad=True at {key}"
+                )
             self._tensors[key] = value.detach().float().contiguous()
         lengths = {t.shape[0] for t in self._tensors.values()}
         if len(lengths) != 1:
