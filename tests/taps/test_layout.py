@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sidechain.taps.layout import Expected, edit_output
-from sidechain.taps.processor import Ablate
+from sidechain.taps.operations import Ablate
 
 
 def add(direction: Tensor) -> list[object]:

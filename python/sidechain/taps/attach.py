@@ -17,7 +17,8 @@ from ..pipelines.adapter import unwrap
 from ..pipelines.watch import Override
 from . import processor
 from .layout import edit_output
-from .processor import Operation, Tapped
+from .operations import Operation
+from .processor import Tapped
 
 
 class TappedModule(Tapped):

@@ -20,8 +20,8 @@ from ..pipelines import (
     release,
 )
 from .attach import arrange, attach, detach
+from .operations import Operation
 from .options import Steps, Window, same_device
-from .processor import Operation
 
 
 class Tap:

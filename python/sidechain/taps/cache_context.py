@@ -14,8 +14,9 @@ from ..pipelines import Generation, Site, SitePattern, sites
 from .base import Tap
 from .heads import HeadRecord, Place
 from .maps import MapRecord
+from .operations import Attend, Inside, Operation
 from .options import refuse_compiled, reuse
-from .processor import Attend, Inside, Operation, inner_processor
+from .processor import inner_processor
 
 #: Processors whose cross-attention is softmax(q k^T / sqrt(D)) v, with optional norms of q and k.
 PLAIN_PROCESSORS = ("AttnProcessor2_0", "StableAudioAttnProcessor2_0")

@@ -16,8 +16,8 @@ from ..pipelines import CallShape, Generation, Site, SitePattern
 from . import options
 from .base import Tap
 from .layout import expect
+from .operations import ContextRecord, Operation, Record
 from .options import Where, placed
-from .processor import ContextRecord, Operation, Record
 from .recording import KeptCall, Labels, Layout, Recorded, each, gather, mean_of, tensors
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)

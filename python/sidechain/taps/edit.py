@@ -18,8 +18,8 @@ from .feature_edit import FeatureEdit, SaeLike
 from .feature_values import Line
 from .layout import expect
 from .live import live_generation
+from .operations import Operation
 from .options import Where, placed, reuse, same_device
-from .processor import Operation
 
 
 class Edit(Tap):

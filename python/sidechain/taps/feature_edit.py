@@ -12,8 +12,8 @@ from .. import _device
 from ..ops import CodeEdit, Encoder, sae_edit_, topk_encode
 from ..pipelines import Generation
 from ..reference.sae_edit import sae_edit as reference_edit
+from .operations import Change
 from .options import reuse
-from .processor import Change
 from .time_axis import TimeAxis
 
 

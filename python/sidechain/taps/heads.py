@@ -12,8 +12,8 @@ from ..ops import Capture as Buffers
 from ..ops import tap_
 from ..pipelines import Site
 from .capture import Capture
+from .operations import Inside, Operation
 from .options import Where
-from .processor import Inside, Operation
 
 
 class Place(NamedTuple):

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..pipelines import Generation, Site
 
 if TYPE_CHECKING:
-    from .processor import Operation
+    from .operations import Operation
 
 
 class Expected(NamedTuple):

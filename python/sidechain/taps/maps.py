@@ -20,8 +20,9 @@ from ..pipelines import Generation, Site, token_grid
 from . import options
 from .capture import Capture
 from .layout import Expected
+from .operations import Inside, Operation
 from .options import Where
-from .processor import Inside, Operation, inner_processor
+from .processor import inner_processor
 from .recording import KeptCall, Labels, Recorded, gather
 
 #: Where the text stands in the one sequence that joint attention runs over, by processor.

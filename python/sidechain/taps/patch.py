@@ -16,8 +16,8 @@ from . import options
 from .base import Tap
 from .capture import Capture
 from .layout import expect
+from .operations import Ablate, Operation, Replace, Swap
 from .options import Where, placed, reuse
-from .processor import Ablate, Operation, Replace, Swap
 
 Rows = Any  # None | bool [B] | {site: bool [B]}
 

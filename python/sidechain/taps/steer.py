@@ -22,8 +22,8 @@ from . import options
 from .base import Tap
 from .layout import expect
 from .live import live_generation
+from .operations import Add, Operation
 from .options import BRANCHES, Where, placed, reuse
-from .processor import Add, Operation
 from .vector_table import Vector, VectorLike, VectorTable
 
 # mode -> for each guidance branch, the branch whose vector it gets

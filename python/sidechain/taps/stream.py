@@ -15,8 +15,8 @@ from ..pipelines import Generation, Site
 from . import options
 from .base import Tap
 from .layout import expect
+from .operations import Operation, Record
 from .options import Where
-from .processor import Operation, Record
 
 
 @dataclass(frozen=True)
