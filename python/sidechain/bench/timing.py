@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Protocol
@@ -207,6 +208,59 @@ def side_by_side(samplers: Mapping[str, Sampler], seconds: float = 0.6) -> dict[
             candidate.issue, candidate.capture,
         )  # fmt: skip
     return timings
+
+
+@dataclass(frozen=True)
+class Turns:
+    """Samples of one candidate in seconds per call, those of a round together."""
+
+    rounds: tuple[tuple[float, ...], ...]
+    method: str
+
+    @property
+    def timing(self) -> Timing:
+        """Medians of all samples."""
+        taken = [sample for round_ in self.rounds for sample in round_]
+        cuts = statistics.quantiles(taken, n=5, method="inclusive")
+        return Timing(statistics.median(taken), cuts[0], cuts[3], len(taken), self.method)
+
+    def added(self, to: Turns) -> float:
+        """Seconds more than another candidate: the median over rounds, drift taken out."""
+        pairs = zip(self.rounds, to.rounds, strict=True)
+        return statistics.median(statistics.median(a) - statistics.median(b) for a, b in pairs)
+
+
+def in_turns(
+    ways: Mapping[str, Callable[[], AbstractContextManager[Call]]],
+    device: str,
+    seconds: float = 0.6,
+    *,
+    rounds: int = ROUNDS,
+) -> dict[str, Turns]:
+    """Sample every candidate in turns, each of them only while what it needs is attached.
+
+    Args:
+        ways: name -> a context that attaches something and gives what is to be timed.
+        device: "cpu" or "cuda".
+        seconds: time for each candidate; at least one sample is taken of each in a round.
+        rounds: how often the candidates take turns.
+
+    Returns:
+        name -> samples. Attaching and the first two calls of a turn are not among them.
+    """
+    taken: dict[str, list[tuple[float, ...]]] = {name: [] for name in ways}
+    methods = {}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            with way() as call:
+                candidate = sampler([call], device)
+                methods[name] = candidate.method
+                stop = time.perf_counter() + seconds / rounds
+                done = [candidate.sample()]
+                while time.perf_counter() < stop and len(done) < MOST:
+                    done.append(candidate.sample())
+            taken[name].append(tuple(done))
+    return {name: Turns(tuple(found), methods[name]) for name, found in taken.items()}
 
 
 def measure(call: Call, device: str = "cpu", seconds: float = 0.3) -> float:
