@@ -358,7 +358,9 @@ def patch(
         key: the same for keys only.
         value: the same for values only.
         output: [steps, B, T, C], or [steps, branches, B, T, C], in place of the module's output;
-            one tensor, one for each site, or a capture made with reduce="tokens".
+            one tensor, {site: tensor}, or a capture made with reduce="tokens". A capture knows its
+            steps and branches; tensors are of the steps of the window and of the branches in
+            `where`: `Where(steps=(cap.steps[0], cap.steps[-1] + 1))` for one that began late.
         ablate: put out zeros.
         rows: samples to patch, bool [B], or {site: bool [B]}. None = all.
 
