@@ -30,5 +30,6 @@ def test_python_examples(tmp_path, monkeypatch):
     exec(compile(code, "README.md", "exec"), space)
     assert space["audio"].shape == (3, 1, 81920)
     assert space["cap"]["cross:3"].shape == (2, 1, 1, 160)
+    assert space["maps"]["cross:3"].shape[:2] == (1, 1)
     assert space["batch"].x.shape == (64, 160)
     assert space["x_hat"].shape == (3, 160)

@@ -160,7 +160,7 @@ class TestGraph:
             seen = []
             for strength, step in ((1.0, 0), ([2.0, -3.0], 0), (2.0, 2), (0.0, 1)):
                 tap.strength = strength
-                tap.advance(step)
+                tap.advance(step, 0)
                 got = replay().clone()
                 torch.testing.assert_close(got, call())
                 assert all(not torch.equal(got, other) for other in seen)
@@ -190,10 +190,11 @@ class TestGraph:
             replay = captured(device, call)
             tap.clear()
             for step in range(STEPS):
-                tap.advance(step)
+                tap.advance(step, 0)
                 for _ in range(step + 1):
                     replay()
-            counts = tap._buffers[tap.sites[0].name].counts[:, 0].cpu()
+            (layout,) = tap._layouts.values()
+            counts = layout.buffers[tap.sites[0].name].counts[:, 0].cpu()
             assert torch.equal(counts, TOKENS * torch.arange(1.0, STEPS + 1))
             for site in tap.sites:
                 mean = tap[site]
@@ -208,7 +209,7 @@ class TestGraph:
             replay = captured(device, call)
             seen = []
             for step in (2, 0, 3):
-                tap.advance(step)
+                tap.advance(step, 0)
                 seen.append(replay().clone())
                 torch.testing.assert_close(seen[-1], call())
             assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])

@@ -71,6 +71,7 @@ class Capture(Tap):
         self._slot: Tensor | None = None
         self._kept_mask: Tensor | None = None
         self._layouts: dict[CallShape, Layout] = {}
+        self._layout_now: Layout | None = None
         self._archive: list[Recorded] = []
         # Step, number and shape of every call of the current generation.
         self._seen: list[tuple[int, int, CallShape]] = []
@@ -249,7 +250,7 @@ class Capture(Tap):
         device = generation.shape.device
         if self._slot is None or self._slot.device != device:
             self._slot = torch.full((1,), -1, dtype=torch.int64, device=device)
-        layout = self._layout(generation, branches)
+        layout = self._layout_now = self._layout(generation, branches)
         blocks = max((len(some) for some in layout.branches.values()), default=0)
         mask = self._mask(generation, blocks)
         for site in self.sites:
@@ -364,10 +365,9 @@ class Capture(Tap):
         self._contexts.clear()
 
     def _advance(self, step: int, call: int, inside: bool) -> None:
-        generation = self._generation
-        if self._slot is None or generation is None:
+        generation, layout = self._generation, self._layout_now
+        if self._slot is None or generation is None or layout is None:
             return
-        layout = self._layouts[generation.shape]
         place = step - self._span[0]
         if self.reduce == "context":
             # One context for the whole generation: it is the same at every step.

@@ -275,7 +275,7 @@ def _checked(pipe: Any, site: Site, sae: SaeLike) -> SaeLike:
             f"edit: expected the dictionary of {site} on cpu or {device} [where the denoiser "
             f"computes], got {lies}"
         )
-    if sae.config.architecture != "topk":
+    if sae.config.kind.selects != "row":
         sae.thresholded_encoder()  # says so where none was trained
     if sae.provenance.site not in ("", site.name, site.alias):
         warnings.warn(

@@ -54,7 +54,7 @@ class Reader(NamedTuple):
         """Make the reader of features [J] of a dictionary, in the buffers of an old one."""
         count = len(features)
         place = torch.arange(count, device=device)
-        if sae.config.architecture == "topk":
+        if sae.config.kind.selects == "row":
             w, b, threshold = sae.w_enc, sae.b_enc, torch.zeros(count)
             columns, k = place, sae.config.k
             place = torch.full((sae.config.features,), count, device=device)
