@@ -72,14 +72,17 @@ test-python: $(INSTALLED)
 # One result file for each machine; a newer run replaces the older one of the same work.
 bench: bench-ops bench-hooks bench-sharing
 
-bench-ops bench-hooks: bench-%: $(INSTALLED)
-	$(BIN)/sidechain bench $* --threads 1 --json bench/results
+bench-ops: $(INSTALLED)
+	$(BIN)/sidechain bench ops --threads 1 --json bench/results
 
 # Whole generations: with all threads, as a study runs.
 bench-sharing bench-demo: bench-%: $(INSTALLED)
 	$(BIN)/sidechain bench $* --json bench/results
 
 # Peers want packages that a user of sidechain does not: an environment on top of ours.
+bench-hooks: $(PEERS)/.installed
+	$(PEERS)/bin/python -W ignore -m sidechain bench hooks --threads 1 --json bench/results
+
 bench-sae: $(PEERS)/.installed
 	$(PEERS)/bin/python -W ignore -m sidechain bench sae --threads 1 --json bench/results
 	$(BIN)/sidechain bench store --threads 1 --json bench/results
@@ -93,6 +96,7 @@ $(PEERS)/.installed: pyproject.toml $(INSTALLED)
 	    "import site; site.addsitedir(%r)" % here.replace("/$(PEERS)/", "/$(VENV)/"))'
 	$(PEER_PIP) eai-sparsify==1.3.3 sae-lens==6.54.12 einops pymongo openai tomlkit \
 	  pydantic-settings json-repair cattrs more-itertools jaxtyping
+	$(PEER_PIP) nnsight==0.8.1
 	$(PEER_PIP) --no-deps --pre overcomplete==0.3.0 llamascopium==2.0.0b34
 	@touch $@
 
