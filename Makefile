@@ -95,7 +95,8 @@ $(PEERS)/.installed: pyproject.toml $(INSTALLED)
 	  open(here + "/base.pth", "w").write( \
 	    "import site; site.addsitedir(%r)" % here.replace("/$(PEERS)/", "/$(VENV)/"))'
 	$(PEER_PIP) eai-sparsify==1.3.3 sae-lens==6.54.12 einops pymongo openai tomlkit \
-	  pydantic-settings json-repair cattrs more-itertools jaxtyping nnsight==0.8.1
+	  pydantic-settings json-repair cattrs more-itertools jaxtyping
+	$(PEER_PIP) nnsight==0.8.1
 	$(PEER_PIP) --no-deps --pre overcomplete==0.3.0 llamascopium==2.0.0b34
 	@touch $@
 

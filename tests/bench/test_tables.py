@@ -127,3 +127,55 @@ def test_a_page_without_its_markers_is_refused(copy: Path) -> None:
     (copy / "README.md").write_text("# sidechain\n")
     with pytest.raises(ValueError, match="expected <!-- results --> and <!-- /results -->"):
         main(["--root", str(copy)])
+
+
+def _step_rows(**added: float) -> list[dict[str, Any]]:
+    return [
+        {
+            "case": case, "dtype": "f32", "provider": way, "kind": "ours", "median_us": 1e5,
+            "failed": "", "facts": {"added_us": us, "added_share": us / 1e5, **more},
+        }
+        for case, way, us, more in (
+            ("step-zoo-R2", "hooks: mean + add", added["hooks"], {}),
+            ("step-zoo-R2", "nnsight: mean + add", added["nnsight"], {}),
+            ("step-zoo-R2", "taps: mean + steer", added["taps"], {}),
+            ("compiled-zoo-R2", "taps: mean + steer", added["compiled"],
+             {"recompiled": added.get("recompiled", 0)}),
+        )
+    ]  # fmt: skip
+
+
+def _add_steps(root: Path, rows: list[dict[str, Any]]) -> str:
+    """Put rows of steps beside those of the sites; return the page."""
+    path = root / "bench" / "results" / MACHINE
+    record = json.loads(path.read_text())
+    run = next(run for run in record["runs"] if run["section"] == "hooks")
+    run["rows"] = [row for row in run["rows"] if not row["case"].startswith(("step-", "compiled-"))]
+    run["rows"] += rows
+    path.write_text(json.dumps(record))
+    assert main(["--root", str(root)]) == 0
+    return (root / "bench" / "RESULTS.md").read_text()
+
+
+def test_steps_that_miss_an_aim_are_named(copy: Path) -> None:
+    rows = _step_rows(hooks=3000.0, nnsight=9000.0, taps=3500.0, compiled=1100.0, recompiled=2)
+    page = _add_steps(copy, rows)
+    losses = page.split("## Where we lose")[1].split("## ")[0]
+    for words in (
+        "step-zoo-R2: taps add 3.5% to a step, where 3% is the aim",
+        "step-zoo-R2: taps add 3500 us to a step, plain hooks 3000 us",
+        "step-zoo-R2: nnsight adds 2.6 times what taps add to a step, where 5 is the aim",
+        "compiled-zoo-R2: taps add 1.1% to a step, where 1% is the aim",
+        "compiled-zoo-R2: 2 graphs were made again",
+    ):
+        assert words in losses
+    assert "| step-zoo-R2 | taps: mean + steer | 100.00 | 3500 | 3.50% | 2.57x |" in page
+
+
+def test_steps_that_meet_the_aims_are_no_loss(copy: Path) -> None:
+    rows = _step_rows(hooks=3000.0, nnsight=9000.0, taps=1700.0, compiled=900.0)
+    rows[1] |= {"median_us": None, "failed": "nnsight is not installed here", "facts": {}}
+    page = _add_steps(copy, rows)
+    losses = page.split("## Where we lose")[1].split("## ")[0]
+    assert "zoo-R2:" not in losses
+    assert "Not measured: nnsight is not installed here." in page

@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 
-from ..cases import Kind, Row
+from ..cases import Row
 from ..machine import Machine
 from ..timing import Call, in_turns
 from .models import Model, music
@@ -24,7 +24,7 @@ from .ways import Way, rows_of
 CASES: dict[str, Callable[[str], Model]] = {"compiled-zoo-R16": partial(music, 8)}
 QUICK: dict[str, Callable[[str], Model]] = {"compiled-tiny-R2": partial(music, 1, tiny=True)}
 NOTHING = "nothing"
-KINDS: dict[str, Kind] = {"nothing again": "bare", "taps: mean + steer": "ours"}
+KINDS = {"nothing again": "bare", "taps: mean + steer": "ours"}
 
 
 def names(quick: bool) -> list[str]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import sidechain
 
-from ..cases import Kind, Row
+from ..cases import Row
 from ..machine import Machine
 from ..timing import Call, in_turns
 from .models import Model, sdxl, stable_audio
@@ -34,7 +34,7 @@ CASES: dict[str, Callable[[str], Model]] = {
     "sdxl-R2-T1024-C1280": partial(sdxl, 1280, 32, 1),
 }
 BARE = "bare"
-KINDS: dict[str, Kind] = {
+KINDS = {
     "hook: mean": "plain",
     "nnsight: mean": "peer",
     "tap: mean": "ours",

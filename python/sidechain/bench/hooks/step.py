@@ -19,7 +19,7 @@ from torch import Tensor
 import sidechain
 from sidechain.pipelines import Generation, observe, release
 
-from ..cases import Kind, Row
+from ..cases import Row
 from ..machine import Machine
 from ..timing import Call, in_turns
 from .models import Forward, Model, music, stable_audio
@@ -36,7 +36,7 @@ CASES: dict[str, Callable[[str], Model]] = {
 }
 QUICK: dict[str, Callable[[str], Model]] = {"step-tiny-R2": partial(music, 1, tiny=True)}
 NOTHING = "nothing"
-KINDS: dict[str, Kind] = {
+KINDS = {
     "nothing again": "bare",
     "tracker": "ours",
     "hooks: mean + add": "plain",
@@ -187,7 +187,7 @@ class Steps:
             AssertionError: they do not.
         """
         with self.by_hooks() as call:
-            expected = [call(), call()]
+            expected: list[Any] = [call(), call()]
             means = [torch.stack(each) for each in self.means]  # [2, B, C] of each site
         with self.by_taps() as call:
             torch.testing.assert_close([call(), call()], expected, rtol=1e-3, atol=1e-4)

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..cases import Kind, Row
+from ..cases import Row
 from ..timing import Call, Turns
 
 NNSIGHT = "0.8.1"
@@ -58,7 +58,7 @@ def load_nnsight() -> Any:
 
 
 def rows_of(
-    case: str, taken: Mapping[str, Turns], kinds: Mapping[str, Kind], bare: str, absent: str = ""
+    case: str, taken: Mapping[str, Turns], kinds: Mapping[str, str], bare: str, absent: str = ""
 ) -> list[Row]:
     """Make the rows of a case.
 
