@@ -18,7 +18,9 @@ def options(text: str | None, argv: Sequence[str] | None) -> argparse.Namespace:
     """Read --out, --model and --steps; the folder is made."""
     parser = argparse.ArgumentParser(description=text)
     parser.add_argument("--out", type=Path, required=True, help="folder for the files")
-    parser.add_argument("--model", help="folder or hub id of a pipeline; default: a tiny random one")
+    parser.add_argument(
+        "--model", help="folder or hub id of a pipeline; default: a tiny random one"
+    )
     parser.add_argument("--steps", type=int, default=4, help="denoising steps (default: 4)")
     given = parser.parse_args(argv)
     given.out.mkdir(parents=True, exist_ok=True)

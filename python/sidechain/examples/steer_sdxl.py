@@ -48,9 +48,7 @@ def main(argv: Sequence[str] | None = None) -> Found:
 
     def images() -> Tensor:
         count = len(STRENGTHS)  # all start from the same noise
-        made = pipe(
-            [PROMPT] * count, generator=start.noise(*[0] * count), output_type="pt", **call
-        )
+        made = pipe([PROMPT] * count, generator=start.noise(*[0] * count), output_type="pt", **call)
         return made.images.float().cpu()
 
     with sidechain.steer(pipe, vector, strength=list(STRENGTHS)):

@@ -6,9 +6,10 @@ The gradient runs through all denoising steps, which are kept in memory: take fe
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -35,21 +36,20 @@ def main(argv: Sequence[str] | None = None) -> Found:
     """Train, write vector.safetensors, draw loss.png and return the losses."""
     given = start.options(__doc__, argv)
     pipe = start.pipeline(given.model, "stable_audio")
+    # The pipeline's own call, without the decorator that disables gradients.
+    with_gradients: Any = inspect.unwrap(type(pipe).__call__)
     call = {**start.settings(given, pipe), "output_type": "latent"}
     pipe.transformer.requires_grad_(False)
     with torch.no_grad():
         target = latents_of(pipe(WANTED, generator=start.noise(0), **call))
     sites = sidechain.sites(pipe, "cross:*")
-    device = sites[0].module.to_out[0].weight.device
+    device = next(sites[0].module.parameters()).device
     vectors = {s.name: torch.zeros(s.width, device=device, requires_grad=True) for s in sites}
-    optimiser = torch.optim.Adam(vectors.values(), lr=0.05)
+    optimiser = torch.optim.Adam(vectors.values(), lr=0.002)
     losses: list[float] = []
     with sidechain.steer(pipe, vectors):
         while len(losses) < UPDATES and (not losses or losses[-1] > REACHED * losses[0]):
-            # The pipeline's own call, without the decorator that disables gradients.
-            made = type(pipe).__call__.__wrapped__(
-                pipe, PROMPT, generator=start.noise(0), return_dict=False, **call
-            )
+            made = with_gradients(pipe, PROMPT, generator=start.noise(0), return_dict=False, **call)
             loss = (latents_of(made) - target).float().square().mean()
             losses.append(float(loss.detach()))
             optimiser.zero_grad()
