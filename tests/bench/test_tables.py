@@ -146,8 +146,11 @@ def _step_rows(**added: float) -> list[dict[str, Any]]:
 
 
 def _add_steps(root: Path, rows: list[dict[str, Any]]) -> str:
-    """Put rows of steps beside those of the sites; return the page."""
+    """Put rows of steps beside those of the sites of one machine alone; return the page."""
     path = root / "bench" / "results" / MACHINE
+    for other in path.parent.glob("*.json"):
+        if other != path:
+            other.unlink()  # its steps have losses of their own
     record = json.loads(path.read_text())
     run = next(run for run in record["runs"] if run["section"] == "hooks")
     run["rows"] = [row for row in run["rows"] if not row["case"].startswith(("step-", "compiled-"))]
