@@ -168,6 +168,10 @@ def _make_tapped_class(inner: type) -> type[Tapped]:
             out = self._run(hidden_states, args, kwargs)
         return edit_output(out, self._outputs, self._operations) if self._outputs else out
 
+    if not hasattr(inner, "_attention_backend"):
+        # Attention asks for the signature at every call: kept, it costs a third. Not for processors
+        # of diffusers' attention dispatcher: torch.compile cannot trace a kept one there (Flux).
+        call.__signature__ = signature  # type: ignore[attr-defined]
     body: dict[str, Any] = {"__call__": call, "__doc__": inner.__doc__}
     for context in ("encoder_hidden_states", "context"):
         if context in names:
