@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from sidechain import SteeringVector
+from sidechain import InputError, SteeringVector
 from sidechain.examples import attention_maps, localize_own, steer_sdxl, train_vector
+from sidechain.testing import tiny_pipeline
 
 
 def arguments(folder: Path) -> list[str]:
@@ -57,8 +58,18 @@ def test_train_vector(tmp_path: Path) -> None:
     found = train_vector.main(arguments(tmp_path))
     check_picture(tmp_path / "new" / "loss.png")
     assert found.losses[-1] < 0.1 * found.losses[0]
-    # The file holds the vector after the last update.
-    assert found.saved < 0.1 * found.losses[0]
+    # The file holds the vector that reached the last loss, and knows whose it is.
+    assert found.saved == pytest.approx(found.losses[-1], rel=1e-3)
+    vector = SteeringVector.load(tmp_path / "new" / "vector.safetensors")
+    assert vector.config_hash
+
+
+def test_a_saved_pipeline(tmp_path: Path) -> None:
+    tiny_pipeline("sdxl").save_pretrained(tmp_path / "model")
+    found = steer_sdxl.main([*arguments(tmp_path), "--model", str(tmp_path / "model")])
+    assert len(found.steered) == len(steer_sdxl.STRENGTHS)
+    with pytest.raises(InputError, match="expected a saved pipeline in"):
+        steer_sdxl.main([*arguments(tmp_path), "--model", str(tmp_path)])
 
 
 def test_no_folder(capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,12 +27,18 @@ def options(text: str | None, argv: Sequence[str] | None) -> argparse.Namespace:
     return given
 
 
-def pipeline(model: str | None, tiny: str) -> Any:
-    """Load a pipeline, on the GPU in half precision where there is one, or build a tiny one."""
+def pipeline(model: str | None, tiny: str, dtype: torch.dtype | None = None) -> Any:
+    """Load a pipeline, on the GPU in half precision where there is one, or build a tiny one.
+
+    Args:
+        model: folder or hub id; None = a tiny random one.
+        tiny: name of that one.
+        dtype: of the weights; None = float16 on the GPU, float32 elsewhere.
+    """
     if model is None:
         return tiny_pipeline(tiny)
     gpu = torch.cuda.is_available()
-    pipe = load_pipeline(model, None, torch.float16 if gpu else torch.float32)
+    pipe = load_pipeline(model, None, dtype or (torch.float16 if gpu else torch.float32))
     pipe.set_progress_bar_config(disable=True)
     return pipe.to("cuda" if gpu else "cpu")
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 import sidechain
+from sidechain.pipelines import config_hash
 from sidechain.report.media import save_figure
 from sidechain.report.theme import drawing
 from sidechain.testing import latents_of
@@ -35,29 +36,32 @@ class Found(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> Found:
     """Train, write vector.safetensors, draw loss.png and return the losses."""
     given = start.options(__doc__, argv)
-    pipe = start.pipeline(given.model, "stable_audio")
+    # Small gradients are lost in half precision.
+    pipe = start.pipeline(given.model, "stable_audio", torch.float32)
     # The pipeline's own call, without the decorator that disables gradients.
     with_gradients: Any = inspect.unwrap(type(pipe).__call__)
     call = {**start.settings(given, pipe), "output_type": "latent"}
-    pipe.transformer.requires_grad_(False)
     with torch.no_grad():
         target = latents_of(pipe(WANTED, generator=start.noise(0), **call))
     sites = sidechain.sites(pipe, "cross:*")
+    sites[0].denoiser.requires_grad_(False)
     device = next(sites[0].module.parameters()).device
     vectors = {s.name: torch.zeros(s.width, device=device, requires_grad=True) for s in sites}
     optimiser = torch.optim.Adam(vectors.values(), lr=0.002)
     losses: list[float] = []
     with sidechain.steer(pipe, vectors):
-        while len(losses) < UPDATES and (not losses or losses[-1] > REACHED * losses[0]):
+        while len(losses) < UPDATES:
             made = with_gradients(pipe, PROMPT, generator=start.noise(0), return_dict=False, **call)
             loss = (latents_of(made) - target).float().square().mean()
             losses.append(float(loss.detach()))
+            if losses[-1] <= REACHED * losses[0]:
+                break
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
     vector = sidechain.SteeringVector(
         {(name, "cond"): v.detach()[None].cpu() for name, v in vectors.items()},
-        provenance=Provenance(method="trained", concept=WANTED),
+        provenance=Provenance(method="trained", concept=WANTED, config_hash=config_hash(pipe)),
     )
     saved = sidechain.SteeringVector.load(vector.save(given.out / "vector.safetensors"), pipe)
     with sidechain.steer(pipe, saved):
