@@ -40,6 +40,17 @@ def hooked(site: sidechain.Site) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
+def denoiser_calls(pipe: Any) -> list[tuple[Any, Any]]:
+    """Arguments of the denoiser calls of a run."""
+    calls: list[tuple[Any, Any]] = []
+    handle = pipe.transformer.register_forward_pre_hook(
+        lambda m, a, k: calls.append((a, k)), with_kwargs=True
+    )
+    run(pipe)
+    handle.remove()
+    return calls
+
+
 @pytest.fixture(scope="module")
 def ace() -> Any:
     return tiny_pipeline("ace_step")
@@ -171,14 +182,7 @@ class TestCalls:
 
     def test_a_third_call(self) -> None:
         pipe = tiny_pipeline("longcat_audio")
-        denoiser = pipe.transformer
-        calls: list[Any] = []
-        handle = denoiser.register_forward_pre_hook(
-            lambda m, a, k: calls.append((a, k)), with_kwargs=True
-        )
-        run(pipe)
-        handle.remove()
-        args, kwargs = calls[0]
+        denoiser, (args, kwargs) = pipe.transformer, denoiser_calls(pipe)[0]
         with (
             pytest.raises(RuntimeError, match=r"expected 2 denoiser calls .*cond and uncond"),
             sidechain.capture(pipe, "cross:0") as cap,
@@ -190,14 +194,7 @@ class TestCalls:
     def test_calls_are_taken_by_their_names(self) -> None:
         # The pipeline says which call it makes; the number of the call does not decide.
         pipe = tiny_pipeline("wan")
-        denoiser = pipe.transformer
-        calls: list[Any] = []
-        handle = denoiser.register_forward_pre_hook(
-            lambda m, a, k: calls.append((a, k)), with_kwargs=True
-        )
-        run(pipe)
-        handle.remove()
-        args, kwargs = calls[1]
+        denoiser, (args, kwargs) = pipe.transformer, denoiser_calls(pipe)[1]
         with sidechain.capture(pipe, Where("cross:0", branches="all")) as cap:
             cap.tracker.begin(2, 1)
             with torch.no_grad(), denoiser.cache_context("uncond"):

@@ -17,7 +17,6 @@ from sidechain.testing import call_tiny, tiny_pipeline
 from sidechain.testing.tiny import PROMPTS
 
 EVERY = Where("*", branches="all")
-NOT_COMPILED = "the model itself does not compile to one graph"
 
 
 @pytest.fixture(params=CASES)
@@ -86,10 +85,7 @@ class TestMatrix:
         with torch.no_grad():
             torch._dynamo.reset()
             denoiser.compile(backend="eager", fullgraph=True)
-            try:
-                plain = runs.run()
-            except torch._dynamo.exc.Unsupported:
-                pytest.skip(NOT_COMPILED)
+            plain = runs.run()
             torch._dynamo.reset()
             with (
                 sidechain.capture(runs.pipe, EVERY) as cap,

@@ -11,6 +11,14 @@ import torch
 from torch import Tensor
 
 import sidechain
+from sidechain.testing import call_tiny
+
+PROMPTS = ["a slow piano song", "fast rock with drums"]
+
+
+def run(pipe: Any, **changes: Any) -> Tensor:
+    """Two samples of a tiny pipeline."""
+    return call_tiny(pipe, PROMPTS, seeds=(0, 1), **changes)
 
 
 def split(x: Tensor, heads: int) -> Tensor:

@@ -16,7 +16,7 @@ import sidechain
 from sidechain import Where
 from sidechain.taps.maps import Scores, add_attention_
 from sidechain.testing import call_tiny, tiny_pipeline
-from taps.attention_reference import seen_at
+from taps.attention_reference import PROMPTS, run, seen_at
 
 # Sites, and the guidance branches of the rows in order.
 FAMILIES = {
@@ -30,11 +30,6 @@ FAMILIES = {
     "flux": ("joint:*", ("cond",)),  # text first, rotary embeddings
     "sd3": ("joint:*", ("uncond", "cond")),  # text last
 }
-PROMPTS = ["a slow piano song", "fast rock with drums"]
-
-
-def run(pipe: Any, **changes: Any) -> Tensor:
-    return call_tiny(pipe, PROMPTS, seeds=(0, 1), **changes)
 
 
 def maps(pipe: Any, where: Any, **changes: Any) -> Any:

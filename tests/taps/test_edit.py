@@ -13,9 +13,8 @@ from sidechain import Where
 from sidechain.pipelines import config_hash
 from sidechain.sae import Normaliser, Provenance, Sae, SaeConfig
 from sidechain.testing import generate, tiny_pipeline
-from taps.support import placed
+from taps.support import PROMPTS, by_hook, placed
 
-PROMPTS = ["piano song", "drums loop"]
 COND, UNCOND = slice(2, 4), slice(0, 2)
 STEPS = 4
 SITE = "cross:1"
@@ -81,17 +80,6 @@ def formula(sae: Sae, x: Tensor, step: int, values: dict[int, Any], strength: fl
     scale = sae.normaliser.scale[sae.normaliser.entry(step)].double()
     moved = scale * ((g - f) @ sae.w_dec.detach().double())
     return (x.double() + strength * moved.view(x.shape)).to(x.dtype)
-
-
-def by_hook(pipe: Any, edit: Callable[[Tensor, int], Tensor], site: str = SITE, **call: Any) -> Any:
-    """Generate with a plain forward hook: edit(output [R, T, C], step)."""
-    step = iter(range(1000))
-    module = sidechain.sites(pipe)[site].module
-    handle = module.register_forward_hook(lambda m, a, out: edit(out.clone(), next(step)))
-    try:
-        return generate(pipe, PROMPTS, **call)
-    finally:
-        handle.remove()
 
 
 def edited(

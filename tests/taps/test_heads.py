@@ -13,11 +13,10 @@ from torch import Tensor
 import sidechain
 from sidechain import Where
 from sidechain.taps.heads import output_projection
-from sidechain.testing import call_tiny, tiny_pipeline
-from taps.attention_reference import seen_at
+from sidechain.testing import tiny_pipeline
+from taps.attention_reference import PROMPTS, run, seen_at
 
 cached = importlib.import_module("sidechain.taps.cache_context")  # not the function
-PROMPTS = ["a slow piano song", "fast rock with drums"]
 
 # Sites whose heads the reference computes, and the branches of the rows in order.
 KNOWN = {
@@ -37,10 +36,6 @@ OTHERS: dict[str, dict[str, Any]] = {
     "longcat_audio": {}, "sdxl": {}, "sd3": {}, "flux": {}, "pixart": {},
     "sana": {}, "wan": {}, "dit": {}, "music": {},
 }  # fmt: skip
-
-
-def run(pipe: Any, **changes: Any) -> Tensor:
-    return call_tiny(pipe, PROMPTS, seeds=(0, 1), **changes)
 
 
 def heads(pipe: Any, where: Any, **changes: Any) -> Any:

@@ -14,22 +14,10 @@ from sidechain.ops import Steering
 from sidechain.reference.tap import tap as reference_tap
 from sidechain.testing import generate, tiny_pipeline
 from sidechain.vectors import SteeringVector
-from taps.support import placed
+from taps.support import PROMPTS, by_hook, placed
 
-PROMPTS = ["piano song", "drums loop"]
 COND, UNCOND = slice(2, 4), slice(0, 2)
 CROSS_1 = "transformer_blocks.1.attn2"
-
-
-def by_hook(pipe: Any, site: str, edit: Callable[[Tensor, int], Tensor], **call: Any) -> Tensor:
-    """Generate with a plain forward hook: edit(output [R, T, C], step)."""
-    step = iter(range(1000))
-    module = sidechain.sites(pipe)[site].module
-    handle = module.register_forward_hook(lambda m, a, out: edit(out.clone(), next(step)))
-    try:
-        return generate(pipe, PROMPTS, **call)
-    finally:
-        handle.remove()
 
 
 def added(
@@ -45,19 +33,19 @@ def added(
 
 class TestNumerics:
     def test_equals_a_plain_hook(self, pipe: Any, direction: Tensor) -> None:
-        expected = by_hook(pipe, "cross:1", added(COND, 3 * direction))
+        expected = by_hook(pipe, added(COND, 3 * direction))
         with sidechain.steer(pipe, {"cross:1": direction}, strength=3.0):
             torch.testing.assert_close(generate(pipe, PROMPTS), expected)
 
     def test_a_vector_for_each_step(self, pipe: Any) -> None:
         table = torch.randn(4, 16)
-        expected = by_hook(pipe, "cross:1", added(COND, 2 * table))
+        expected = by_hook(pipe, added(COND, 2 * table))
         with sidechain.steer(pipe, {"cross:1": table}, strength=2.0):
             torch.testing.assert_close(generate(pipe, PROMPTS), expected)
 
     @pytest.mark.parametrize("tokens", [slice(1, None), slice(2, 7, 2)])
     def test_token_slice(self, pipe: Any, direction: Tensor, tokens: slice) -> None:
-        expected = by_hook(pipe, "cross:1", added(COND, direction, tokens))
+        expected = by_hook(pipe, added(COND, direction, tokens))
         with sidechain.steer(pipe, {"cross:1": direction}, Where(tokens=tokens)):
             torch.testing.assert_close(generate(pipe, PROMPTS), expected)
         mask = torch.zeros(9, dtype=torch.bool)
@@ -91,7 +79,7 @@ class TestNumerics:
                 out[UNCOND] += vectors[uncond][step]
             return out
 
-        expected = by_hook(pipe, "cross:1", edit)
+        expected = by_hook(pipe, edit)
         tensors = {("cross:1", branch): value for branch, value in vectors.items()}
         with sidechain.steer(pipe, tensors, Where(branches=mode)):
             torch.testing.assert_close(generate(pipe, PROMPTS), expected)
@@ -101,14 +89,14 @@ class TestNumerics:
         def edit(out: Tensor, step: int) -> Tensor:
             return added(COND, direction)(out, step) if 1 <= step < 3 else out
 
-        expected = by_hook(pipe, "cross:1", edit)
+        expected = by_hook(pipe, edit)
         with sidechain.steer(pipe, {"cross:1": direction}, Where(steps=steps)):
             torch.testing.assert_close(generate(pipe, PROMPTS), expected)
 
     def test_heun(self, direction: Tensor) -> None:
         pipe = tiny_pipeline(scheduler="heun")
         table = torch.randn(5, 16)
-        expected = by_hook(pipe, "cross:1", added(COND, table), steps=3)
+        expected = by_hook(pipe, added(COND, table), steps=3)
         with sidechain.steer(pipe, {"cross:1": table}):
             torch.testing.assert_close(generate(pipe, PROMPTS, steps=3), expected)
 
@@ -121,13 +109,13 @@ class TestNumerics:
             out[COND] = y * (x.norm(dim=-1, keepdim=True) / y.norm(dim=-1, keepdim=True))
             return out
 
-        expected = by_hook(pipe, "cross:1", edit)
+        expected = by_hook(pipe, edit)
         with sidechain.steer(pipe, {"cross:1": v}, strength=0.5, removal=2.0, renorm=True):
             torch.testing.assert_close(generate(pipe, PROMPTS), expected)
 
     def test_two_steers_sum(self, pipe: Any, direction: Tensor) -> None:
         other = direction.flip(0)
-        expected = by_hook(pipe, "cross:1", added(COND, 2 * direction - other))
+        expected = by_hook(pipe, added(COND, 2 * direction - other))
         with (
             sidechain.steer(pipe, {"cross:1": direction}, strength=2.0),
             sidechain.steer(pipe, {"cross:1": other}, strength=-1.0),
@@ -142,7 +130,7 @@ class TestNumerics:
             out[COND] = y - (y @ v).clamp(min=0)[..., None] * v
             return out
 
-        expected = by_hook(pipe, "cross:1", edit)
+        expected = by_hook(pipe, edit)
         with (
             sidechain.steer(pipe, {"cross:1": v}, strength=3.0),
             sidechain.steer(pipe, {"cross:1": v}, strength=0.0, removal=1.0),
@@ -158,7 +146,7 @@ class TestNumerics:
             out[COND] = (out[COND].float() + direction).to(dtype)
             return out
 
-        expected = by_hook(pipe, "cross:1", edit, steps=2)
+        expected = by_hook(pipe, edit, steps=2)
         with sidechain.steer(pipe, {"cross:1": direction}):
             assert torch.equal(generate(pipe, PROMPTS, steps=2), expected)
 
@@ -264,7 +252,7 @@ class TestLiveChange:
             out[COND] += (1.0 if step < 2 else -2.0) * direction
             return out
 
-        expected = by_hook(pipe, "cross:1", edit)
+        expected = by_hook(pipe, edit)
         tap = sidechain.steer(pipe, {"cross:1": direction}, strength=1.0)
 
         def change(step: int, timestep: int, latents: Tensor) -> None:

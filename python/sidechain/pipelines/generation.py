@@ -25,7 +25,7 @@ class Generation:
         number: counts the generations of the GenerationTracker.
         samples: B.
         steps: number of scheduler steps announced.
-        passes: guidance branches of each denoiser call of a step, in the order of the calls; the
+        calls: guidance branches of each denoiser call of a step, in the order of the calls; the
             branches of one call are its blocks of B rows.
         shape: of the denoiser calls.
         timesteps: [steps] float64 on the CPU.
@@ -37,7 +37,7 @@ class Generation:
     number: int
     samples: int
     steps: int
-    passes: tuple[tuple[str, ...], ...]
+    calls: tuple[tuple[str, ...], ...]
     shape: CallShape
     timesteps: Tensor
     sigmas: Tensor | None
@@ -47,7 +47,7 @@ class Generation:
     @cached_property
     def branches(self) -> tuple[str, ...]:
         """Guidance branches of the calls of a step, in their order."""
-        return tuple(branch for call in self.passes for branch in call)
+        return tuple(branch for call in self.calls for branch in call)
 
     @cached_property
     def sample_of_row(self) -> Tensor:
@@ -56,17 +56,17 @@ class Generation:
 
     def branch_of_row(self, call: int) -> Tensor:
         """Return the index into `branches` of each row of a call, [R] int64 on the device."""
-        first = self.branches.index(self.passes[call][0])
+        first = self.branches.index(self.calls[call][0])
         return torch.arange(self.shape.rows, device=self.shape.device) // self.samples + first
 
     def rows_of(self, branch: str) -> slice:
         """Return the block of rows of a guidance branch in its call."""
-        place = self.passes[self.call_of(branch)].index(branch)
+        place = self.calls[self.call_of(branch)].index(branch)
         return slice(place * self.samples, (place + 1) * self.samples)
 
     def call_of(self, branch: str) -> int:
         """Return the number of the call that a branch is in."""
-        return next(n for n, branches in enumerate(self.passes) if branch in branches)
+        return next(n for n, branches in enumerate(self.calls) if branch in branches)
 
     def tokens(self, site: Site) -> int:
         """Return T of the output of a site."""

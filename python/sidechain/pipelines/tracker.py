@@ -258,8 +258,10 @@ class GenerationTracker:
         if not known:
             self._bind(shape, schedule.timesteps, args, kwargs)
         if self._published != now:
-            for observer in self.observers:
-                observer.advance(*now)
+            # What was made in inference mode could not be filled outside of it later.
+            with torch.inference_mode(False), torch.no_grad():
+                for observer in self.observers:
+                    observer.advance(*now)
             self._published = now
             self._state += 1
         for observer in self.observers:
@@ -303,9 +305,9 @@ class GenerationTracker:
     def _bind(
         self, shape: CallShape, timesteps: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> None:
-        samples, passes = self._passes(shape, args, kwargs)
+        samples, calls = self._calls(shape, args, kwargs)
         if self._adapter.verify is not None:
-            self._adapter.verify(args, kwargs, samples, passes[self._call])
+            self._adapter.verify(args, kwargs, samples, calls[self._call])
         elsewhere = set(self._branches)
         if self._adapter.late_guidance:
             elsewhere.update(b for branches in self._adapter.branches.values() for b in branches)
@@ -313,7 +315,7 @@ class GenerationTracker:
             number=self._number,
             samples=samples,
             steps=len(timesteps),
-            passes=passes,
+            calls=calls,
             shape=shape,
             timesteps=timesteps.detach().to("cpu", torch.float64),
             sigmas=self._sigmas(len(timesteps)),
@@ -329,7 +331,7 @@ class GenerationTracker:
             raise
         self._published = (-1, 0)
 
-    def _passes(
+    def _calls(
         self, shape: CallShape, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[int, tuple[tuple[str, ...], ...]]:
         """Return the samples of a generation, and the branches of each call of a step."""

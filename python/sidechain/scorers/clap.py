@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from .samples import Samples
-from .texts import embed_texts, embedding
+from .texts import TowerScorer, embedding
 
 #: Windows that the audio tower reads at once.
 _BATCH = 16
 
 
-class ClapScorer:
+class ClapScorer(TowerScorer):
     """A CLAP model of transformers as a scorer.
 
     s[b, j] = cos(mean over windows w of a_bw / |a_bw|, t_j), with a and t the projected outputs of
@@ -35,16 +35,9 @@ class ClapScorer:
     Source: Wu et al. 2023, arXiv:2211.06687.
     """
 
-    unit = "cosine"
-    mapped = True
-    classes: Sequence[str] | None = None
-
-    def __init__(self, name: str, model: Any, processor: Any) -> None:
-        self.name, self._model, self._processor = name, model, processor
-
     def scores(self, samples: Samples, texts: Sequence[str]) -> Tensor:
         """Return cosines [B, texts]."""
-        text = embed_texts(self.name, self._model, self._processor.tokenizer, texts)
+        text = self._texts(texts)
         parts = [
             normalize(embedding(self._model.get_audio_features(**inputs)), dim=-1)
             for inputs in self._inputs(samples)

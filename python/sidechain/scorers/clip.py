@@ -4,20 +4,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from .samples import Samples
-from .texts import embed_texts, embedding
+from .texts import TowerScorer, embedding
 
 #: Images that the vision tower reads at once.
 _BATCH = 32
 
 
-class ClipScorer:
+class ClipScorer(TowerScorer):
     """A CLIP model of transformers as a scorer.
 
     s[b, j] = cos(v_b, t_j), with v and t the projected outputs of the vision and the text tower.
@@ -31,16 +30,9 @@ class ClipScorer:
     Source: Radford et al. 2021, arXiv:2103.00020.
     """
 
-    unit = "cosine"
-    mapped = True
-    classes: Sequence[str] | None = None
-
-    def __init__(self, name: str, model: Any, processor: Any) -> None:
-        self.name, self._model, self._processor = name, model, processor
-
     def scores(self, samples: Samples, texts: Sequence[str]) -> Tensor:
         """Return cosines [B, texts]."""
-        text = embed_texts(self.name, self._model, self._processor.tokenizer, texts)
+        text = self._texts(texts)
         parts = [
             embedding(self._model.get_image_features(pixel_values=pixels))
             for pixels in self._pixels(samples)

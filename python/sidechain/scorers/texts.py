@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The text tower that CLAP and CLIP share."""
+"""What CLAP and CLIP share: two towers, of which one reads texts."""
 
 from __future__ import annotations
 
@@ -10,6 +10,26 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from .._errors import InputError
+
+
+class TowerScorer:
+    """A scorer with two towers: cosine of a sample and a text.
+
+    Args:
+        name: in tables.
+        model: of transformers.
+        processor: its processor.
+    """
+
+    unit = "cosine"
+    mapped = True
+    classes: Sequence[str] | None = None
+
+    def __init__(self, name: str, model: Any, processor: Any) -> None:
+        self.name, self._model, self._processor = name, model, processor
+
+    def _texts(self, texts: Sequence[str]) -> Tensor:
+        return embed_texts(self.name, self._model, self._processor.tokenizer, texts)
 
 
 def embed_texts(name: str, model: Any, tokenizer: Any, texts: Sequence[str]) -> Tensor:

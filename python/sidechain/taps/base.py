@@ -183,16 +183,15 @@ class Tap:
             arrange(site)
 
     def advance(self, step: int, call: int) -> None:
-        """Point the device buffers at a denoiser call of a step."""
+        """Point the device buffers at a denoiser call of a step; without gradients."""
         if self._generation is None:
             raise RuntimeError(f"{self.name}: expected bind before advance, got none")
         inside = self._span[0] <= step < self._span[1]
         self._inside |= inside
-        branches = self._generation.passes[call]
+        branches = self._generation.calls[call]
         self._ever_active |= inside and any(branch in self._acts_on for branch in branches)
         self._seen_branches.update(branches)
-        with torch.inference_mode(False), torch.no_grad():
-            self._advance(step, call, inside)
+        self._advance(step, call, inside)
 
     def before_call(self) -> None:
         """Note that a denoiser call begins."""
@@ -253,7 +252,7 @@ class Tap:
 
         With several calls in a step all rows of a call are of one branch.
         """
-        if not branches or branches == generation.branches or len(generation.passes) > 1:
+        if not branches or branches == generation.branches or len(generation.calls) > 1:
             return None
         return slice(generation.rows_of(branches[0]).start, generation.rows_of(branches[-1]).stop)
 

@@ -280,8 +280,8 @@ class Capture(Tap):
             }
         kept = {
             call: some
-            for call, passes in enumerate(generation.passes)
-            if (some := tuple(b for b in passes if b in branches))
+            for call, there in enumerate(generation.calls)
+            if (some := tuple(b for b in there if b in branches))
         }
         found = self._layouts[shape] = Layout(generation, kept, {})
         rows = generation.samples * max((len(some) for some in kept.values()), default=0)

@@ -139,7 +139,7 @@ class Edit(Tap):
         edited = torch.tensor([b in branches for b in generation.branches], device=strength.device)
         self._strengths = [
             torch.where(edited[generation.branch_of_row(call)], strength, 0.0)[rows]
-            for call in range(len(generation.passes))
+            for call in range(len(generation.calls))
         ]
         self._rows = reuse(self._rows, self._strengths[self._call])
         for site in self.sites:

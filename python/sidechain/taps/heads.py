@@ -74,9 +74,7 @@ class HeadRecord(Inside):
         kept = heads.detach()[self.rows or slice(None), self.tokens or slice(None)]
         if kept.stride(-1) != 1:
             kept = kept.contiguous()
-        # `tap_` counts a write to what it is given, and backward may need that unwritten. It is.
-        with torch.no_grad():
-            tap_(kept, self.buffers)
+        tap_(kept, self.buffers)
 
     def buffers_at(self, place: Place) -> Buffers | None:
         """Return the buffers for the active rows, None where they are not a part of what is kept.

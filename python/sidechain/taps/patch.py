@@ -167,7 +167,7 @@ class Patch(Tap):
             )
             self._base[site.name] = [
                 (rows & self._rows_in(generation, call, branches))[:, None, None]
-                for call in range(len(generation.passes))
+                for call in range(len(generation.calls))
             ]
             selected = reuse(self._selected.get(site.name), self._base[site.name][0])
             self._selected[site.name] = selected
@@ -252,7 +252,7 @@ class Patch(Tap):
         """Spread [steps, branches | 1, B, T, C] over [steps, calls, R, T, C]; other rows are 0."""
         steps, given, _, tokens, width = value.shape
         value = value.to(generation.shape.dtype)
-        calls, rows = len(generation.passes), generation.shape.rows
+        calls, rows = len(generation.calls), generation.shape.rows
         bank = value.new_zeros(steps, calls, rows, tokens, width)
         for branch in branches:
             place = self._place_of(branch, branches, given)
@@ -284,8 +284,8 @@ class Patch(Tap):
         if not inside or generation is None or self._slot is None:
             return
         if self._output is not None:
-            self._check_outputs(step, generation.passes[call])
-            self._slot.fill_(self._places().index(step) * len(generation.passes) + call)
+            self._check_outputs(step, generation.calls[call])
+            self._slot.fill_(self._places().index(step) * len(generation.calls) + call)
         self._follow_gradients(generation, step, call)
 
     def _check_outputs(self, step: int, branches: tuple[str, ...]) -> None:
@@ -324,7 +324,7 @@ class Patch(Tap):
                         operation.live = partial(
                             self._output_of_call, site, generation, place, call
                         )
-                        entry = place * len(generation.passes) + call
+                        entry = place * len(generation.calls) + call
                         operation.bank[entry].copy_(operation.live())
 
     def _output_of_call(self, site: Site, generation: Generation, place: int, call: int) -> Tensor:

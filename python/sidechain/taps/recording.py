@@ -85,8 +85,8 @@ class KeptCall:
 
 
 def tensors(buffers: Buffers) -> list[Tensor]:
-    """Return the buffers that are there, without slot and mask."""
-    return [t for t in buffers[:4] if t is not None]
+    """Return the buffers that are there, masks of contexts among them."""
+    return [t for t in (*buffers[:4], buffers.mask) if t is not None]
 
 
 def each(function: Callable[[Tensor], Tensor], buffers: Buffers) -> Buffers:

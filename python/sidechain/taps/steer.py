@@ -206,7 +206,7 @@ class Steer(Tap):
     def _fill(self, option: str, generation: Generation) -> None:
         old = self._row_buffers.get(option)
         if option == "index":
-            self._indices = [self._index(generation, n) for n in range(len(generation.passes))]
+            self._indices = [self._index(generation, n) for n in range(len(generation.calls))]
             new = self._indices[self._call]
         else:
             value = self._strength if option == "strength" else self._removal

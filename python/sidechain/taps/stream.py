@@ -101,7 +101,7 @@ class StreamTap(Tap):
             self._slot = torch.full((1,), -1, dtype=torch.int64, device=device)
             self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         # With several calls in a step one of them is copied at a time; none where all are absent.
-        blocks = 1 if len(generation.passes) > 1 else max(len(branches), 1)
+        blocks = 1 if len(generation.calls) > 1 else max(len(branches), 1)
         for site in self.sites:
             shape = (2, blocks * generation.samples, kept, site.width)
             ring = self._rings.get(site.alias)
@@ -135,8 +135,8 @@ class StreamTap(Tap):
 
     def _wanted_of(self, call: int) -> tuple[str, ...]:
         generation = self._generation
-        passes = () if generation is None else generation.passes[call]
-        return tuple(b for b in passes if self._wanted is None or b in self._wanted)
+        branches = () if generation is None else generation.calls[call]
+        return tuple(b for b in branches if self._wanted is None or b in self._wanted)
 
     def _emit(self) -> None:
         generation, held, self._held = self._generation, self._held, None
