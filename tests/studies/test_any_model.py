@@ -311,7 +311,7 @@ def test_a_vector_of_another_width(here, saved, capsys):
     words = ("--vector", "v.safetensors", "--prompts", "prompts.txt", "--sites", "cross:0")
     steer = ("steer", "--model", str(saved / "sdxl"), "--scorer", "own_scorer:brightness", *SMALL)
     assert cli.main([*steer, *words, "--distance", "spectral"]) == 2
-    check_line(capsys, "expected")
+    check_line(capsys, "SteeringVector: expected a denoiser with config hash")
 
 
 class TestSubject:
