@@ -16,6 +16,7 @@ from sidechain import Where
 from sidechain.pipelines import PromptPairs
 from sidechain.pipelines.adapter import find_denoiser
 from sidechain.pipelines.schedule import Schedule
+from sidechain.sae import Sae, SaeConfig
 from sidechain.store import Sampling, record
 from sidechain.testing import call_tiny, tiny_pipeline
 from sidechain.testing.tiny import PROMPTS
@@ -169,6 +170,22 @@ class TestCalls:
             ),
         ):
             run(pipe, guidance_scale=1.0)
+
+    def test_edits_act_on_the_call_of_their_branch(self) -> None:
+        pipe = tiny_pipeline("wan")
+        site = sidechain.sites(pipe)["cross:0"]
+        sae = Sae(SaeConfig(site.width, 8, "topk", k=8)).eval()
+        row = 3.0 * sae.w_dec.detach()[2]
+        number = iter(range(99))
+
+        def add(module: Any, args: Any, out: Tensor) -> Tensor:
+            return out + row if next(number) % 2 == 0 else out
+
+        handle = site.module.register_forward_hook(add)
+        expected = run(pipe)
+        handle.remove()
+        with sidechain.edit(pipe, {"cross:0": sae}, {2: ("add", 3.0)}):
+            torch.testing.assert_close(run(pipe), expected, rtol=1e-4, atol=1e-5)
 
     def test_an_output_of_cond_is_not_given_to_uncond(self) -> None:
         pipe = tiny_pipeline("wan")

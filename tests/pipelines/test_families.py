@@ -132,17 +132,23 @@ class TestEveryFamily:
             sidechain.patch(runs.pipe, name, context=context),
         ):
             runs.run()
+        chosen = mask[0].flip(0).clone()
+        chosen[0, 0] = False  # the samples may have masks alike, and theirs must not be exchanged
         number = itertools.count()
 
         def swap(module: Any, args: Any, kwargs: Any) -> Any:
             place = next(number)
-            changed = {}
-            for option in ("encoder_hidden_states", "attention_mask"):
-                value = kwargs[option].clone()
-                rows = runs.cond_rows(place, value)
-                rows.copy_(rows.flip(0))
-                changed[option] = value
-            return args, {**kwargs, **changed}
+            text, masks = (
+                kwargs[name].clone() for name in ("encoder_hidden_states", "attention_mask")
+            )
+            rows = runs.cond_rows(place, text)
+            rows.copy_(rows.flip(0))
+            rows = runs.cond_rows(place, masks)
+            if masks.dtype == torch.bool:
+                rows.copy_(chosen[: len(rows)].view_as(rows))
+            else:
+                rows.copy_(torch.where(chosen[: len(rows)].view_as(rows), 0.0, -10_000.0))
+            return args, {**kwargs, "encoder_hidden_states": text, "attention_mask": masks}
 
         module = sidechain.sites(runs.pipe)[name].module
         handle = module.register_forward_pre_hook(swap, with_kwargs=True)
@@ -150,7 +156,7 @@ class TestEveryFamily:
             expected = runs.run()
         finally:
             handle.remove()
-        with sidechain.patch(runs.pipe, name, context=(context, mask[0].flip(0))):
+        with sidechain.patch(runs.pipe, name, context=(context, chosen)):
             found = runs.run()
         assert not torch.equal(found, runs.plain[0])
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)

@@ -32,6 +32,23 @@ def test_clap(tmp_path):
     torch.testing.assert_close(found, expected)
 
 
+def test_clap_hears_all_windows_of_a_long_sound(tmp_path):
+    (scorer,) = load_scorers([f"clap:{tiny_clap(tmp_path)}"]).values()
+    long = torch.randn(2, 1, 24_000, generator=torch.Generator().manual_seed(1)) * 0.1
+    long[0, :, 16_000:] *= 20  # the end of the first sound is another
+    parts = []
+    for sound in long:
+        pieces = torch.stack([sound[:, :16_000], sound[:, 8_000:]])
+        samples = Samples(waves=pieces, rate=16_000)
+        parts.append(scorer.scores(samples, TEXTS))
+        assert float((parts[-1][0] - parts[-1][1]).abs().max()) > 1e-6
+    # The mean of two unit vectors has the direction of the mean, not its length.
+    found = scorer.scores(Samples(waves=long, rate=16_000), TEXTS)
+    ratio = torch.stack([p.mean(0) for p in parts]) / found
+    torch.testing.assert_close(ratio, ratio[:, :1].expand_as(ratio), rtol=1e-4, atol=1e-5)
+    assert (ratio <= 1 + 1e-5).all()
+
+
 def test_clip(tmp_path):
     from transformers import AutoProcessor, CLIPModel
 

@@ -106,6 +106,15 @@ class TestLocalize:
             assert scores["piano", pair, "none"] == pytest.approx(
                 float(found[pair, pair]), abs=2e-6
             )
+        # And everywhere each pair sees the clean prompt of its own.
+        call = subject.call(2, 3.0)
+        clean = ["a slow piano song", "a happy piano song in the rain"]
+        given = sidechain.contexts(pipe, clean, masks=True, **call)
+        with sidechain.patch(pipe, "cross:*", context=given):
+            patched = subject.generate(corrupted, seeds, **call)
+        found = scorer.scores(patched, texts)
+        for pair in (0, 1):
+            assert scores["piano", pair, "all"] == pytest.approx(float(found[pair, pair]), abs=2e-5)
         assert abs(float(found[0, 0] - found[0, 1])) > 1e-4
 
     def test_audioldm2_with_clap_and_texts_of_different_length(self, saved, here):

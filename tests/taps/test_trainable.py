@@ -335,6 +335,33 @@ class TestPatch:
         ):
             assert torch.equal(run(wide, tap), found)
 
+    def test_values_are_those_at_the_beginning_of_a_step(self, wide: Any) -> None:
+        y = drawn(STEPS, 2, 9, 16, seed=8)
+        c = drawn(2, 10, 12, seed=7)
+        both = [y.clone().requires_grad_(), c.clone().requires_grad_()]
+
+        def found(output: Tensor, context: Tensor, between: Callable[[], None]) -> Tensor:
+            with (
+                sidechain.patch(wide, "cross:0", context=context) as tap,
+                sidechain.patch(wide, SITE, output=output),
+                torch.no_grad(),
+            ):
+                plain, tap.tracker.next_step = tap.tracker.next_step, lambda: (between(), plain())
+                return run(wide, tap)
+
+        def change() -> None:
+            both[0].mul_(2.0)  # the entry of the step that is over does not matter
+            both[1].add_(1.0)
+
+        late = y.clone()
+        late[1] *= 2.0
+        unchanged = found(late, c, lambda: None)
+        assert not torch.equal(found(*both, change), unchanged)
+        both[0].data.copy_(y)
+        both[1].data.copy_(c)
+        only = found(both[0], c, lambda: both[0].mul_(2.0))
+        assert torch.equal(only, unchanged)
+
     def test_ablation_in_a_window_keeps_the_gradient_of_the_rest(self, wide: Any) -> None:
         v = drawn(16).requires_grad_()
 

@@ -33,8 +33,8 @@ def batch_rows(
 ) -> int:
     """Return the rows of a batch: those of the settings, or for "auto" as many as fit.
 
-    rows = 2 + floor(0.7 free / (peak of two rows - peak of one)), at most 128; the smallest of all
-    processes.
+    rows = 2 + floor(0.7 free / (peak of two rows - peak of one)), at most 128; the
+    processes of a run share what is free.
 
     Args:
         config: settings with batch_rows, guidance.
