@@ -210,6 +210,33 @@ class TestOtherCommands:
         assert len(ActivationStore("store")) == 2 * 2 * 16  # prompts x steps x tokens
         capsys.readouterr()
 
+    def test_a_sweep_goes_on_with_other_rows_at_once(self, saved, here, monkeypatch, capsys):
+        vector = ("vector", "--model", str(saved / "sdxl"), *SMALL, "--prompts", "sides.csv")
+        Path("sides.csv").write_text("positive,negative\na piano song,a song\n")
+        assert cli.main([*vector, "--concept", "piano", "--out", "v.safetensors"]) == 0
+        Path("prompts.txt").write_text("a slow song\nfast rock\na happy song\n")
+        words = (
+            "steer", "--model", str(saved / "sdxl"), *SMALL, "--vector", "v.safetensors",
+            "--prompts", "prompts.txt", "--scorer", "own_scorer:brightness", "--sites", PLANTED,
+            "--distance", f"clip:{saved / 'clip'}", "--strengths", "0,4", "--batch-rows", "auto",
+        )  # fmt: skip
+        generate, calls = models.PipelineSubject.generate, []
+
+        def cut(self, prompts, seeds, **call):
+            calls.append(len(prompts))
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            return generate(self, prompts, seeds, **call)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(memory, "batch_rows", lambda *_: 5)  # one prompt at once
+            patched.setattr(models.PipelineSubject, "generate", cut)
+            assert cli.main([*words, "--out", "steer"]) == 130, capsys.readouterr().err
+        monkeypatch.setattr(memory, "batch_rows", lambda *_: 10)  # two
+        assert cli.main([*words, "--out", "steer"]) == 0
+        rows = pd.read_csv("steer/readings.csv")
+        assert rows.groupby("prompt").size().to_dict() == {0: 5, 1: 5, 2: 5}
+
     @pytest.mark.parametrize(
         ("words", "message"),
         [

@@ -7,7 +7,7 @@ All see one run folder: each measures its share into files of its own, the first
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -120,13 +120,23 @@ def in_pieces(
     processes.wait()
     if processes.first:
         found = [folder.part(name) for name in names]
-        folder.save_part(label, pd.concat([p for p in found if p is not None], ignore_index=True))
+        folder.save_part(label, joined(dict(zip(names, found, strict=True))))
         for file in pieces.glob(f"{label}.*.csv"):
             file.unlink()
     processes.wait()
-    joined = common.finished(folder, label)
-    assert joined is not None
-    return joined
+    return joined({label: common.finished(folder, label)})
+
+
+def joined(tables: Mapping[str, pd.DataFrame | None]) -> pd.DataFrame:
+    """Join the tables of a part, by name.
+
+    Raises:
+        RuntimeError: one of them is missing: its rows would be, without a word.
+    """
+    missing = [name for name, table in tables.items() if table is None]
+    if missing:
+        raise RuntimeError(f"studies: expected {missing[0]} in the run folder, got none")
+    return pd.concat([t for t in tables.values() if t is not None], ignore_index=True)
 
 
 def _count(progress: Any, jobs: int) -> None:

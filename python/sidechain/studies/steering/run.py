@@ -27,7 +27,7 @@ from ...vectors import SteeringVector
 from ...zoo.music.concepts import CONCEPTS, Concept, concept
 from .. import common, memory, models
 from ..models import Subject
-from ..processes import Processes
+from ..processes import Processes, joined
 from ..vectors.config import VectorConfig
 from ..vectors.run import build, dictionaries
 from .analyse import PROMPT, Steering, Target, Wanted, analyse, clip_name
@@ -267,7 +267,7 @@ def sweep(
     with tqdm(total=total, desc=title, unit="clip", disable=not processes.first) as progress:
         for place in range(processes.rank, len(parts), processes.size):
             rows = [Row(n, row.arm, row.strength) for n in parts[place] for row in per_prompt]
-            if common.finished(folder, _label(parts[place])) is None:
+            if _finished(folder, parts[place]) is None:
                 samples = generate_rows(
                     config, study.subject, vector, localized, prompts, rows, fillers
                 )
@@ -276,8 +276,16 @@ def sweep(
                 folder.save_part(_label(parts[place]), _read(study, samples, rows, prompts))
             progress.update(sum(map(len, parts[place : place + processes.size])) * len(per_prompt))
     processes.wait()
-    tables = [common.finished(folder, _label(numbers)) for numbers in parts]
-    return pd.concat([one for one in tables if one is not None], ignore_index=True)
+    return joined({_label(numbers): _finished(folder, numbers) for numbers in parts})
+
+
+def _finished(folder: RunFolder, numbers: Sequence[int]) -> pd.DataFrame | None:
+    """Return the part of these prompts, None if it is not there or is of others.
+
+    With `--batch-rows auto` a run that continues may take more or fewer prompts at once.
+    """
+    part = common.finished(folder, _label(numbers))
+    return None if part is None or set(part.prompt) != set(numbers) else part
 
 
 def _label(numbers: Sequence[int]) -> str:
