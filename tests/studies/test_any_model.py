@@ -416,4 +416,5 @@ class TestBatchRows:
         config = type("Config", (), {"batch_rows": "auto", "guidance": 1.0})
         monkeypatch.setattr(memory._Cpu, "free", lambda self: 240 << 20)
         found = memory.batch_rows(config, Hungry(), "a", Processes())
-        assert 2 + 4 <= found <= 2 + 9  # 0.7 x 240 MiB of about 24 MiB each
+        # 0.7 x 240 MiB of about 24 MiB each; the allocator may keep what one row has freed.
+        assert 2 + 3 <= found <= 2 + 9
