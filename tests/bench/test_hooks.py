@@ -40,7 +40,7 @@ class TestTurns:
             return around
 
         taken = timing.in_turns({"a": way("a"), "b": way("b")}, "cpu", 0.0, rounds=3)
-        assert turns == ["a", "b"] * 3
+        assert turns == ["a", "b", "b", "a", "a", "b"]
         assert all(len(each) == 1 for each in met)
         assert [len(taken[name].rounds) for name in "ab"] == [3, 3]
 

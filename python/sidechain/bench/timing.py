@@ -239,6 +239,9 @@ def in_turns(
 ) -> dict[str, Turns]:
     """Sample every candidate in turns, each of them only while what it needs is attached.
 
+    Every round starts with another candidate: what a predecessor leaves in caches and allocators,
+    and a machine that slows down within a round, meet all of them.
+
     Args:
         ways: name -> a context that attaches something and gives what is to be timed.
         device: "cpu" or "cuda".
@@ -250,9 +253,11 @@ def in_turns(
     """
     taken: dict[str, list[tuple[float, ...]]] = {name: [] for name in ways}
     methods = {}
-    for _ in range(rounds):
-        for name, way in ways.items():
-            with way() as call:
+    order = list(ways)
+    for turn in range(rounds):
+        first = turn % len(order)
+        for name in order[first:] + order[:first]:
+            with ways[name]() as call:
                 candidate = sampler([call], device)
                 methods[name] = candidate.method
                 stop = time.perf_counter() + seconds / rounds
