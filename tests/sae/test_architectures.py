@@ -18,7 +18,8 @@ from sidechain.sae.architectures import registry
 from sidechain.sae.architectures.base import SaeLensLayout
 from sidechain.sae.architectures.registry import ARCHITECTURES, Architecture, implementation
 from sidechain.sae.architectures.relu import Relu
-from sidechain.sae.training.state import Rows, TrainState
+from sidechain.sae.training.rows import Rows
+from sidechain.sae.training.state import TrainState
 from sidechain.sae.training.step import train_step
 
 ROOT = Path(sidechain.__file__).parent

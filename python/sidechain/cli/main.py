@@ -24,6 +24,7 @@ COMMANDS = {
     "vector": ("vector", "make a steering vector from prompt pairs"),
     "steer": ("steer", "sweep steering strengths and compare arms"),
     "sae train": ("sae_train", "train a dictionary, or continue a run"),
+    "sae finish": ("sae_finish", "make the dictionary of a run as it is now"),
     "sae score": ("sae_score", "measure dictionaries and find the features of concepts"),
     "curves": ("curves", "score a table of sweeps: AUC and smoothness"),
     "impact": ("impact", "rank sites in a table of impacts"),

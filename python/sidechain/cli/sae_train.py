@@ -15,7 +15,7 @@ from .._errors import InputError
 from .._options import choice, defaults, number, option, path, text, whole
 from ..sae.architectures.registry import ARCHITECTURES, taking
 from ..sae.config import DEFAULT_K, SaeConfig
-from ..sae.training.train_config import TrainConfig
+from ..sae.training.train_config import BAD_ROWS, TrainConfig
 from ..studies.config import Model
 from .builder import Command
 
@@ -25,7 +25,10 @@ if TYPE_CHECKING:
 #: Of `sidechain.sae.LOGGERS`.
 LOGGERS = ("tensorboard", "wandb")
 #: Settings of `TrainConfig` that have an option of their own.
-_OWN = ("tokens", "batch", "lr", "sparsity", "seed")
+_OWN = ("tokens", "batch", "lr", "sparsity", "seed", "on_bad_rows")
+#: Rows to train on of a store or a running model.
+TOKENS = 2_000_000
+_OTHERS, _FILES = "another dictionary or run", "own activations"
 _DEFAULTS = defaults(TrainConfig)
 _LIVE, _SAMPLING = "a site of a running model", "sampling"
 
@@ -58,18 +61,33 @@ class SaeTrainSettings(Model):
     """Options of `sidechain sae train`."""
 
     data: str = text(
-        ..., "folder of a store, or a site such as cross:3", "STORE|SITE", positional=True
+        ...,
+        "folder of a store, a file or folder of own activations (.npy, .safetensors, .pt, "
+        ".parquet, .arrow), or a site such as cross:3",
+        "STORE|FILE|SITE",
+        positional=True,
     )
     site: str | None = text(None, "which site of the store", "SITE")
-    target: str | None = text(None, "reconstruct this site instead: a transcoder", "SITE")
+    target: str | None = text(
+        None,
+        "reconstruct this site (of own activations: this file) instead: a transcoder",
+        "SITE|FILE",
+    )
     architecture: str = choice("batch_topk", "kind of dictionary", tuple(ARCHITECTURES))
     features: str = option("8x", "or a multiple of the width", read_features, metavar="N|Nx")
     k: int | None = whole(None, f"features a token (default {DEFAULT_K}; {taking('k')})", least=1)
-    tokens: int = whole(2_000_000, "rows to train on", least=1)
+    tokens: int | None = whole(
+        None,
+        f"rows to train on (default {TOKENS}; of own activations all, --epochs times)",
+        least=1,
+    )
     batch: int = whole(_DEFAULTS["batch"], "rows a step", least=1)
     lr: float | None = number(None, "learning rate (default 2e-4 / sqrt(features / 16384))")
     sparsity: float = number(_DEFAULTS["sparsity"], f"penalty of {taking('sparsity')}", least=0.0)
     seed: int = whole(_DEFAULTS["seed"], "of weights, order and noise", most=2**63 - 1)
+    on_bad_rows: str = choice(
+        _DEFAULTS["on_bad_rows"], "at a row that is not finite", tuple(BAD_ROWS)
+    )
     set: tuple[str, ...] = option(
         (),
         "any other setting of sidechain.sae.TrainConfig, such as aux_k=0; may be repeated "
@@ -95,6 +113,28 @@ class SaeTrainSettings(Model):
         group="model",
         replayed=False,
     )
+    reason: str = text(
+        "",
+        "why settings differ from those of the run in --out, which goes on",
+        "TEXT",
+        group=_OTHERS,
+        empty=True,
+        replayed=False,
+    )
+    column: str | None = text(
+        None, "of a table, or name of the tensor in a file", "NAME", group=_FILES
+    )
+    row_steps: Path | None = path(
+        None,
+        ".npy file with the scheduler step of each row",
+        "FILE",
+        values.file_there,
+        group=_FILES,
+    )
+    epochs: int | None = whole(None, "times through the rows (default 1)", least=1, group=_FILES)
+    held_out: float = number(
+        0.0, "share of the rows to measure on instead, at the end", least=0.0, group=_FILES
+    )
     prompts: tuple[str, ...] | None = option(
         None,
         "text file, one prompt per line",
@@ -117,23 +157,29 @@ class SaeTrainSettings(Model):
 
 def run(settings: SaeTrainSettings, given: Mapping[str, Any]) -> int:
     """Train and print the path of the dictionary."""
-    train = train_config(settings)
+    train_config(replace(settings, tokens=settings.tokens or TOKENS))  # before anything is opened
 
     from .. import sae
     from ..io.run_folder import write_settings
+    from ..sae.training.trainer import whole_run
 
-    rows = source(settings)
+    rows, held_out = source(settings)
+    tokens = settings.tokens
+    if tokens is None:
+        tokens = whole_run(rows, settings.batch) if own_files(settings.data) else TOKENS
     config = sae_config(settings, rows)
     out = settings.out or Path(f"runs/sae/{slug(rows)}-{settings.architecture}")
     values.folder_to_write("--out", out)
     trainer = sae.Trainer(
         config,
-        train,
+        train_config(replace(settings, tokens=tokens)),
         rows,
         out,
         mesh=sae.from_environment(settings.feature_slices),
         device=_device(settings),
         loggers=settings.log,
+        reason=settings.reason,
+        held_out=held_out,
     )
     trainer.claim()
     if trainer.mesh.first:
@@ -157,29 +203,78 @@ def train_config(settings: SaeTrainSettings) -> TrainConfig:
     return TrainConfig(**found)
 
 
-def source(settings: SaeTrainSettings) -> Source:
-    """Open a store, or make the source of a site of a running model.
+def own_files(data: str) -> bool:
+    """Return whether the words name a file or folder that is no store."""
+    place = Path(data)
+    if place.is_dir():
+        return not (place / "manifest.json").is_file()
+    return place.is_file() or place.suffix in (".npy", ".pt", ".pth", ".safetensors", ".parquet")
+
+
+def source(settings: SaeTrainSettings) -> tuple[Source, Any]:
+    """Open a store or own activations, or make the source of a site of a running model.
+
+    Returns:
+        The source, and the rows that are held out of it.
 
     Raises:
-        FileNotFoundError: a path without a store.
+        FileNotFoundError: a path without rows.
         InputError: a site without prompts.
-        ValueError: from the store or the site.
+        ValueError: from the rows or the site.
     """
     from .. import sae
     from ..store import ActivationStore
 
     data = settings.data
+    if own_files(data):
+        return _own_source(settings)
+    for name in ("column", "row_steps", "held_out"):
+        if getattr(settings, name):
+            raise InputError(
+                f"--{name.replace('_', '-')}: expected a file or folder of own activations with "
+                f"it, got {data!r}"
+            )
     if Path(data).is_dir() or "/" in data or "\\" in data:
         store = ActivationStore(data, settings.site)
         aim = None if settings.target is None else ActivationStore(data, settings.target)
-        return sae.StoreSource(store, aim, seed=settings.seed)
+        return sae.StoreSource(store, aim, seed=settings.seed, epochs=settings.epochs), None
     if settings.site is not None:
         raise InputError(f"--site: expected a store beside it, got the site {data!r}")
     if settings.prompts is None:
         raise InputError(
-            "sae train: expected the folder of a store, or --prompts FILE beside a site, got "
-            f"{data!r} alone"
+            "sae train: expected the folder of a store, a file of own activations, or --prompts "
+            f"FILE beside a site, got {data!r} alone"
         )
+    return _live_source(settings), None
+
+
+def _own_source(settings: SaeTrainSettings) -> tuple[Source, Any]:
+    import numpy as np
+
+    from ..sae.training.opening import source_of
+    from ..sae.training.options import DataOptions
+
+    if settings.site is not None:
+        raise InputError(f"--site: expected a store beside it, got the file {settings.data!r}")
+    steps = None
+    if settings.row_steps is not None:
+        try:
+            steps = np.load(settings.row_steps, allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise InputError(f"--row-steps: expected a .npy file, got {error}") from None
+    options = DataOptions(
+        target=settings.target,
+        steps=steps,
+        column=settings.column,
+        epochs=settings.epochs,
+        held_out=settings.held_out,
+        seed=settings.seed,
+    )
+    return source_of(settings.data, options)
+
+
+def _live_source(settings: SaeTrainSettings) -> Source:
+    from .. import sae
     from ..studies import models
 
     subject = models.load(replace(settings, device=_device(settings) or "cpu"))
@@ -187,8 +282,8 @@ def source(settings: SaeTrainSettings) -> Source:
     call.pop("output_type", None)  # nothing is decoded
     return sae.PipelineSource(
         subject.pipe,
-        data,
-        settings.prompts,
+        settings.data,
+        settings.prompts or (),
         target=settings.target,
         every=settings.every,
         buffer=settings.buffer,
@@ -216,7 +311,8 @@ def sae_config(settings: SaeTrainSettings, rows: Source) -> SaeConfig:
 
 def slug(rows: Source) -> str:
     """Return the name of a source's site as a part of a path."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", rows.provenance().site) or "site"
+    known = rows.provenance()
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", known.site or known.source) or "site"
 
 
 COMMAND = Command(

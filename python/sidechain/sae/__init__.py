@@ -10,30 +10,36 @@ if TYPE_CHECKING:
     from .config import Provenance, SaeConfig
     from .model import Codes, Sae
     from .normaliser import Normaliser
-    from .training.log import LOGGERS
+    from .training.finishing import finish
     from .training.mesh import Mesh, from_environment
+    from .training.options import LOGGERS, DataOptions, RunOptions
     from .training.pipeline_source import PipelineSource
-    from .training.sources import IterableSource, Source, StoreSource
-    from .training.state import Rows
+    from .training.rows import Rows
+    from .training.sources import ArraySource, Source, StoreSource
+    from .training.streams import IterableSource
     from .training.train_config import TrainConfig
     from .training.trainer import Trainer, train
 
 __all__ = [
     "ARCHITECTURES",
     "LOGGERS",
+    "ArraySource",
     "Codes",
+    "DataOptions",
     "IterableSource",
     "Mesh",
     "Normaliser",
     "PipelineSource",
     "Provenance",
     "Rows",
+    "RunOptions",
     "Sae",
     "SaeConfig",
     "Source",
     "StoreSource",
     "TrainConfig",
     "Trainer",
+    "finish",
     "from_environment",
     "train",
 ]
@@ -46,11 +52,13 @@ lazy(
         **dict.fromkeys(("Provenance", "SaeConfig"), ".config"),
         **dict.fromkeys(("Codes", "Sae"), ".model"),
         "Normaliser": ".normaliser",
-        "LOGGERS": ".training.log",
+        "finish": ".training.finishing",
+        **dict.fromkeys(("LOGGERS", "DataOptions", "RunOptions"), ".training.options"),
         **dict.fromkeys(("Mesh", "from_environment"), ".training.mesh"),
         "PipelineSource": ".training.pipeline_source",
-        **dict.fromkeys(("IterableSource", "Source", "StoreSource"), ".training.sources"),
-        "Rows": ".training.state",
+        "Rows": ".training.rows",
+        **dict.fromkeys(("ArraySource", "Source", "StoreSource"), ".training.sources"),
+        "IterableSource": ".training.streams",
         "TrainConfig": ".training.train_config",
         **dict.fromkeys(("Trainer", "train"), ".training.trainer"),
     },

@@ -7,6 +7,7 @@ for batch in acts["cross:5"].batches(4096, seed=0, normalise="step"):
 """
 
 from ..pipelines.generate import Sampling
+from .arrays import ArrayRows, open_rows, split
 from .batches import Batch, Batches
 from .labels import Labels
 from .options import BatchOptions, Storage

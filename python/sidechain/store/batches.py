@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .._device import send
+from .._errors import InputError
+from .finite import bad_rows
 from .labels import Labels
 from .options import BatchOptions
 from .protocol import RowReader
@@ -24,6 +26,8 @@ from .shuffle import Permutation
 
 _BLOCK = 64
 _WINDOW = 64
+# Draws of another row in the place of a bad one before all are taken to be bad.
+_DRAWS = 32
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Batch:
         rows: their numbers in the store [B] int64 on the CPU.
         labels: step, branch, prompt and token of each on the CPU, or None if not asked for.
         step: scheduler step of each [B] int64, where `x` is; None without labels.
+        skipped: number of bad rows of which others were read in their place.
         target: the same rows at the target site [B, C'], or None if there is none.
     """
 
@@ -43,6 +48,7 @@ class Batch:
     labels: Labels | None
     target: Tensor | None = None
     step: Tensor | None = None
+    skipped: int = 0
 
 
 class Batches:
@@ -127,9 +133,9 @@ class Batches:
         source = (
             _ahead(plan, self._load, self.options.prefetch)
             if self.options.prefetch
-            else ((place, self._load(rows)) for place, rows in plan)
+            else ((place, self._load(place, rows)) for place, rows in plan)
         )
-        for (epoch, position), (loaded, aimed) in source:
+        for (epoch, position), (loaded, aimed, skipped) in source:
             self.epoch, self.position = epoch, position
             rows = torch.from_numpy(loaded.rows)
             labels, step = (loaded.labels, loaded.step) if self.options.labels else (None, None)
@@ -138,14 +144,32 @@ class Batches:
             if self._targets is not None and aimed is not None:
                 target = self._targets.finish(aimed)
             del loaded, aimed  # their memory is reused once the consumer has released it
-            yield Batch(x, rows, labels, target, step)
+            yield Batch(x, rows, labels, target, step, skipped)
             del x, target, step
 
-    def _load(self, rows: NDArray[np.int64]) -> tuple[_Loaded, _Loaded | None]:
+    def _load(self, place: _Place, rows: NDArray[np.int64]) -> _Found:
+        """Read the rows of a batch that ends at a place, others in the place of bad ones."""
+        epoch, stop = place
+        positions = np.arange(stop - len(rows), stop, dtype=np.int64)
         if self.part is not None:
-            rows = rows[slice(*self.part)]
-        aimed = None if self._targets is None else self._targets.load(rows)
-        return self._loader.load(rows), aimed
+            rows, positions = rows[slice(*self.part)], positions[slice(*self.part)]
+        skipped = 0
+        for draw in range(_DRAWS):
+            loaded = self._loader.load(rows)
+            aimed = None if self._targets is None else self._targets.load(rows)
+            bad = loaded.bad if aimed is None else np.union1d(loaded.bad, aimed.bad)
+            if not len(bad):
+                return loaded, aimed, skipped
+            if self.options.on_bad_rows == "error":
+                break
+            skipped += len(bad)
+            again = Permutation(len(self.store), self.seed + draw + 1, epoch)
+            rows = rows.copy()
+            rows[bad] = again(positions[bad])
+        raise InputError(
+            f"batches: expected finite rows [and finite squares], got row {rows[bad[0]]}"
+            + (", and no good one in its place" if self.options.on_bad_rows == "skip" else "")
+        )
 
     def order(self, epoch: int, start: int, stop: int) -> NDArray[np.int64]:
         """Row numbers at positions [start, stop) of an epoch."""
@@ -221,6 +245,7 @@ class _Loaded:
     rows: NDArray[np.int64]
     labels: Labels | None
     step: Tensor | None
+    bad: NDArray[np.int64]
     event: Any = None
 
 
@@ -230,6 +255,7 @@ class _Loader:
     def __init__(self, store: RowReader, options: BatchOptions, device: torch.device) -> None:
         self.store, self.device, self.dtype = store, device, options.dtype
         self.normalise, self.labels = options.normalise, options.labels
+        self.looks = options.on_bad_rows is not None
         self.pool: list[tuple[NDArray[np.uint8], weakref.ref[Any]]] = []
         self.pinned: list[tuple[Tensor, Any]] = []
         self.stream: Any = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -249,9 +275,16 @@ class _Loader:
         if self.stream is None:
             buffer = self._buffer(len(rows))
             self.store.gather(rows, buffer)
-            stored = send(torch.from_numpy(buffer), self.device)
-            return _Loaded(stored, rows, labels, self._steps(labels))
+            host = torch.from_numpy(buffer)
+            stored = send(host, self.device)
+            return _Loaded(stored, rows, labels, self._steps(labels), self._bad(host))
         return self._to_cuda(rows, labels)
+
+    def _bad(self, stored: Tensor) -> NDArray[np.int64]:
+        """Return the bad ones among rows on the host, by their place in the batch."""
+        if not self.looks:
+            return np.empty(0, np.int64)
+        return bad_rows(decode(stored, self.store.dtype, self.store.width)).numpy()
 
     def _steps(self, labels: Labels | None) -> Tensor | None:
         return None if labels is None else send(labels.step, self.device)
@@ -277,13 +310,14 @@ class _Loader:
         if buffer.shape != shape:
             buffer = torch.empty(shape, dtype=torch.uint8, pin_memory=True)
         self.store.gather(rows, buffer.numpy())
+        bad = self._bad(buffer)
         with torch.cuda.stream(self.stream):
             stored = buffer.to(self.device, non_blocking=True)
             step = self._steps(labels)
             event = torch.cuda.Event()
             event.record(self.stream)
         self.pinned.append((buffer, event))
-        return _Loaded(stored, rows, labels, step, event)
+        return _Loaded(stored, rows, labels, step, bad, event)
 
     def finish(self, loaded: _Loaded) -> Tensor:
         """Decode and normalise on the device, in the stream of the caller."""
@@ -302,12 +336,12 @@ class _Loader:
 
 
 _Place = tuple[int, int]
-_Found = tuple[_Loaded, _Loaded | None]
+_Found = tuple[_Loaded, _Loaded | None, int]
 
 
 def _ahead(
     plan: Iterator[tuple[_Place, NDArray[np.int64]]],
-    load: Callable[[NDArray[np.int64]], _Found],
+    load: Callable[[_Place, NDArray[np.int64]], _Found],
     depth: int,
 ) -> Iterator[tuple[_Place, _Found]]:
     """Load in a thread, at most `depth` batches ahead; ends with the consumer."""
@@ -326,7 +360,7 @@ def _ahead(
     def work() -> None:
         try:
             for place, rows in plan:
-                if not offer((place, load(rows))):
+                if not offer((place, load(place, rows))):
                     return
             offer(None)
         except BaseException as error:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .finite import POLICIES
 from .manifest import DTYPES
 
 SHUFFLES = ("rows", "blocks", "off")
@@ -62,6 +63,9 @@ class BatchOptions:
         labels: whether batches carry labels.
         drop_last: leave out the last rows of an epoch that do not fill a batch.
         prefetch: batches prepared ahead by a thread; 0 = none and no thread.
+        on_bad_rows: None gives rows as they are; "error" raises at a row that is not finite, or
+            whose square is not; "skip" reads another row in its place, drawn by the seed, and
+            counts it in `Batch.skipped`.
 
     Raises:
         TypeError, ValueError: a value that none of them may have.
@@ -76,6 +80,7 @@ class BatchOptions:
     labels: bool = False
     drop_last: bool = True
     prefetch: int = 2
+    on_bad_rows: str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.batch_size, bool) or not isinstance(self.batch_size, int):
@@ -83,6 +88,8 @@ class BatchOptions:
         _one_of("shuffle", self.shuffle, SHUFFLES)
         if self.normalise is not None:
             _one_of("normalise", self.normalise, NORMALISATIONS, ", or None")
+        if self.on_bad_rows is not None:
+            _one_of("on_bad_rows", self.on_bad_rows, POLICIES, ", or None")
 
 
 def _one_of(name: str, value: Any, known: tuple[str, ...], none: str = "") -> None:

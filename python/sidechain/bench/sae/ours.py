@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from sidechain.sae import Normaliser, SaeConfig
-from sidechain.sae.training.state import Rows, TrainState
+from sidechain.sae.training.rows import Rows
+from sidechain.sae.training.state import TrainState
 from sidechain.sae.training.step import train_step
 from sidechain.sae.training.train_config import TrainConfig
 

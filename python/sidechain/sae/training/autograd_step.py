@@ -9,7 +9,8 @@ from torch import Tensor
 from ..architectures.base import Loss
 from ..architectures.registry import implementation
 from . import optimiser
-from .state import Rows, TrainState
+from .rows import Rows
+from .state import TrainState
 from .train_metrics import Outcome
 
 # Elements of [rows, F] held at a time by architectures that look at every feature.

@@ -90,8 +90,7 @@ def save(folder: Path, state: TrainState, facts: dict[str, Any]) -> Path:
         with naming(target):
             os.replace(partial, target)
             sync_folder(folder)
-        for old in _complete(folder)[:-KEPT]:
-            shutil.rmtree(old)
+        prune(folder, keep=KEPT)
     mesh.barrier()
     return target
 
@@ -104,6 +103,12 @@ def latest(folder: Path) -> Checkpoint | None:
         except (OSError, ValueError, KeyError) as error:
             warnings.warn(f"checkpoint: {path} left out: {error}", RuntimeWarning, stacklevel=2)
     return None
+
+
+def prune(folder: Path, *, keep: int) -> None:
+    """Delete all checkpoints but the newest ones."""
+    for old in _complete(folder)[:-keep]:
+        shutil.rmtree(old)
 
 
 def load(checkpoint: Checkpoint, state: TrainState) -> None:

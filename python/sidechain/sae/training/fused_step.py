@@ -26,7 +26,8 @@ from ..model import Codes
 from .autograd_step import follow_threshold
 from .groups import Group, compared, nested
 from .optimiser import adam_, clip_factor
-from .state import Rows, TrainState
+from .rows import Rows
+from .state import TrainState
 from .train_metrics import Outcome
 
 

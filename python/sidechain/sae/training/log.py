@@ -15,7 +15,6 @@ from tqdm.auto import tqdm
 
 from ...io.atomic import naming
 
-LOGGERS = ("tensorboard", "wandb")
 METRICS = "metrics.jsonl"
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..._device import send
+from ..._errors import InputError
 from ...pipelines import SitePattern, config_hash
 from ...pipelines import sites as list_sites
 from ...pipelines.generate import generate, model_name, quiet_settings
@@ -22,9 +23,10 @@ from ...taps.stream import StepRows, StreamTap
 from ..config import Provenance
 from ..initialise import mix
 from ..normaliser import Normaliser
+from .bad_rows import BadRows, find
+from .fitting import count_rows, fit
 from .mesh import Mesh
-from .sources import count_rows, fit, join
-from .state import Rows
+from .rows import Rows, join, selected
 
 
 class PipelineSource:
@@ -77,6 +79,7 @@ class PipelineSource:
         both = replace(where, sites=list({s.name: s.alias for s in self._sites}.values()))
         self._tap = StreamTap(pipe, both, every, torch.float32, self._found.append)
         self._first: Rows | None = None
+        self.bad_rows = BadRows()
         self._facts: dict[str, Any] = {
             "prompts": len(self._prompts),
             "sites": [s.alias for s in self._sites],
@@ -121,9 +124,11 @@ class PipelineSource:
                 f"{self._buffer}"
             )
         for number in itertools.count(start // each):
-            rows = self._fill(number, mesh.data_rank, mesh.data)
+            rows, skipped = self._good(self._fill(number, mesh.data_rank, mesh.data), number)
             order = Permutation(len(rows.x), self._seed, number)
             begin = start % each if number == start // each else 0
+            if not begin:  # a run that goes on in a buffer has counted its rows before
+                self.bad_rows.skipped += skipped
             for place in range(begin, each):
                 chosen = order(np.arange(place * own, (place + 1) * own))
                 yield _pick(rows, torch.from_numpy(chosen), device)
@@ -152,6 +157,36 @@ class PipelineSource:
     def _calls_per_fill(self, parts: int) -> int:
         """Return how many calls each of `parts` processes makes for one buffer."""
         return max(1, -(-self._buffer // (self._rows_per_call * parts)))
+
+    def targeted(self) -> bool:
+        """Return whether the rows have a target."""
+        return len(self._sites) > 1
+
+    def available(self, batch: int) -> int | None:
+        """Return None: the pipeline generates without end."""
+        return None
+
+    def _good(self, rows: Rows, number: int) -> tuple[Rows, int]:
+        """Return the rows of a buffer, good ones in the place of bad ones, and how many those were.
+
+        The number of rows stays: it says which buffer a batch is in.
+        """
+        bad = find(rows)
+        if not len(bad):
+            return rows, 0
+        step = None if rows.step is None else int(rows.step[bad[0]])
+        keep = torch.ones(len(rows.x), dtype=torch.bool)
+        keep[bad.cpu()] = False
+        good = keep.nonzero()[:, 0]
+        if self.bad_rows.policy == "error" or not len(good):
+            raise InputError(
+                f"PipelineSource: expected finite rows [and finite squares], got {len(bad)} others "
+                f"among {len(rows.x)} of buffer {number}, the first at scheduler step {step} (row "
+                f"{int(bad[0])}): half precision that overflows?"
+            )
+        place = torch.arange(len(rows.x))
+        place[bad.cpu()] = good[torch.arange(len(bad)) % len(good)]
+        return selected(rows, place.to(rows.x.device)), len(bad)
 
     def _fill(self, number: int, part: int, parts: int) -> Rows:
         calls = self._calls_per_fill(parts)
@@ -196,7 +231,4 @@ def _one_site(pipe: Any, pattern: SitePattern) -> Any:
 
 
 def _pick(rows: Rows, chosen: Tensor, device: torch.device) -> Rows:
-    x, step, target = (None if t is None else send(t[chosen], device) for t in rows)
-    if x is None:
-        raise RuntimeError("PipelineSource: expected rows, got none")
-    return Rows(x, step, target)
+    return Rows(*(None if t is None else send(t, device) for t in selected(rows, chosen)))  # type: ignore[arg-type]

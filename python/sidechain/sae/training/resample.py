@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..architectures.registry import implementation
 from ..initialise import mix
-from .state import Rows, TrainState
+from .rows import Rows
+from .state import TrainState
 
 ENCODER_SHARE = 0.2
 """Length of a new encoder row, relative to the mean length of the living ones."""

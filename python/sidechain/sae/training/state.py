@@ -4,34 +4,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..._errors import InputError
 from ..architectures.registry import implementation
 from ..config import Provenance, SaeConfig
 from ..initialise import encoder_scale, geometric_median, random_rows
 from ..model import Sae
 from ..normaliser import Normaliser
 from .mesh import Mesh
+from .rows import Rows
 from .train_config import Schedule, TrainConfig
 
 MATRICES = ("w_enc", "w_dec")
-
-
-class Rows(NamedTuple):
-    """Rows of a batch.
-
-    Attributes:
-        x: [N, d_in], any float dtype.
-        step: scheduler step of each row [N] int64, or None.
-        target: [N, d_out] of a transcoder, or None.
-    """
-
-    x: Tensor
-    step: Tensor | None = None
-    target: Tensor | None = None
 
 
 class TrainState:
@@ -141,16 +129,32 @@ class TrainState:
         They may be the memory of `rows`: nobody writes to them.
         """
         x = self._normalise(self.normaliser, rows.x, rows)
+        if (rows.target is not None) != self.config.transcoder:
+            wanted, got = ("a target", "none") if self.config.transcoder else ("no target", "one")
+            raise InputError(
+                f"TrainState: expected rows with {wanted} [transcoder={self.config.transcoder}], "
+                f"got {got}"
+            )
         if rows.target is None:
-            if self.config.transcoder:
-                raise ValueError("TrainState: expected rows with a target [transcoder], got none")
             return x, x
         return x, self._normalise(self.target_normaliser, rows.target, rows)
 
     def _normalise(self, normaliser: Normaliser, x: Tensor, rows: Rows) -> Tensor:
+        """Return normalised rows, in row-major order whatever that of x: the ops need it."""
         if normaliser in self._as_given:
-            return x.to(normaliser.mean.dtype)
-        return normaliser.normalise(x, rows.step)
+            return x.to(normaliser.mean.dtype).contiguous()
+        return normaliser.normalise(x, rows.step).contiguous()
+
+    def not_finite(self) -> str:
+        """Return the name of a tensor that is not finite; "" = all are. It waits for the device.
+
+        A running threshold is NaN until a batch has selected something.
+        """
+        for name, tensor, _ in self.named():
+            running = name == "threshold" and tensor.dim() == 0
+            if tensor.is_floating_point() and not running and not bool(tensor.isfinite().all()):
+                return name
+        return ""
 
     def update_dead(self) -> None:
         """Update the set of dead features; the one place of a step that waits for the device."""

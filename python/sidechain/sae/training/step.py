@@ -6,7 +6,8 @@ from __future__ import annotations
 from .autograd_step import autograd_step
 from .fused_step import fused_step
 from .resample import resample
-from .state import Rows, TrainState
+from .rows import Rows
+from .state import TrainState
 from .train_metrics import Outcome
 
 

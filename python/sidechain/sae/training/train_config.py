@@ -17,6 +17,8 @@ BIAS_INITS = ("mean", "geometric_median", "zero")
 PENALTIES = ("tanh", "l0")
 PATHS = ("auto", "fused", "autograd")
 PRECISIONS = ("fp32", "bf16", "int8")
+#: As `sidechain.store.finite.POLICIES`; settings alone need no torch.
+BAD_ROWS = ("error", "skip")
 
 _CHOICES = {
     "decay": SCHEDULES,
@@ -25,6 +27,7 @@ _CHOICES = {
     "penalty": PENALTIES,
     "path": PATHS,
     "precision": PRECISIONS,
+    "on_bad_rows": BAD_ROWS,
 }
 
 
@@ -80,6 +83,9 @@ class TrainConfig:
         threshold_init: None = 0.1 (tanh) or 0.001 sqrt(d_in) (l0).
         log_every: steps between metrics.
         checkpoint_minutes: longest time between checkpoints.
+        on_bad_rows: at a row that is not finite, or whose square is not: "error" stops before the
+            step; "skip" leaves it out, reads another in its place where rows are read by number,
+            and counts it in the dictionary's provenance.
         bf16_moments: keep Adam's running statistics of the matrices in bfloat16, rounded
             stochastically (fused path only).
     """
@@ -118,6 +124,7 @@ class TrainConfig:
     threshold_init: float | None = None
     log_every: int = 100
     checkpoint_minutes: float = 10.0
+    on_bad_rows: str = "error"
     bf16_moments: bool = False
 
     def __post_init__(self) -> None:

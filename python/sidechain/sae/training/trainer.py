@@ -3,38 +3,37 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import fields, replace
+from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..._errors import InputError
-from ...io.run_folder import read_json, write_json
-from ...io.same import difference
-from ...store import ActivationStore
 from ..architectures.registry import ARCHITECTURES
-from ..config import DEFAULT_K, SaeConfig
+from ..config import DEFAULT_K, Provenance, SaeConfig
 from ..model import Sae
+from ..normaliser import Normaliser
 from . import checkpoint
+from .bad_rows import checked
+from .finishing import CHECKPOINTS, RESULT, dictionary, logged, say_early, with_held_out
 from .interrupt import StopRequest
-from .log import LOGGERS, Log
+from .log import Log
 from .mesh import Mesh
-from .sources import Item, IterableSource, Source, StoreSource
+from .opening import available, check_source, check_stream, source_of, targeted
+from .options import DataOptions, RunOptions
+from .rows import Rows
+from .run_record import RunRecord
+from .sources import Source
 from .state import TrainState
 from .step import train_step
 from .train_config import TrainConfig
 from .train_metrics import Metrics
-
-RESULT = "sae.safetensors"
-SETTINGS = "run.json"
-CHECKPOINTS = "checkpoints"
-#: Settings that may change while a run goes on.
-_FREE = frozenset({"checkpoint_minutes"})
 
 
 class Trainer:
@@ -52,11 +51,11 @@ class Trainer:
         out: folder of the run, made if it is not there.
         mesh: processes to share the work; None = this one alone.
         device: of the weights; None = CUDA where there is one.
-        progress: show a bar.
-        loggers: of "tensorboard", "wandb"; one that is not installed is named, not an error.
+        **options: of `RunOptions`.
 
     Raises:
-        ValueError: widths that do not fit the source, or a folder with a run of other settings.
+        InputError, ValueError: widths or a target that do not fit the source, more tokens than it
+            has, or a folder with a run of other settings or other rows.
     """
 
     def __init__(
@@ -68,27 +67,21 @@ class Trainer:
         *,
         mesh: Mesh | None = None,
         device: Any = None,
-        progress: bool = True,
-        loggers: Sequence[str] = (),
+        **options: Any,
     ) -> None:
         self.config, self.train, self.source = config, train, source
         self.out, self.mesh = Path(out), mesh or Mesh()
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self._progress, self._loggers = progress, tuple(loggers)
-        unknown = [name for name in loggers if name not in LOGGERS]
-        if unknown:
-            raise ValueError(f"Trainer: expected loggers of {', '.join(LOGGERS)}, got {unknown[0]}")
-        widths = source.widths()
-        if widths != (config.d_in, config.width_out):
-            raise ValueError(
-                f"Trainer: expected rows of widths {config.d_in} and {config.width_out} [d_in, "
-                f"d_out], got {widths[0]} and {widths[1]}"
-            )
+        self._options = RunOptions(**options)
+        check_source(config, train, source)
         self._facts = {
             "config": config.to_json(),
             "train": train.to_json(),
             "source": source.identity(),
+            "start": {},
         }
+        self.record = RunRecord(self.out, {**self._facts, "provenance": self._origin().to_json()})
+        self._skipped = 0
 
     @property
     def result(self) -> Path:
@@ -103,11 +96,14 @@ class Trainer:
             only read.
 
         Raises:
+            InputError: a bad row, no more rows before the end, or weights that are not finite; the
+                steps before it are saved.
             KeyboardInterrupt, SystemExit: after Ctrl-C or SIGTERM; a checkpoint of the step it was
                 in is written first (in a mesh, of the next step that is logged).
         """
         self.claim()
-        if self.result.exists():
+        if self.record.finished is not None and self.result.exists():
+            say_early(self.record, self.out, self.train.steps)
             return Sae.load(self.result)
         state, offset = self._begin()
         metrics = Metrics(state)
@@ -115,10 +111,10 @@ class Trainer:
         try:
             with StopRequest() as request:
                 last = self._loop(state, metrics, log, request)
+            return self._finish(state, log, last)
         finally:
             if log is not None:
                 log.close()
-        return self._finish(state, last)
 
     # -- beginning ------------------------------------------------------------------------------
 
@@ -126,40 +122,46 @@ class Trainer:
         """Make the folder that of this run, or check that it is; `run` does so first.
 
         Raises:
-            InputError: it holds a run with other settings.
+            InputError: it holds a run with other settings or of other rows.
             OSError: it cannot be written.
         """
-        path = self.out / SETTINGS
         if self.mesh.first:
             self.out.mkdir(parents=True, exist_ok=True)
-            if not path.exists():
-                write_json(path, self._facts)
+            self.record.create()
         self.mesh.barrier()
-        found = read_json(path)
-        for part, wanted in self._facts.items():
-            now = {name: value for name, value in wanted.items() if name not in _FREE}
-            there = {name: found.get(part, {}).get(name) for name in now}
-            other = difference(there, now)
-            if other is not None:
-                name, theirs, value = other
-                raise InputError(
-                    f"Trainer: expected {name}={theirs!r} [the run in {self.out}], got "
-                    f"{value!r}: go on with its settings, or choose another folder"
-                )
+        found = checkpoint.latest(self.out / CHECKPOINTS)
+        step = 0 if found is None else found.step
+        changed = self.record.compare(self._options.reason, step * self.train.batch)
+        self.mesh.barrier()
+        early = (self.record.finished or {}).get("early") and self._options.reason
+        if (changed or early) and self.mesh.first:
+            if self.result.exists():  # of the settings before
+                os.replace(self.result, self.out / f"sae-step-{step:09d}.safetensors")
+            self.record.change(changed, self._options.reason, step)
+        self.mesh.barrier()
 
     def _begin(self) -> tuple[TrainState, int]:
         found = checkpoint.latest(self.out / CHECKPOINTS)
         if found is None:
-            own, target = self.source.normalisers(self.train.normalise, centre=self.train.centre)
-            if not self.config.transcoder:
-                target = None
+            own, target = self._normalisers()
         else:
             own, target = checkpoint.normalisers(found)
         state = TrainState(self.config, self.train, own, target, mesh=self.mesh, device=self.device)
         if found is None:
             return state, 0
         checkpoint.load(found, state)
+        self._skipped = int(found.manifest.get("skipped_rows", 0))
+        check_stream(self.source, found)
         return state, int(found.manifest["metrics_bytes"])
+
+    def _normalisers(self) -> tuple[Normaliser, Normaliser | None]:
+        looked_at = getattr(self.source, "bad_rows", None)
+        if looked_at is not None:
+            looked_at.policy = self.train.on_bad_rows
+        try:
+            return self.source.normalisers(self.train.normalise, centre=self.train.centre)
+        except InputError as error:
+            raise InputError(f"Trainer: before step 1: {error}") from None
 
     def _log(self, state: TrainState, offset: int) -> Log | None:
         if not self.mesh.first:
@@ -170,9 +172,9 @@ class Trainer:
             state.step,
             self.train.batch,
             offset,
-            loggers=self._loggers,
+            loggers=self._options.loggers,
             settings=self._facts,
-            progress=self._progress,
+            progress=self._options.progress,
         )
 
     # -- the loop -------------------------------------------------------------------------------
@@ -182,14 +184,9 @@ class Trainer:
     ) -> dict[str, float]:
         saved = time.monotonic()
         last: dict[str, float] = {}
-        batches = self.source.batches(self.train.batch, state.step, self.mesh, self.device)
+        batches = self._batches(state)
         while state.step < self.train.steps:
-            rows = next(batches, None)
-            if rows is None:
-                raise ValueError(
-                    f"Trainer: expected {self.train.tokens} rows [tokens], got "
-                    f"{state.step * self.train.batch}"
-                )
+            rows = self._next(batches, state, metrics, log)
             if state.step == 0:
                 state.start_biases(rows)
             metrics.add(train_step(state, rows))
@@ -198,16 +195,57 @@ class Trainer:
             asked = request.asked is not None and self.mesh.world == 1
             if state.step % self.train.log_every and state.step < self.train.steps and not asked:
                 continue
-            last = self._report(log, metrics.read()) or last
+            last = self._report(state, log, metrics.read()) or last
             due = (time.monotonic() - saved) / 60 >= self.train.checkpoint_minutes
             stop = self.mesh.any(request.asked is not None)
             if (stop or self.mesh.agree(due)) and state.step < self.train.steps:
-                last = self._report(log, metrics.flush()) or last
+                last = self._report(state, log, metrics.flush()) or last
                 self._save(state, log)
                 saved = time.monotonic()
                 if stop:
                     self._stop(state, request)
-        return self._report(log, metrics.flush()) or last
+        return self._report(state, log, metrics.flush()) or last
+
+    def _batches(self, state: TrainState) -> Iterator[Rows]:
+        """Return the batches from the step of a state on."""
+        looked_at = getattr(self.source, "bad_rows", None)
+        if looked_at is not None:
+            looked_at.policy, looked_at.skipped = self.train.on_bad_rows, self._skipped
+        batches = self.source.batches(self.train.batch, state.step, self.mesh, self.device)
+        return batches if looked_at is not None else checked(batches)
+
+    def _next(
+        self, batches: Iterator[Rows], state: TrainState, metrics: Metrics, log: Log | None
+    ) -> Rows:
+        """Return the next batch; where there is none, save what was trained and say why.
+
+        Raises:
+            InputError: a bad row, or the rows have ended.
+        """
+        problem = ""
+        rows = None
+        try:
+            rows = next(batches, None)
+        except InputError as error:
+            problem = str(error)
+        if rows is None and not problem:
+            problem = (
+                f"expected {self.train.tokens} rows [tokens], got "
+                f"{state.step * self.train.batch} and no more"
+            )
+        if not self.mesh.any(bool(problem)):
+            assert rows is not None
+            return rows
+        if state.step:
+            self._report(state, log, metrics.read())
+            self._report(state, log, metrics.flush())
+            self._save(state, log)
+        kept = f"; the {state.step} steps before are saved in {self.out}" if state.step else ""
+        hint = f", sidechain.sae.finish({str(self.out)!r}) makes a dictionary of them"
+        raise InputError(
+            f"Trainer: step {state.step + 1}: {problem or 'another process has no good rows'}{kept}"
+            + (hint if state.step else "")
+        )
 
     def _stop(self, state: TrainState, request: StopRequest) -> None:
         if self.mesh.first:
@@ -218,77 +256,144 @@ class Trainer:
             )
         request.stop()
 
-    def _report(self, log: Log | None, found: dict[str, float] | None) -> dict[str, float] | None:
+    def _report(
+        self, state: TrainState, log: Log | None, found: dict[str, float] | None
+    ) -> dict[str, float] | None:
+        if found is not None and not math.isfinite(found["fvu"]):
+            self._check_weights(state)
         if log is not None:
             log.write(found)
         return found
 
+    def _check_weights(self, state: TrainState) -> None:
+        """Refuse to keep weights that are not finite.
+
+        Raises:
+            InputError: they are not; it names the tensor and the step.
+        """
+        name = state.not_finite()
+        if not self.mesh.any(bool(name)):
+            return
+        raise InputError(
+            f"Trainer: step {state.step}: expected finite weights, got others in "
+            f"{name or 'another process'} [training diverged: lower lr, now "
+            f"{state.schedule.lr(max(0, state.step - 1)):g}, or set clip]; the checkpoints before "
+            f"it stay in {self.out / CHECKPOINTS}"
+        )
+
     def _save(self, state: TrainState, log: Log | None) -> None:
+        self._check_weights(state)
         if log is not None:
             log.sync()
-        facts = {**self._facts, "metrics_bytes": 0 if log is None else log.offset}
+        facts = {
+            **self._facts,
+            "metrics_bytes": 0 if log is None else log.offset,
+            "skipped_rows": self._count_skipped(),
+            "stream": getattr(self.source, "checksum", None),
+        }
         checkpoint.save(self.out / CHECKPOINTS, state, facts)
 
-    def _finish(self, state: TrainState, last: dict[str, float]) -> Sae:
-        kept: dict[str, float] = {n: last[n] for n in ("fvu", "l0", "dead") if n in last}
-        provenance = replace(
-            self.source.provenance(),
-            tokens=state.step * self.train.batch,
-            metrics=kept,
-            extra={"train": self.train.to_json()},
+    def _count_skipped(self) -> int:
+        """Return how many bad rows were left out since the start of the run."""
+        known = getattr(self.source, "bad_rows", None)
+        return 0 if known is None else int(known.skipped)
+
+    # -- the end --------------------------------------------------------------------------------
+
+    def _finish(self, state: TrainState, log: Log | None, last: dict[str, float]) -> Sae:
+        self._check_weights(state)
+        metrics = last or logged(self.out, state.step)  # no step was left to do
+        sae = dictionary(
+            state, self._origin(), self.record, metrics=metrics, skipped=self._count_skipped()
         )
-        sae = state.to_sae(provenance)
+        if self._options.held_out is not None:
+            sae.provenance = with_held_out(sae, self._options.held_out)
         if self.mesh.first:
             sae.save(self.result)
+        self._save(state, log)
+        if self.mesh.first:
+            checkpoint.prune(self.out / CHECKPOINTS, keep=1)
+            self.record.finish(state.step, early=False)
         self.mesh.barrier()
         return sae
 
+    def _origin(self) -> Provenance:
+        return self.source.provenance()
+
 
 def train(
-    data: Source | ActivationStore | Iterable[Item] | Callable[[], Iterable[Item]] | str | Path,
+    data: Any,
     out: str | os.PathLike[str],
     *,
     features: int,
-    tokens: int,
+    tokens: int | None = None,
     mesh: Mesh | None = None,
     device: Any = None,
-    progress: bool = True,
-    loggers: Sequence[str] = (),
     **settings: Any,
 ) -> Sae:
     """Train a dictionary, or go on with the run in `out`.
 
     Args:
-        data: a store (open, or the folder of one with a single site), anything `IterableSource`
-            takes, or a `Source`; `StoreSource(store, target)` trains a transcoder.
+        data: rows: a tensor, NumPy array or memmap [..., d], or several; a file or folder of them
+            (.npy, .safetensors, .pt, .parquet, .arrow); a store or its folder; a
+            `datasets.Dataset`; a `DataLoader` or anything `IterableSource` takes; or a `Source`.
         out: folder of the run; see `Trainer`.
         features: F.
-        tokens: rows to train on.
+        tokens: rows to train on; None = all of them, `epochs` times.
         mesh: see `Mesh`.
         device: see `Trainer`.
-        progress: show a bar.
-        loggers: see `Trainer`.
-        **settings: of `SaeConfig` (architecture, k, prefixes, ...) and of `TrainConfig`.
+        **settings: of `SaeConfig` (architecture, k, prefixes, ...), `TrainConfig` (lr, batch, ...),
+            `DataOptions` (target, steps, epochs, held_out, ...) and `RunOptions` (progress, ...).
 
     Raises:
-        TypeError, ValueError, NotImplementedError: settings that do not fit.
+        TypeError, ValueError, NotImplementedError: settings or rows that do not fit.
     """
-    if isinstance(data, str | Path):
-        data = ActivationStore(data)
-    if isinstance(data, ActivationStore):
-        data = StoreSource(data, seed=settings.get("seed", 0))
-    source: Any = data if hasattr(data, "normalisers") else IterableSource(data)
-    shape = {f.name: settings.pop(f.name) for f in fields(SaeConfig) if f.name in settings}
+    shape, training, reading, running = _sorted(settings)
+    source, held_out = source_of(data, DataOptions(**reading, seed=training.get("seed", 0)))
+    batch = training.get("batch", TrainConfig.batch)
     return Trainer(
         config_for(source, features, **shape),
-        TrainConfig(tokens=tokens, **settings),
+        TrainConfig(tokens=whole_run(source, batch) if tokens is None else tokens, **training),
         source,
         out,
         mesh=mesh,
         device=device,
-        progress=progress,
-        loggers=loggers,
+        held_out=held_out,
+        **running,
     ).run()
+
+
+def _sorted(settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Sort settings by the class they belong to.
+
+    Raises:
+        TypeError: one that none of them has.
+    """
+    classes = (SaeConfig, TrainConfig, DataOptions, RunOptions)
+    names = [{f.name for f in fields(kind)} for kind in classes]
+    names[2].discard("seed")  # that of the training
+    unknown = settings.keys() - set().union(*names)
+    if unknown:
+        raise TypeError(
+            f"train: expected settings of {', '.join(kind.__name__ for kind in classes)}, got "
+            f"{min(unknown)}"
+        )
+    return [{n: settings[n] for n in settings if n in known} for known in names]
+
+
+def whole_run(source: Source, batch: int) -> int:
+    """Return the rows of a source in whole batches.
+
+    Raises:
+        TypeError: nobody knows how many there are.
+    """
+    count = available(source, batch)
+    if count is None:
+        raise TypeError(
+            "train: expected tokens [rows to train on; these do not say how many they are], got "
+            "none"
+        )
+    return max(count, batch)
 
 
 def config_for(source: Source, features: int, **shape: Any) -> SaeConfig:
@@ -300,7 +405,7 @@ def config_for(source: Source, features: int, **shape: Any) -> SaeConfig:
         **shape: of `SaeConfig`; k = None is 32, or F if that is less.
     """
     d_in, d_out = source.widths()
-    shape.setdefault("transcoder", bool(source.provenance().target_site))
+    shape.setdefault("transcoder", targeted(source))
     if shape["transcoder"] or d_out != d_in:
         shape.setdefault("d_out", d_out)
     kind = ARCHITECTURES.get(shape.get("architecture", SaeConfig.architecture))

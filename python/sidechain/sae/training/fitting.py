@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Normalisers fitted to statistics of rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...store import RunningStatistics, Statistics
+from ...store.finite import bad_rows
+from ..normaliser import Normaliser
+
+
+def fit(statistics: Statistics, kind: str, *, centre: bool, **grid: Any) -> Normaliser:
+    """Return a normaliser after which rows have mean 0 and E |y|^2 = d.
+
+    Args:
+        statistics: of the rows.
+        kind: "step", "global" or "none".
+        centre: subtract the mean; otherwise only scale.
+        **grid: timesteps and sigmas by step, where known.
+    """
+    if kind == "none":
+        return Normaliser.identity(statistics.width)
+    steps = sorted({step for step, _ in statistics.cells})
+    if kind == "global" or not steps:
+        mean, scale = _table(statistics.total(), centre)
+        return Normaliser(mean[None], scale[None])
+    tables = [_table(statistics.total([step]), centre) for step in steps]
+    known = {n: None if t is None else t[steps] for n, t in grid.items()}
+    return Normaliser(
+        torch.stack([m for m, _ in tables]),
+        torch.stack([s for _, s in tables]),
+        torch.tensor(steps),
+        **known,
+    )
+
+
+def _table(known: RunningStatistics, centre: bool) -> tuple[Tensor, Tensor]:
+    if centre:
+        return known.mean.float(), torch.tensor(known.scale)
+    second = known.norm_squares / max(1, known.count) / len(known.mean)
+    return torch.zeros(len(known.mean)), torch.tensor(second**0.5 or 1.0)
+
+
+def count_rows(statistics: Statistics, x: Tensor, step: Tensor | None) -> None:
+    """Add rows [n, d] with steps [n] to statistics; bad rows are left out."""
+    x = x.detach().cpu()
+    step = None if step is None else step.cpu()
+    bad = bad_rows(x)
+    if len(bad):
+        keep = torch.ones(len(x), dtype=torch.bool)
+        keep[bad] = False
+        x, step = x[keep], None if step is None else step[keep]
+    if step is None:
+        statistics.at((0, 0)).add(x)
+        return
+    for number in step.unique().tolist():
+        statistics.at((number, 0)).add(x[step == number])
