@@ -250,7 +250,7 @@ class Sae(nn.Module):
         Raises:
             OSError: the place cannot be written.
         """
-        tensors = dict(self._weights())
+        tensors = dict(self.weights())
         tensors |= self.normaliser.tensors("normaliser")
         if self.target_normaliser is not self.normaliser:
             tensors |= self.target_normaliser.tensors("target_normaliser")
@@ -289,9 +289,9 @@ class Sae(nn.Module):
         """Copy weights named as in a file into this dictionary.
 
         Raises:
-            ValueError: a tensor is missing, left over, or of another shape.
+            ValueError: a tensor is missing, left over, of another shape, or not finite.
         """
-        wanted = self._weights()
+        wanted = self.weights()
         given = {name: t for name, t in tensors.items() if "." not in name}
         if given.keys() != wanted.keys():
             raise ValueError(f"expected tensors {sorted(wanted)}, got {sorted(given)}")
@@ -302,9 +302,14 @@ class Sae(nn.Module):
                         f"expected {name} of shape {list(tensor.shape)}, got "
                         f"{list(given[name].shape)}"
                     )
+                # A running threshold is NaN until it is trained.
+                untrained = name == "threshold" and not tensor.dim()
+                bad = given[name].isinf() if untrained else ~given[name].isfinite()
+                if bool(bad.any()):
+                    raise ValueError(f"expected finite {name}, got {int(bad.sum())} NaN or inf")
                 tensor.copy_(given[name])
 
-    def _weights(self) -> dict[str, Tensor]:
+    def weights(self) -> dict[str, Tensor]:
         """Return the weights that the architecture has, by their names in a file."""
         names = (*WEIGHTS, *self.config.kind.tensors)
         found = {name: getattr(self, name) for name in names}

@@ -147,6 +147,11 @@ class Normaliser(nn.Module):
         chosen = torch.arange(len(grid)) if steps is None else steps
         return Normaliser(mean, scale, chosen, grid, sigmas)
 
+    def copy(self) -> Normaliser:
+        """Return a copy of its own memory, float32 on the CPU."""
+        grid = (getattr(self, name) for name in _TENSORS)
+        return Normaliser(*(None if t is None else t.detach().cpu().clone() for t in grid))  # type: ignore[arg-type]
+
     # -- files ----------------------------------------------------------------------------------
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:

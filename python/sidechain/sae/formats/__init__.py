@@ -3,7 +3,8 @@
 
 | format                | files                             | holds                              |
 |-----------------------|-----------------------------------|------------------------------------|
-| `sidechain`           | one safetensors file              | everything                         |
+| `sidechain`           | one safetensors file, or a folder | everything                         |
+|                       | of a run with sae.safetensors     |                                    |
 | `sparsify`            | cfg.json, sae.safetensors         | topk and its transcoders           |
 | `tada`                | cfg.json, sae.safetensors         | topk                               |
 | `saelens`             | cfg.json, sae_weights.safetensors | topk, jumprelu, relu, gated;       |
@@ -24,9 +25,10 @@ from typing import Any, NamedTuple
 
 from ..model import Sae
 from . import dictionary_learning, saelens, sparsify
+from .hub import OWN, located
 from .parts import folder_of, plain, read_json
 
-__all__ = ["FORMATS", "detect", "load", "save"]
+__all__ = ["FORMATS", "detect", "load", "located", "save"]
 
 
 class _Format(NamedTuple):
@@ -40,6 +42,8 @@ _FOREIGN: dict[str, _Format] = {
     "saelens": _Format(saelens.read, saelens.write),
     "dictionary_learning": _Format(dictionary_learning.read, dictionary_learning.write),
 }
+#: What the folder of a run holds before it is finished.
+_RUN, _STEPS = "run.json", "checkpoints"
 #: Names that `load` and `save` take.
 FORMATS = ("sidechain", *_FOREIGN)
 
@@ -51,18 +55,25 @@ def detect(path: str | os.PathLike[str]) -> str:
         FileNotFoundError: nothing there.
         ValueError: none of `FORMATS`.
     """
-    place = Path(path)
+    place = located(path)
     if not place.exists():
         raise FileNotFoundError(f"formats: expected a dictionary, got nothing at {place}")
     if place.is_file() and place.suffix == ".safetensors" and not _has_config(place.parent):
         return "sidechain"
     folder = folder_of(place)
+    if place.is_dir() and (place / OWN).is_file() and not _has_config(place):
+        return "sidechain"
     if (folder / saelens.WEIGHTS).is_file():
         return "saelens"
     if (folder / sparsify.WEIGHTS).is_file() and (folder / sparsify.CONFIG).is_file():
         return "tada" if sparsify.is_tada(read_json(folder / sparsify.CONFIG)) else "sparsify"
     if (folder / dictionary_learning.WEIGHTS).is_file():
         return "dictionary_learning"
+    if (folder / _RUN).is_file() and (folder / _STEPS).is_dir():
+        raise ValueError(
+            f"formats: expected a finished run, got one without {OWN} in {folder}: train it to its "
+            "end first"
+        )
     found = sorted(entry.name for entry in folder.iterdir())[:8]
     raise ValueError(
         f"formats: expected files of one of {', '.join(FORMATS)}, got {found} in {folder}"
@@ -73,7 +84,9 @@ def load(path: str | os.PathLike[str], format: str = "auto", *, device: Any = No
     """Read a dictionary of any known format, in eval mode.
 
     Args:
-        path: the folder, or a file in it.
+        path: the folder, or a file in it; the folder of a training run; or a hub id,
+            "owner/name[/subfolder][@revision]", of which only the files of a dictionary are
+            fetched.
         format: one of `FORMATS`; "auto" asks `detect`.
         device: where to put it.
 
@@ -81,14 +94,16 @@ def load(path: str | os.PathLike[str], format: str = "auto", *, device: Any = No
         A dictionary in float32 with the same encoding and reconstruction.
 
     Raises:
-        FileNotFoundError: a file is missing.
+        FileNotFoundError: a file is missing, or a repository that cannot be fetched.
         ValueError: corrupted, unsafe (a pickle with code in it) or inconsistent files.
         NotImplementedError: a feature of the format that this package cannot represent.
     """
-    name = detect(path) if format == "auto" else _known(format)
+    name = "" if format == "auto" else _known(format)
+    place = located(path)
+    name = name or detect(place)
     if name == "sidechain":
-        return Sae.load(path, device=device)
-    return _FOREIGN[name].read(folder_of(Path(path))).to(device).eval()
+        return Sae.load(place / OWN if place.is_dir() else place, device=device)
+    return _FOREIGN[name].read(folder_of(place)).to(device).eval()
 
 
 def save(
