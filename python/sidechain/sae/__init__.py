@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from .config import Provenance, SaeConfig
     from .model import Codes, Sae
     from .normaliser import Normaliser
-    from .training.log import LOGGERS
+    from .training.loggers import LOGGERS
     from .training.mesh import Mesh, from_environment
     from .training.pipeline_source import PipelineSource
     from .training.sources import IterableSource, Source, StoreSource
@@ -46,7 +46,7 @@ lazy(
         **dict.fromkeys(("Provenance", "SaeConfig"), ".config"),
         **dict.fromkeys(("Codes", "Sae"), ".model"),
         "Normaliser": ".normaliser",
-        "LOGGERS": ".training.log",
+        "LOGGERS": ".training.loggers",
         **dict.fromkeys(("Mesh", "from_environment"), ".training.mesh"),
         "PipelineSource": ".training.pipeline_source",
         **dict.fromkeys(("IterableSource", "Source", "StoreSource"), ".training.sources"),

@@ -15,6 +15,7 @@ from ..._device import send
 from ...store import ActivationStore, RunningStatistics, Statistics
 from ..config import Provenance
 from ..normaliser import Normaliser
+from .checks import check_varying
 from .mesh import Mesh
 from .state import Rows
 
@@ -257,7 +258,11 @@ def fit(statistics: Statistics, kind: str, *, centre: bool, **grid: Any) -> Norm
         kind: "step", "global" or "none".
         centre: subtract the mean; otherwise only scale.
         **grid: timesteps and sigmas by step, where known.
+
+    Raises:
+        InputError: rows that do not vary.
     """
+    check_varying(statistics, kind)
     if kind == "none":
         return Normaliser.identity(statistics.width)
     steps = sorted({step for step, _ in statistics.cells})

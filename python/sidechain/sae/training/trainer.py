@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -21,8 +22,11 @@ from ..architectures.registry import ARCHITECTURES
 from ..config import DEFAULT_K, SaeConfig
 from ..model import Sae
 from . import checkpoint
+from .folder import RunLock
 from .interrupt import StopRequest
-from .log import LOGGERS, Log
+from .log import Log
+from .loggers import LOGGERS
+from .machine import say_other_machine
 from .mesh import Mesh
 from .sources import Item, IterableSource, Source, StoreSource
 from .state import TrainState
@@ -42,8 +46,9 @@ class Trainer:
 
     The folder holds `run.json` (settings), `metrics.jsonl`, `checkpoints/` and, at the end,
     `sae.safetensors`. The same call again goes on from the last checkpoint and ends with the same
-    weights, bit for bit, as if it had never stopped, also after `kill -9`; on another number of
-    processes equal up to rounding.
+    weights, bit for bit, as if it had never stopped, also after `kill -9`; equal up to rounding on
+    another number of processes or threads, and where another instruction set, torch or device
+    computes, which a note says. One process trains in a folder at a time.
 
     Args:
         config: what to train.
@@ -57,6 +62,7 @@ class Trainer:
 
     Raises:
         ValueError: widths that do not fit the source, or a folder with a run of other settings.
+        RuntimeError: another process trains in the folder.
     """
 
     def __init__(
@@ -74,6 +80,7 @@ class Trainer:
         self.config, self.train, self.source = config, train, source
         self.out, self.mesh = Path(out), mesh or Mesh()
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._lock: RunLock | None = None
         self._progress, self._loggers = progress, tuple(loggers)
         unknown = [name for name in loggers if name not in LOGGERS]
         if unknown:
@@ -106,37 +113,50 @@ class Trainer:
             KeyboardInterrupt, SystemExit: after Ctrl-C or SIGTERM; a checkpoint of the step it was
                 in is written first (in a mesh, of the next step that is logged).
         """
-        self.claim()
-        if self.result.exists():
-            return Sae.load(self.result)
+        try:
+            self.claim()
+            if self.result.exists():
+                return Sae.load(self.result)
+            return self._run()
+        finally:
+            self._release()
+
+    def _run(self) -> Sae:
         state, offset = self._begin()
         metrics = Metrics(state)
         log = self._log(state, offset)
-        try:
-            with StopRequest() as request:
-                last = self._loop(state, metrics, log, request)
-        finally:
-            if log is not None:
-                log.close()
+        with log or contextlib.nullcontext(), StopRequest() as request:
+            last = self._loop(state, metrics, log, request)
         return self._finish(state, last)
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
 
     # -- beginning ------------------------------------------------------------------------------
 
     def claim(self) -> None:
         """Make the folder that of this run, or check that it is; `run` does so first.
 
+        It is locked until `run` has ended, and what a killed process left half written is removed.
+
         Raises:
             InputError: it holds a run with other settings.
+            RuntimeError: another process trains there.
             OSError: it cannot be written.
         """
         path = self.out / SETTINGS
-        if self.mesh.first:
-            self.out.mkdir(parents=True, exist_ok=True)
-            if not path.exists():
-                write_json(path, self._facts)
+        finished = self.mesh.agree(self.result.exists())
+        if self._lock is None and not finished:  # a finished run is only read
+            self._lock = RunLock(self.out, self.mesh)
+        if self.mesh.first and not path.exists():
+            write_json(path, self._facts)
         self.mesh.barrier()
         found = read_json(path)
         for part, wanted in self._facts.items():
+            if not isinstance(found.get(part, {}), dict):
+                raise InputError(f"{path}: expected an object in {part}, got {found[part]!r}")
             now = {name: value for name, value in wanted.items() if name not in _FREE}
             there = {name: found.get(part, {}).get(name) for name in now}
             other = difference(there, now)
@@ -148,7 +168,7 @@ class Trainer:
                 )
 
     def _begin(self) -> tuple[TrainState, int]:
-        found = checkpoint.latest(self.out / CHECKPOINTS)
+        found = checkpoint.latest(self.out / CHECKPOINTS, self._facts["config"])
         if found is None:
             own, target = self.source.normalisers(self.train.normalise, centre=self.train.centre)
             if not self.config.transcoder:
@@ -159,7 +179,9 @@ class Trainer:
         if found is None:
             return state, 0
         checkpoint.load(found, state)
-        return state, int(found.manifest["metrics_bytes"])
+        if self.mesh.first:
+            say_other_machine(found.manifest.get("machine"), self.device, state.step)
+        return state, found.metrics_bytes
 
     def _log(self, state: TrainState, offset: int) -> Log | None:
         if not self.mesh.first:
