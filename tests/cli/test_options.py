@@ -13,7 +13,7 @@ from sidechain.cli import main as cli
 from sidechain.cli import sae_train
 from sidechain.cli.builder import flag_of, label
 from sidechain.sae.features.scoring import ACTIVATIONS, METHODS
-from sidechain.sae.training.log import LOGGERS
+from sidechain.sae.training.loggers import LOGGERS
 from sidechain.store.manifest import DTYPES
 from sidechain.studies import config as shared
 from sidechain.studies.capture.config import CaptureConfig

@@ -5,9 +5,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+#: `.NAME.XXXXXXXX.part`, as `replacing` calls a file until it is whole.
+_PARTIAL = re.compile(r"\.(.+)\.[a-z0-9_]{8}\.part")
 
 
 @contextlib.contextmanager
@@ -68,6 +72,29 @@ def write_atomic(path: str | os.PathLike[str], data: bytes, *, parents: bool = F
 def write_text(path: str | os.PathLike[str], text: str) -> Path:
     """Write a text file in UTF-8, whole or not at all; its folder is made if it is missing."""
     return write_atomic(path, text.encode("utf-8"), parents=True)
+
+
+def remove_partial(folder: Path, ours: Callable[[str], bool]) -> list[Path]:
+    """Remove what `replacing` leaves in a folder when the process is killed.
+
+    Call it where no other process writes: its unfinished files look the same.
+
+    Args:
+        folder: not searched deeper; it may be missing.
+        ours: whether a file of this name is written there, by the name it would have got.
+
+    Returns:
+        The files removed.
+
+    Raises:
+        OSError: one cannot be removed.
+    """
+    found = list(folder.glob(".*.part")) if folder.is_dir() else []
+    named = [(path, _PARTIAL.fullmatch(path.name)) for path in found if path.is_file()]
+    removed = [path for path, match in named if match is not None and ours(match[1])]
+    for path in removed:
+        path.unlink(missing_ok=True)
+    return removed
 
 
 def sync_file(path: Path) -> None:

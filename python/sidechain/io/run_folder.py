@@ -24,6 +24,7 @@ __all__ = [
     "RunFolder",
     "digest",
     "facts",
+    "nan_to_none",
     "read_settings",
     "read_table",
     "write_json",
@@ -63,7 +64,7 @@ def read_table(path: Path) -> pd.DataFrame:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON atomically; undefined values (NaN) become null."""
-    text = json.dumps(_nan_to_none(content), indent=1, default=str, allow_nan=False)
+    text = json.dumps(nan_to_none(content), indent=1, default=str, allow_nan=False)
     write_text(path, text + "\n")
 
 
@@ -78,16 +79,19 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path}: expected JSON, got {error}") from None
+    except RecursionError:
+        raise InputError(f"{path}: expected JSON, got too many levels") from None
     if not isinstance(content, dict):
         raise InputError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content
 
 
-def _nan_to_none(content: Any) -> Any:
+def nan_to_none(content: Any) -> Any:
+    """Return JSON values with null for NaN and infinity, which strict JSON does not have."""
     if isinstance(content, Mapping):
-        return {key: _nan_to_none(value) for key, value in content.items()}
+        return {key: nan_to_none(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
-        return [_nan_to_none(value) for value in content]
+        return [nan_to_none(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 

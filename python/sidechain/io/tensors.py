@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .._errors import InputError
 from .atomic import replacing
+from .run_folder import nan_to_none
 
 KEY = "sidechain"  # of the metadata in the header
 
@@ -28,9 +29,9 @@ def write_tensors(
     Args:
         path: of the file.
         tensors: any device and layout.
-        metadata: plain values, with `format` and `format_version` among them.
+        metadata: plain values, with `format` and `format_version` among them; NaN becomes null.
     """
-    text = json.dumps(metadata, sort_keys=True, default=str)
+    text = json.dumps(nan_to_none(metadata), sort_keys=True, default=str, allow_nan=False)
     return write_safetensors(path, tensors, {KEY: text})
 
 

@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from .model import Codes, Sae
     from .normaliser import Normaliser
     from .training.finishing import finish
+    from .training.loggers import LOGGERS
     from .training.mesh import Mesh, from_environment
-    from .training.options import LOGGERS, DataOptions, RunOptions
+    from .training.options import DataOptions, RunOptions
     from .training.pipeline_source import PipelineSource
     from .training.rows import Rows
     from .training.sources import ArraySource, Source, StoreSource
@@ -53,7 +54,8 @@ lazy(
         **dict.fromkeys(("Codes", "Sae"), ".model"),
         "Normaliser": ".normaliser",
         "finish": ".training.finishing",
-        **dict.fromkeys(("LOGGERS", "DataOptions", "RunOptions"), ".training.options"),
+        "LOGGERS": ".training.loggers",
+        **dict.fromkeys(("DataOptions", "RunOptions"), ".training.options"),
         **dict.fromkeys(("Mesh", "from_environment"), ".training.mesh"),
         "PipelineSource": ".training.pipeline_source",
         "Rows": ".training.rows",

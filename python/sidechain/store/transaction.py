@@ -3,9 +3,7 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import re
 import time
 import zlib
@@ -287,26 +285,6 @@ def clean(folder: Path, manifest: Manifest | None) -> list[str]:
             path.unlink()
             removed.append(name)
     return removed
-
-
-class Lock:
-    """A lock for one writer at a time; the kernel releases it when the process ends."""
-
-    def __init__(self, folder: Path) -> None:
-        self._descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self._descriptor)
-            raise RuntimeError(
-                f"store: expected to be the only writer of {folder}, got another one at work"
-            ) from None
-
-    def release(self) -> None:
-        """Release the lock."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
 
 
 def check_facts(found: Manifest, wanted: Manifest, folder: Path) -> None:

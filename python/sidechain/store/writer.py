@@ -16,13 +16,15 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from ..io.atomic import write_atomic
+from ..io.lock import Lock
 from .labels import BroadcastLabels, read_labels
 from .manifest import DTYPES, MANIFEST, Manifest, SiteEntry, site_folder
 from .options import Storage
 from .queue import WriteQueue
-from .transaction import Appender, Lock, TransactionBatch, check_facts, clean
+from .transaction import Appender, TransactionBatch, check_facts, clean
 
 MODES = ("create", "append", "resume")
+LOCK = ".lock"
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -68,7 +70,7 @@ class ActivationWriter:
         if mode not in MODES:
             raise ValueError(f"store: expected mode to be one of {', '.join(MODES)}, got {mode!r}")
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = Lock(self.folder)
+        self._lock = Lock(self.folder / LOCK, "store: expected to be the only writer of a folder")
         try:
             manifest = _open(self.folder, wanted, mode)
             self._appender = Appender(self.folder, manifest, storage)

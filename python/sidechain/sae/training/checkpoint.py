@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import warnings
-import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors
 import safetensors.torch
@@ -28,16 +27,26 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...io.atomic import naming, sync_folder, write_text
+from ...io.run_folder import nan_to_none
 from ...io.tensors import write_safetensors
 from ..normaliser import Normaliser
+from .checkpoint_files import (
+    FORMAT,
+    MANIFEST,
+    VERSION,
+    check_tensors,
+    checksum,
+    complete,
+    read_manifest,
+    step,
+)
+from .machine import machine
 from .mesh import Mesh
 from .state import TrainState
 
-FORMAT = "sidechain.sae.training.checkpoint"
-VERSION = 1
 KEPT = 2
 NORMALISERS = ("normaliser", "target_normaliser")
-_NAME = re.compile(r"step-(\d{9})")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -52,6 +61,11 @@ class Checkpoint:
         """Steps done."""
         return int(self.manifest["step"])
 
+    @property
+    def metrics_bytes(self) -> int:
+        """Length of the metrics file when it was written; 0 = not known."""
+        return int(self.manifest.get("metrics_bytes", 0))
+
 
 def save(folder: Path, state: TrainState, facts: dict[str, Any]) -> Path:
     """Write a checkpoint; every process of a mesh has to call it.
@@ -62,53 +76,72 @@ def save(folder: Path, state: TrainState, facts: dict[str, Any]) -> Path:
         facts: JSON values for the manifest.
 
     Returns:
-        Folder of this checkpoint; older ones than the last two are deleted.
+        Folder of this checkpoint. Older ones than the last two are deleted, and those of later
+        steps, which the run did not go on from because they are damaged.
 
     Raises:
-        OSError: it cannot be written; earlier checkpoints stay.
+        OSError: it cannot be written, by any of the processes; earlier checkpoints stay.
     """
     mesh, target = state.mesh, folder / f"step-{state.step:09d}"
     partial = folder / f".{target.name}.part"
-    if mesh.first:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    mesh.barrier()
-    entry = _write_slice(partial, state) if mesh.data_rank == 0 else None
-    entries = _collect(mesh, entry)
-    if mesh.first:
+
+    def begin() -> None:
+        if partial.exists():
+            shutil.rmtree(partial)
+        with naming(partial):
+            partial.mkdir(parents=True)
+
+    def end() -> None:
         manifest = {
             "format": FORMAT,
             "version": VERSION,
             "step": state.step,
             "dead_total": state.dead_total,
             "files": sorted(entries, key=lambda e: int(e["first"])),
+            "machine": machine(state.device),
             **facts,
         }
-        write_text(partial / "manifest.json", json.dumps(manifest, indent=1))
+        write_text(partial / MANIFEST, json.dumps(nan_to_none(manifest), indent=1))
         if target.exists():  # the same step again, after going back to an earlier checkpoint
             shutil.rmtree(target)
         with naming(target):
             os.replace(partial, target)
             sync_folder(folder)
+        for late in complete(folder):
+            if step(late) > state.step:
+                shutil.rmtree(late)
         prune(folder, keep=KEPT)
-    mesh.barrier()
+
+    _together(mesh, begin if mesh.first else None)
+    own = mesh.data_rank == 0
+    entries = _together(mesh, (lambda: _write_slice(partial, state)) if own else None)
+    _together(mesh, end if mesh.first else None)
     return target
-
-
-def latest(folder: Path) -> Checkpoint | None:
-    """Return the newest checkpoint that is whole; one that is not is named in a warning."""
-    for path in reversed(_complete(folder)):
-        try:
-            return _open(path)
-        except (OSError, ValueError, KeyError) as error:
-            warnings.warn(f"checkpoint: {path} left out: {error}", RuntimeWarning, stacklevel=2)
-    return None
 
 
 def prune(folder: Path, *, keep: int) -> None:
     """Delete all checkpoints but the newest ones."""
-    for old in _complete(folder)[:-keep]:
+    for old in complete(folder)[:-keep]:
         shutil.rmtree(old)
+
+
+def latest(folder: Path, config: dict[str, Any] | None = None) -> Checkpoint | None:
+    """Return the newest checkpoint that is whole and finite; others are named in a warning.
+
+    Args:
+        folder: of all checkpoints of the run.
+        config: of the dictionary that is trained, as JSON values; a checkpoint of another one is
+            left out. None = any.
+    """
+    for path in reversed(complete(folder)):
+        try:
+            found = Checkpoint(path, read_manifest(path, config))
+            check_tensors(path, found.manifest)
+            normalisers(found)
+            return found
+        except (OSError, ValueError, safetensors.SafetensorError) as error:
+            warnings.warn(f"checkpoint: {path} left out: {error}", RuntimeWarning, stacklevel=2)
+    return None
 
 
 def load(checkpoint: Checkpoint, state: TrainState) -> None:
@@ -157,28 +190,30 @@ def _write_slice(folder: Path, state: TrainState) -> dict[str, Any]:
         "first": state.first,
         "stop": state.first + state.size,
         "bytes": path.stat().st_size,
-        "crc32": _checksum(path),
+        "crc32": checksum(path),
     }
 
 
-def _collect(mesh: Mesh, entry: dict[str, Any] | None) -> list[dict[str, Any]]:
-    entries: list[Any] = [entry]
-    if mesh.world > 1:
-        entries = [None] * mesh.world
-        dist.all_gather_object(entries, entry)
-    return [e for e in entries if e is not None]
+def _together(mesh: Mesh, work: Callable[[], T] | None) -> list[T]:
+    """Work in every process (None = nothing to do here) and return all results.
 
-
-def _open(folder: Path) -> Checkpoint:
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    found = manifest.get("format"), manifest.get("version")
-    if found != (FORMAT, VERSION):
-        raise ValueError(f"expected {FORMAT} version {VERSION}, got {found[0]} version {found[1]}")
-    for entry in manifest["files"]:
-        path = folder / entry["file"]
-        if path.stat().st_size != entry["bytes"] or _checksum(path) != entry["crc32"]:
-            raise ValueError(f"expected the bytes that were written, got others in {entry['file']}")
-    return Checkpoint(folder, manifest)
+    Raises:
+        OSError, ValueError: in every process the error of the first one that met one; otherwise
+            the others would wait for it without an end.
+    """
+    if mesh.world == 1:
+        return [] if work is None else [work()]
+    mine: tuple[Any, Exception | None] = (None, None)
+    try:
+        mine = (None if work is None else work(), None)
+    except (OSError, ValueError) as error:
+        mine = (None, error)
+    everyone: list[Any] = [None] * mesh.world
+    dist.all_gather_object(everyone, mine)
+    for _, error in everyone:
+        if error is not None:
+            raise error
+    return [found for found, _ in everyone if found is not None]
 
 
 def _read(checkpoint: Checkpoint, name: str, span: tuple[int, int] | None, like: Tensor) -> Tensor:
@@ -204,17 +239,3 @@ def _read(checkpoint: Checkpoint, name: str, span: tuple[int, int] | None, like:
             f"{list(found.shape)} and {found.dtype}"
         )
     return found
-
-
-def _complete(folder: Path) -> list[Path]:
-    if not folder.is_dir():
-        return []
-    return sorted(p for p in folder.iterdir() if p.is_dir() and _NAME.fullmatch(p.name))
-
-
-def _checksum(path: Path) -> int:
-    total = 0
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            total = zlib.crc32(block, total)
-    return total

@@ -11,6 +11,7 @@ from torch import Tensor
 from ...store import RunningStatistics, Statistics
 from ...store.finite import bad_rows
 from ..normaliser import Normaliser
+from .checks import check_varying
 
 
 def fit(statistics: Statistics, kind: str, *, centre: bool, **grid: Any) -> Normaliser:
@@ -21,7 +22,11 @@ def fit(statistics: Statistics, kind: str, *, centre: bool, **grid: Any) -> Norm
         kind: "step", "global" or "none".
         centre: subtract the mean; otherwise only scale.
         **grid: timesteps and sigmas by step, where known.
+
+    Raises:
+        InputError: rows that do not vary.
     """
+    check_varying(statistics, kind)
     if kind == "none":
         return Normaliser.identity(statistics.width)
     steps = sorted({step for step, _ in statistics.cells})

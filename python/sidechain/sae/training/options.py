@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-LOGGERS = ("tensorboard", "wandb")
-
+from .loggers import LOGGERS
 
 @dataclass(frozen=True)
 class DataOptions:

@@ -52,6 +52,14 @@ class RunRecord:
         record.content = _whole(record._path)
         return record
 
+    def is_finished(self) -> bool:
+        """Return whether the file says that the run has ended; damaged or missing = it has not."""
+        try:
+            self.content = _whole(self._path)
+        except (InputError, OSError):
+            return False
+        return self.finished is not None
+
     def create(self) -> None:
         """Write the file if it is not there."""
         if not self._path.exists():

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import sys
@@ -22,8 +23,10 @@ from ..normaliser import Normaliser
 from . import checkpoint
 from .bad_rows import checked
 from .finishing import CHECKPOINTS, RESULT, dictionary, logged, say_early, with_held_out
+from .folder import RunLock
 from .interrupt import StopRequest
 from .log import Log
+from .machine import say_other_machine
 from .mesh import Mesh
 from .opening import available, check_source, check_stream, source_of, targeted
 from .options import DataOptions, RunOptions
@@ -41,8 +44,9 @@ class Trainer:
 
     The folder holds `run.json` (settings), `metrics.jsonl`, `checkpoints/` and, at the end,
     `sae.safetensors`. The same call again goes on from the last checkpoint and ends with the same
-    weights, bit for bit, as if it had never stopped, also after `kill -9`; on another number of
-    processes equal up to rounding.
+    weights, bit for bit, as if it had never stopped, also after `kill -9`; equal up to rounding on
+    another number of processes or threads, and where another instruction set, torch or device
+    computes, which a note says. One process trains in a folder at a time.
 
     Args:
         config: what to train.
@@ -56,6 +60,7 @@ class Trainer:
     Raises:
         InputError, ValueError: widths or a target that do not fit the source, more tokens than it
             has, or a folder with a run of other settings or other rows.
+        RuntimeError: another process trains in the folder.
     """
 
     def __init__(
@@ -82,6 +87,7 @@ class Trainer:
         }
         self.record = RunRecord(self.out, {**self._facts, "provenance": self._origin().to_json()})
         self._skipped = 0
+        self._lock: RunLock | None = None
 
     @property
     def result(self) -> Path:
@@ -101,47 +107,58 @@ class Trainer:
             KeyboardInterrupt, SystemExit: after Ctrl-C or SIGTERM; a checkpoint of the step it was
                 in is written first (in a mesh, of the next step that is logged).
         """
-        self.claim()
-        if self.record.finished is not None and self.result.exists():
-            say_early(self.record, self.out, self.train.steps)
-            return Sae.load(self.result)
+        try:
+            self.claim()
+            if self.record.finished is not None and self.result.exists():
+                say_early(self.record, self.out, self.train.steps)
+                return Sae.load(self.result)
+            return self._run()
+        finally:
+            if self._lock is not None:
+                self._lock.release()
+                self._lock = None
+
+    def _run(self) -> Sae:
         state, offset = self._begin()
         metrics = Metrics(state)
-        log = self._log(state, offset)
-        try:
+        with self._log(state, offset) or contextlib.nullcontext() as log:
             with StopRequest() as request:
                 last = self._loop(state, metrics, log, request)
             return self._finish(state, log, last)
-        finally:
-            if log is not None:
-                log.close()
 
     # -- beginning ------------------------------------------------------------------------------
 
     def claim(self) -> None:
         """Make the folder that of this run, or check that it is; `run` does so first.
 
+        It is locked until `run` has ended, and what a killed process left half written is removed.
+        A run that is finished and stays as it is is only read.
+
         Raises:
             InputError: it holds a run with other settings or of other rows.
+            RuntimeError: another process trains there.
             OSError: it cannot be written.
         """
+        reason = self._options.reason
+        only_read = self.result.exists() and self.record.is_finished() and not reason
+        if self._lock is None and not self.mesh.agree(only_read):
+            self._lock = RunLock(self.out, self.mesh)
         if self.mesh.first:
-            self.out.mkdir(parents=True, exist_ok=True)
             self.record.create()
         self.mesh.barrier()
-        found = checkpoint.latest(self.out / CHECKPOINTS)
+        found = checkpoint.latest(self.out / CHECKPOINTS) if reason else None
         step = 0 if found is None else found.step
-        changed = self.record.compare(self._options.reason, step * self.train.batch)
+        changed = self.record.compare(reason, step * self.train.batch)
         self.mesh.barrier()
-        early = (self.record.finished or {}).get("early") and self._options.reason
+        early = (self.record.finished or {}).get("early") and reason
         if (changed or early) and self.mesh.first:
             if self.result.exists():  # of the settings before
                 os.replace(self.result, self.out / f"sae-step-{step:09d}.safetensors")
-            self.record.change(changed, self._options.reason, step)
+            self.record.change(changed, reason, step)
         self.mesh.barrier()
 
     def _begin(self) -> tuple[TrainState, int]:
-        found = checkpoint.latest(self.out / CHECKPOINTS)
+        found = checkpoint.latest(self.out / CHECKPOINTS, self._facts["config"])
         if found is None:
             own, target = self._normalisers()
         else:
@@ -152,7 +169,9 @@ class Trainer:
         checkpoint.load(found, state)
         self._skipped = int(found.manifest.get("skipped_rows", 0))
         check_stream(self.source, found)
-        return state, int(found.manifest["metrics_bytes"])
+        if self.mesh.first:
+            say_other_machine(found.manifest.get("machine"), self.device, state.step)
+        return state, found.metrics_bytes
 
     def _normalisers(self) -> tuple[Normaliser, Normaliser | None]:
         looked_at = getattr(self.source, "bad_rows", None)

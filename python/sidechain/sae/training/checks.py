@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of rows before a run begins."""
+
+from __future__ import annotations
+
+from ..._errors import InputError
+from ...store import RunningStatistics, Statistics
+
+#: Of the mean square: far above the rounding of sums in float64 (1e-32), far below the variance of
+#: a million rows in which one element differs by one unit of float32 (1e-23).
+_ROUNDING = 1e-28
+
+
+def check_varying(statistics: Statistics, kind: str) -> None:
+    """Refuse rows that do not vary: no scale fits them, and there is nothing to learn.
+
+    Columns that do not vary are fine as long as another one does.
+
+    Args:
+        statistics: of the rows that a normaliser is fitted to.
+        kind: "step", "global" or "none"; with "step" the rows of every step have to vary, with
+            "none" nothing is fitted and nothing looked at.
+
+    Raises:
+        InputError: all rows (of a step) are equal, or a step has one row.
+    """
+    if kind == "none":
+        return
+    steps = sorted({step for step, _ in statistics.cells}) if kind == "step" else []
+    for step in steps or [None]:
+        known = statistics.total(None if step is None else [step])
+        if known.count == 0 or _varies(known):
+            continue
+        where = "" if step is None else f" at step {step}"
+        count = "one" if known.count == 1 else f"{known.count} constant ones"
+        raise InputError(
+            f"train: expected rows that vary [they are normalised by their variance], got {count}"
+            f"{where}"
+        )
+
+
+def _varies(known: RunningStatistics) -> bool:
+    width = max(1, len(known.mean))
+    mean_square = known.norm_squares / known.count / width
+    # NaN is not constant; whoever looks for bad rows names the row.
+    return not float(known.variance.mean()) <= _ROUNDING * mean_square
