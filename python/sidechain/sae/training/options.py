@@ -9,6 +9,7 @@ from typing import Any
 
 from .loggers import LOGGERS
 
+
 @dataclass(frozen=True)
 class DataOptions:
     """How own activations are read.
