@@ -3,8 +3,9 @@ import pytest
 import torch
 
 from sidechain.sae import Normaliser, Sae, SaeConfig
-from sidechain.sae.features.evaluate import measure, top_examples
-from sidechain.store import ActivationStore, ActivationWriter, Storage
+from sidechain.sae.features.evaluate import measure
+from sidechain.sae.features.top import top_examples
+from sidechain.store import ActivationStore, ActivationWriter, ArrayRows, Storage
 
 D, F, STEPS, PROMPTS, TOKENS = 5, 12, (0, 3), 4, 7
 
@@ -112,10 +113,44 @@ def test_top_examples_are_the_largest_of_each_prompt(store, batch):
 def test_bad_input(store, tmp_path):
     with pytest.raises(ValueError, match=r"features within \[0, 12\), got 12"):
         top_examples(dictionary("topk"), store, [12], 1)
-    with ActivationWriter(tmp_path / "nameless", {"s": D}) as writer:
+    with ActivationWriter(tmp_path / "some", {"s": D}) as writer:
         writer.write({"s": torch.zeros(3, D)})
-    nameless = ActivationStore(tmp_path / "nameless")
-    with pytest.raises(ValueError, match="rows that know their prompts"):
-        top_examples(dictionary("topk"), nameless, [1], 1)
+        writer.write({"s": torch.zeros(3, D)}, prompt=0)
+    some = ActivationStore(tmp_path / "some")
+    with pytest.raises(ValueError, match="all know their prompts, or none"):
+        top_examples(dictionary("topk"), some, [1], 1)
     with pytest.raises(ValueError, match="expected a store with rows, got an empty one"):
-        measure(dictionary("topk"), ActivationStore(tmp_path / "nameless", prompts=[5]))
+        measure(dictionary("topk"), ActivationStore(tmp_path / "some", prompts=[5]))
+    with pytest.raises(ValueError, match="expected rows of width 5, got 6"):
+        measure(dictionary("topk"), ArrayRows(torch.ones(3, D + 1)))
+    with pytest.raises(ValueError, match="expected an autoencoder"):
+        measure(Sae(SaeConfig(D, F, "topk", k=1, transcoder=True)), ArrayRows(torch.ones(3, D)))
+    with pytest.raises(ValueError, match=r"expected finite rows .*got row 1"):
+        measure(dictionary("topk"), ArrayRows(torch.tensor([[1.0], [torch.nan]]).expand(2, D)))
+
+
+@pytest.mark.parametrize("batch", [4096, 5])
+def test_rows_without_prompts_stand_for_themselves(store, batch):
+    """An array says no prompts; its rows know their steps here, as those of the store."""
+    sae = dictionary("topk")
+    rows = torch.arange(len(store))
+    array = ArrayRows(store.read(rows), steps=store.labels(rows).step)
+    assert measure(sae, array, batch=batch).fvu == measure(sae, store).fvu
+    _, kept, _, _ = dense(sae, store)
+    found = top_examples(sae, array, [2, 4, 9], 5, batch=batch)
+    assert found[4] == []
+    for feature in (2, 9):
+        values, order = kept[:, feature].sort(descending=True, stable=True)
+        assert [example.row for example in found[feature]] == order[:5].tolist()
+        assert [e.value for e in found[feature]] == pytest.approx(values[:5].tolist(), rel=1e-5)
+        assert all(e.prompt == -1 and e.token == e.row for e in found[feature])
+
+
+def test_equal_activations_give_the_lower_rows(store):
+    sae = dictionary("topk")
+    x = store.read(torch.arange(8))
+    twice = ArrayRows(torch.cat([x, x, x]), steps=torch.zeros(24, dtype=torch.int64))
+    once = top_examples(sae, twice, [2], 24, batch=7)[2]
+    assert [e.row for e in once] == sorted((e.row for e in once), key=lambda n: (
+        -next(e.value for e in once if e.row == n), n))  # fmt: skip
+    assert once[0].row < 8 and once[1].row == once[0].row + 8

@@ -24,9 +24,10 @@ from sidechain.sae import (
     finish,
     train,
 )
+from sidechain.sae.features.evaluate import measure
 from sidechain.sae.training import streams
 from sidechain.sae.training.bad_rows import checked
-from sidechain.store import ActivationStore, ActivationWriter, Storage
+from sidechain.store import ActivationStore, ActivationWriter, ArrayRows, Storage, split
 from sidechain.testing import tiny_pipeline
 
 D = 24
@@ -348,7 +349,9 @@ class TestTokens:
         sae = run(x, tmp_path, tokens=None, held_out=0.25, epochs=4, k=4, lr=3e-3)
         assert sae.provenance.tokens == 4 * 3072
         metrics = sae.provenance.metrics
-        assert 0 < metrics["fvu"] < metrics["held_out_fvu"] < 1
+        held = split(ArrayRows(x), 0.25)[1]
+        assert metrics["held_out_fvu"] == pytest.approx(measure(sae, held).fvu, rel=1e-6)
+        assert 0.1 < metrics["held_out_fvu"] < 1 and metrics["held_out_l0"] > 0
 
 
 # -- what rows look like --------------------------------------------------------------------------

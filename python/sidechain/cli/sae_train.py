@@ -179,7 +179,7 @@ def run(settings: SaeTrainSettings, given: Mapping[str, Any]) -> int:
         device=_device(settings),
         loggers=settings.log,
         reason=settings.reason,
-        held_out=held_out,
+        held_out_rows=held_out,
     )
     trainer.claim()
     if trainer.mesh.first:

@@ -7,8 +7,9 @@ for batch in acts["cross:5"].batches(4096, seed=0, normalise="step"):
 """
 
 from ..pipelines.generate import Sampling
-from .arrays import ArrayRows, open_rows, split
+from .arrays import ArrayRows, split
 from .batches import Batch, Batches
+from .files import open_rows
 from .labels import Labels
 from .options import BatchOptions, Storage
 from .reader import ActivationStore
@@ -20,6 +21,7 @@ from .writer import ActivationWriter
 __all__ = [
     "ActivationStore",
     "ActivationWriter",
+    "ArrayRows",
     "Batch",
     "BatchOptions",
     "Batches",
@@ -29,5 +31,7 @@ __all__ = [
     "Sampling",
     "Statistics",
     "Storage",
+    "open_rows",
     "record",
+    "split",
 ]

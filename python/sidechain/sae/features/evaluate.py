@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ...store import ActivationStore
+from ..._errors import InputError
+from ...store import Batches, BatchOptions
+from ...store.protocol import RowReader
 from ..model import Codes, Sae
 
 
@@ -39,23 +41,29 @@ class Health:
     density: Tensor
 
 
-def measure(sae: Sae, store: ActivationStore, *, batch: int = 4096) -> Health:
-    """Encode and reconstruct every row of a store, and return the metrics.
+def measure(sae: Sae, rows: RowReader, *, batch: int = 4096) -> Health:
+    """Encode and reconstruct all rows of a reader, and return the metrics.
+
+    Args:
+        sae: an autoencoder.
+        rows: a store, `ArrayRows`, or others that are read by number.
+        batch: rows at a time.
 
     Raises:
-        ValueError: an empty store, another width, or steps the dictionary does not know.
+        InputError: no rows, bad ones, those of another width, or a transcoder, whose targets they
+            are not.
+        ValueError: steps the dictionary does not know.
     """
-    if not len(store):
-        raise ValueError("measure: expected a store with rows, got an empty one")
+    _check(sae, rows)
     device, features = sae.w_enc.device, sae.config.features
-    steps = torch.unique(store.labels(torch.arange(len(store))).step)
+    steps = torch.unique(rows.labels(np.arange(len(rows))).step)
     slots, width = len(steps), sae.config.d_in
     errors, squares, counts = (torch.zeros(slots, dtype=torch.float64) for _ in range(3))
     sums = torch.zeros(slots, width, dtype=torch.float64)
     fired = torch.zeros(features, dtype=torch.int64)
-    for got in store.batches(batch, shuffle="off", labels=True, drop_last=False, device=device):
+    for got in in_order(rows, batch, device):
         assert got.labels is not None
-        x, step = got.x.float(), got.step
+        x, step = got.x.float(), got.step if has_steps(rows) else None
         with torch.no_grad():
             codes = sae.encode(x, step=step)
             y = sae.normaliser.normalise(x, step)
@@ -67,23 +75,42 @@ def measure(sae: Sae, store: ActivationStore, *, batch: int = 4096) -> Health:
         counts.index_add_(0, place, torch.ones(len(x), dtype=torch.float64))
         fired += active_counts(codes, features).cpu()
     variance = squares - sums.square().sum(1) / counts
-    scale = _scales(sae, steps).square()
+    scale = _scales(sae, steps if has_steps(rows) else None).square().expand(slots)
     return Health(
-        rows=len(store),
+        rows=len(rows),
         fvu=float(errors.sum() / variance.sum()),
         raw_fvu=float((scale * errors).sum() / (scale * variance).sum()),
         steps=steps,
         step_fvu=errors / variance,
-        l0=float(fired.sum() / len(store)),
+        l0=float(fired.sum() / len(rows)),
         dead=float((fired == 0).double().mean()),
-        density=fired.double() / len(store),
+        density=fired.double() / len(rows),
     )
 
 
-def _scales(sae: Sae, steps: Tensor) -> Tensor:
-    entry = sae.normaliser.entry(steps.to(sae.w_enc.device))
-    scale = sae.normaliser.scale[entry].double().cpu()
-    return scale.expand(len(steps))
+def has_steps(rows: RowReader) -> bool:
+    """Return whether rows know their scheduler steps; those of a store do."""
+    return bool(getattr(rows, "has_steps", True))
+
+
+def _check(sae: Sae, rows: RowReader) -> None:
+    if not len(rows):
+        raise InputError("measure: expected a store with rows, got an empty one")
+    if sae.config.transcoder:
+        raise InputError("measure: expected an autoencoder, got a transcoder")
+    if rows.width != sae.config.d_in:
+        raise InputError(f"measure: expected rows of width {sae.config.d_in}, got {rows.width}")
+
+
+def in_order(rows: RowReader, batch: int, device: torch.device) -> Batches:
+    """Return all rows in batches, bad ones refused."""
+    options = BatchOptions(batch, shuffle="off", labels=True, drop_last=False, on_bad_rows="error")
+    return Batches(rows, options, device=device)
+
+
+def _scales(sae: Sae, steps: Tensor | None) -> Tensor:
+    entry = sae.normaliser.entry(None if steps is None else steps.to(sae.w_enc.device))
+    return sae.normaliser.scale[entry].double().cpu()
 
 
 def active_counts(codes: Codes, features: int) -> Tensor:
@@ -99,69 +126,3 @@ def rows_of(codes: Codes) -> Tensor:
         return rows[:, None].expand_as(codes.values)
     counts = codes.offsets.diff()
     return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
-
-
-@dataclass(frozen=True)
-class TopExample:
-    """A place where a feature is large: prompt, scheduler step, token, and its activation there."""
-
-    prompt: int
-    step: int
-    token: int
-    value: float
-
-
-def top_examples(
-    sae: Sae, store: ActivationStore, features: Sequence[int], count: int, *, batch: int = 4096
-) -> dict[int, list[TopExample]]:
-    """Return the largest activations of some features, at most one for each prompt, largest first.
-
-    Raises:
-        ValueError: a feature that is not there, or rows without prompts.
-    """
-    unknown = [f for f in features if not 0 <= f < sae.config.features]
-    if unknown:
-        raise ValueError(
-            f"top_examples: expected features within [0, {sae.config.features}), got {unknown[0]}"
-        )
-    labels = store.labels(torch.arange(len(store)))
-    if not len(store) or int(labels.prompt.min()) < 0:
-        raise ValueError("top_examples: expected rows that know their prompts, got others")
-    place = torch.full((sae.config.features,), -1)
-    place[torch.tensor(list(features), dtype=torch.int64)] = torch.arange(len(features))
-    prompts = int(labels.prompt.max()) + 1
-    best = torch.zeros(len(features) * prompts)
-    where = torch.full((len(features) * prompts,), -1)
-    device = sae.w_enc.device
-    for got in store.batches(batch, shuffle="off", labels=True, drop_last=False, device=device):
-        assert got.labels is not None
-        with torch.no_grad():
-            codes = sae.encode(got.x.float(), step=got.step)
-        indices = codes.indices.long().cpu().flatten()
-        slot = torch.where(indices >= 0, place[indices.clamp(min=0)], -1)
-        found = torch.nonzero(slot >= 0)[:, 0]
-        row = rows_of(codes).cpu().flatten()[found]
-        value = codes.values.cpu().flatten()[found]
-        cell = slot[found] * prompts + got.labels.prompt[row]
-        peak = torch.zeros_like(best).scatter_reduce(0, cell, value, "amax")
-        at_peak = value == peak[cell]
-        first = torch.full_like(where, len(store)).scatter_reduce(
-            0, cell[at_peak], got.rows[row[at_peak]], "amin"
-        )
-        better = peak > best
-        best, where = torch.where(better, peak, best), torch.where(better, first, where)
-    made: dict[int, list[TopExample]] = {}
-    for index, feature in enumerate(features):
-        values = best[index * prompts : (index + 1) * prompts]
-        ranked = torch.sort(values, descending=True, stable=True).indices[:count]
-        numbers = [int(where[index * prompts + int(p)]) for p in ranked if values[p] > 0]
-        made[int(feature)] = [
-            TopExample(
-                int(labels.prompt[n]),
-                int(labels.step[n]),
-                int(labels.token[n]),
-                float(values[int(labels.prompt[n])]),
-            )
-            for n in numbers
-        ]
-    return made

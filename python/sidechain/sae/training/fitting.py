@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ...store import RunningStatistics, Statistics
-from ...store.finite import bad_rows
 from ..normaliser import Normaliser
 from .checks import check_varying
 
@@ -48,19 +47,3 @@ def _table(known: RunningStatistics, centre: bool) -> tuple[Tensor, Tensor]:
         return known.mean.float(), torch.tensor(known.scale)
     second = known.norm_squares / max(1, known.count) / len(known.mean)
     return torch.zeros(len(known.mean)), torch.tensor(second**0.5 or 1.0)
-
-
-def count_rows(statistics: Statistics, x: Tensor, step: Tensor | None) -> None:
-    """Add rows [n, d] with steps [n] to statistics; bad rows are left out."""
-    x = x.detach().cpu()
-    step = None if step is None else step.cpu()
-    bad = bad_rows(x)
-    if len(bad):
-        keep = torch.ones(len(x), dtype=torch.bool)
-        keep[bad] = False
-        x, step = x[keep], None if step is None else step[keep]
-    if step is None:
-        statistics.at((0, 0)).add(x)
-        return
-    for number in step.unique().tolist():
-        statistics.at((number, 0)).add(x[step == number])

@@ -54,13 +54,13 @@ class RunOptions:
         loggers: of `LOGGERS`; one that is not installed is named, not an error.
         reason: why settings differ from those that the run in the folder was started with (tokens,
             lr, k, ...; others never may); kept in `run.json` and in the dictionary.
-        held_out: rows to measure the dictionary on at the end, read by number (`RowReader`).
+        held_out_rows: to measure the dictionary on at the end, read by number (`RowReader`).
     """
 
     progress: bool = True
     loggers: Sequence[str] = ()
     reason: str = ""
-    held_out: Any = None
+    held_out_rows: Any = None
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.loggers if name not in LOGGERS]

@@ -18,13 +18,14 @@ from ...pipelines import SitePattern, config_hash
 from ...pipelines import sites as list_sites
 from ...pipelines.generate import generate, model_name, quiet_settings
 from ...store import Permutation, Statistics
+from ...store.arrays import add_good
 from ...taps.options import Where
 from ...taps.stream import StepRows, StreamTap
 from ..config import Provenance
 from ..initialise import mix
 from ..normaliser import Normaliser
 from .bad_rows import BadRows, find
-from .fitting import count_rows, fit
+from .fitting import fit
 from .mesh import Mesh
 from .rows import Rows, join, selected
 
@@ -109,7 +110,7 @@ class PipelineSource:
         for place, x in enumerate((rows.x, rows.target)):
             if x is not None:
                 statistics = Statistics(x.shape[1])
-                count_rows(statistics, x, rows.step)
+                add_good(statistics, x, rows.step)
                 made[place] = fit(statistics, kind, centre=centre, **grid)
         return made[0] or Normaliser.identity(rows.x.shape[1]), made[1]
 

@@ -12,13 +12,14 @@ from torch import Tensor
 
 from ..._errors import InputError
 from ...store import ActivationStore, Batches, BatchOptions, Statistics
+from ...store.arrays import BadFound, statistics_of
 from ...store.finite import LARGEST, bad_rows
 from ...store.protocol import RowReader
 from ...store.shard import decode
 from ..config import Provenance
 from ..normaliser import Normaliser
 from .bad_rows import BadRows
-from .fitting import count_rows, fit
+from .fitting import fit
 from .mesh import Mesh
 from .rows import Rows
 
@@ -123,23 +124,23 @@ class ReaderSource:
         return made[0], made[1] if len(made) > 1 else None
 
     def _statistics(self, reader: RowReader) -> Statistics:
-        """Return statistics of the good rows; counted here where bad ones are among the kept."""
+        """Return statistics of the good rows; counted here where bad ones are among the known.
+
+        Raises:
+            InputError: there are bad ones and they are not left out.
+        """
         known = reader.statistics
-        if all(cell.finite() and cell.norm_max <= LARGEST for cell in known.cells.values()):
+        first = getattr(reader, "bad", BadFound(0, -1)).first
+        whole = all(cell.finite() and cell.norm_max <= LARGEST for cell in known.cells.values())
+        if first < 0 and whole:
             return known
-        counted = Statistics(reader.width)
-        for numbers in torch.arange(len(reader)).split(1 << 16):
-            stored = torch.empty(len(numbers), reader.row_bytes, dtype=torch.uint8)
-            reader.gather(numbers.numpy(), stored.numpy())
-            x = decode(stored, reader.dtype, reader.width)
-            bad = bad_rows(x)
-            if len(bad) and self.bad_rows.policy == "error":
-                raise InputError(
-                    f"{type(self).__name__}: expected finite rows [and finite squares], got row "
-                    f"{int(numbers[bad[0]])}: leave it out, or set on_bad_rows='skip'"
-                )
-            count_rows(counted, x, reader.labels(numbers.numpy()).step)
-        return counted
+        if self.bad_rows.policy == "error":
+            first = _first_bad(reader) if first < 0 else first
+            raise InputError(
+                f"{type(self).__name__}: expected finite rows [and finite squares], got row "
+                f"{first}: leave it out, or set on_bad_rows='skip'"
+            )
+        return known if whole else statistics_of(reader)
 
     def batches(self, batch: int, start: int, mesh: Mesh, device: torch.device) -> Iterator[Rows]:
         """Yield rows from batch number `start` on."""
@@ -235,6 +236,16 @@ class ArraySource(ReaderSource):
     def provenance(self) -> Provenance:
         """Return the names of the rows."""
         return Provenance(source=str(getattr(self.reader, "name", "rows")))
+
+
+def _first_bad(reader: RowReader) -> int:
+    for numbers in torch.arange(len(reader)).split(1 << 14):
+        stored = torch.empty(len(numbers), reader.row_bytes, dtype=torch.uint8)
+        reader.gather(numbers.numpy(), stored.numpy())
+        bad = bad_rows(decode(stored, reader.dtype, reader.width))
+        if len(bad):
+            return int(numbers[bad[0]])
+    return -1
 
 
 def _labelled(reader: RowReader) -> bool:

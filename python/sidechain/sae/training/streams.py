@@ -15,11 +15,12 @@ from torch import Tensor
 from ..._device import send
 from ..._errors import InputError
 from ...store import Permutation, Statistics
+from ...store.arrays import add_good
 from ..config import Provenance
 from ..initialise import mix
 from ..normaliser import Normaliser
 from .bad_rows import BadRows
-from .fitting import count_rows, fit
+from .fitting import fit
 from .mesh import Mesh
 from .rows import Item, Rows, as_rows, join, selected
 
@@ -203,9 +204,9 @@ class _Head:
         self.checksums.append(self.checksum)
         if only_checksum:
             return
-        count_rows(self.statistics[0], rows.x, rows.step)
+        add_good(self.statistics[0], rows.x, rows.step)
         if rows.target is not None:
-            count_rows(self.statistics[1], rows.target, rows.step)
+            add_good(self.statistics[1], rows.target, rows.step)
 
     def check(self, rows: Rows, number: int) -> None:
         """Refuse rows that have other parts or widths than the first ones.

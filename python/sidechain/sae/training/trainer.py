@@ -325,8 +325,8 @@ class Trainer:
         sae = dictionary(
             state, self._origin(), self.record, metrics=metrics, skipped=self._count_skipped()
         )
-        if self._options.held_out is not None:
-            sae.provenance = with_held_out(sae, self._options.held_out)
+        if self._options.held_out_rows is not None:
+            sae.provenance = with_held_out(sae, self._options.held_out_rows)
         if self.mesh.first:
             sae.save(self.result)
         self._save(state, log)
@@ -377,7 +377,7 @@ def train(
         out,
         mesh=mesh,
         device=device,
-        held_out=held_out,
+        held_out_rows=held_out,
         **running,
     ).run()
 

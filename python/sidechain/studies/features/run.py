@@ -20,13 +20,14 @@ from ..._errors import InputError
 from ...io.run_folder import RunFolder, write_json, write_table
 from ...report.data import Clip
 from ...sae import Sae
-from ...sae.features.evaluate import Health, TopExample, measure, top_examples
+from ...sae.features.evaluate import Health, measure
 from ...sae.features.scoring import (
     METHODS,
     FeatureStatistics,
     feature_statistics,
     on_grid,
 )
+from ...sae.features.top import TopExample, top_examples
 from ...store import ActivationStore, Sampling, record
 from ...zoo.music.captions import fresh_captions
 from ...zoo.music.compose import CLIP_SECONDS

@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Open files of activations that other programs wrote as rows: mapped where the format allows it.
+
+| files               | read how                                                                  |
+|---------------------|---------------------------------------------------------------------------|
+| .npy                | mapped                                                                    |
+| .safetensors        | mapped; `column` names the tensor where there are several                 |
+| .pt, .pth           | mapped; tensors only, no code is run; `column` names one of a dictionary  |
+| .arrow, .feather    | mapped where not compressed; a column of lists, or float columns          |
+| .parquet            | held in memory: its pages are compressed                                  |
+| folder              | files of one of these kinds, in natural order (2 before 10)               |
+| `datasets.Dataset`  | as .arrow                                                                 |
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from .._errors import InputError
+from .arrays import ArrayRows
+
+
+def open_rows(source: Any, *, column: str | None = None, steps: Any = None) -> ArrayRows:
+    """Open rows that are in files.
+
+    Args:
+        source: a file, a folder of files of one kind, or a `datasets.Dataset`.
+        column: of a table, or name of the tensor in a file of several.
+        steps: scheduler step of each row, see `ArrayRows`.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        InputError: another or a damaged kind of file, or a column that is not there.
+        TypeError, ValueError: see `ArrayRows`.
+        ModuleNotFoundError: pyarrow is needed and not installed.
+    """
+    if not isinstance(source, str | os.PathLike):
+        return ArrayRows(_dataset(source, column), steps=steps, name="dataset")
+    path = Path(source)
+    if not path.exists():
+        raise FileNotFoundError(f"rows: expected a file or folder, got nothing at {path}")
+    files = _in_folder(path) if path.is_dir() else [path]
+    read = _reader(files[0])
+    arrays: list[Any] = []
+    for file in files:
+        try:
+            arrays += read(file, column)
+        except (OSError, ValueError, SafetensorError, RuntimeError, EOFError) as error:
+            if isinstance(error, InputError) or (isinstance(error, OSError) and error.errno):
+                raise
+            text = " ".join(str(error).split())[:300]
+            raise InputError(
+                f"rows: expected an intact {file.suffix} file, got {file}: {text}"
+            ) from None
+    return ArrayRows(arrays, steps=steps, name=path.name)
+
+
+def _in_folder(folder: Path) -> list[Path]:
+    """Return the files of a folder, all of one kind that can be read; others are not left out."""
+    found = [p for p in folder.iterdir() if not p.name.startswith(".")]
+    files = sorted((p for p in found if p.suffix in _READERS), key=_natural)
+    other = sorted(p.name for p in found if p.suffix not in _READERS)
+    kinds = sorted({p.suffix for p in files})
+    if len(kinds) != 1:
+        got = ", ".join(kinds) if kinds else ", ".join(other[:5]) or "an empty one"
+        raise InputError(
+            f"rows: expected a folder with files of one of {', '.join(_READERS)}, got {got} in "
+            f"{folder}"
+        )
+    deeper = [p.name for p in found if p.is_dir()]
+    if deeper:
+        raise InputError(
+            f"rows: expected a folder without folders in it, got {sorted(deeper)[0]} in {folder}"
+        )
+    return files
+
+
+def _natural(path: Path) -> list[tuple[int, int, str]]:
+    parts = re.split(r"(\d+)", path.name)
+    return [(1, int(p), "") if p.isdigit() else (0, 0, p) for p in parts]
+
+
+def _reader(file: Path) -> Callable[[Path, str | None], list[Any]]:
+    if file.suffix not in _READERS:
+        raise InputError(
+            f"rows: expected a file of {', '.join(_READERS)}, or a folder of them, got {file}"
+        )
+    return _READERS[file.suffix]
+
+
+def _npy(file: Path, column: str | None) -> list[Any]:
+    _no_column(file, column)
+    return [np.load(file, mmap_mode="r", allow_pickle=False)]
+
+
+def _no_column(file: Path, column: str | None) -> None:
+    if column is not None:
+        raise InputError(f"rows: expected no column with {file} [one array], got {column!r}")
+
+
+def _safetensors(file: Path, column: str | None) -> list[Any]:
+    with safe_open(file, framework="pt") as opened:
+        name = _chosen(list(opened.keys()), column, file)
+        return [opened.get_tensor(name)]
+
+
+def _pickled(file: Path, column: str | None) -> list[Any]:
+    try:
+        content = _restricted(file)
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"rows: expected an intact file of tensors alone, got {file} [a pickle that runs code "
+            f"is not opened]: {' '.join(str(error).split())[-160:]}"
+        ) from None
+    if isinstance(content, Mapping):
+        names = [str(name) for name, value in content.items() if isinstance(value, Tensor)]
+        return [content[_chosen(names, column, file)]]
+    _no_column(file, column)
+    found = list(content) if isinstance(content, list | tuple) else [content]
+    if not found or not all(isinstance(one, Tensor) for one in found):
+        raise InputError(f"rows: expected tensors in {file}, got {type(content).__name__}")
+    return found
+
+
+def _restricted(file: Path) -> Any:
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError:  # no zip file, as of torch before 1.6: it cannot be mapped
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _chosen(names: list[str], column: str | None, where: Any) -> str:
+    if column is None and len(names) == 1:
+        return names[0]
+    if column is None or column not in names:
+        known = ", ".join(sorted(names)[:12]) or "none"
+        got = "none" if column is None else repr(column)
+        raise InputError(f"rows: expected column to be one of {known} [in {where}], got {got}")
+    return column
+
+
+# -- tables ---------------------------------------------------------------------------------------
+
+
+def _arrow(file: Path, column: str | None) -> list[Any]:
+    arrow = _pyarrow(file)
+    mapped = arrow.memory_map(str(file))
+    try:
+        table = arrow.ipc.open_file(mapped).read_all()
+    except arrow.ArrowInvalid:
+        mapped.seek(0)
+        table = arrow.ipc.open_stream(mapped).read_all()
+    return _columns(table, column, file)
+
+
+def _parquet(file: Path, column: str | None) -> list[Any]:
+    _pyarrow(file)
+    from pyarrow import parquet
+
+    found = parquet.ParquetFile(file)
+    names = None if column is None else [_chosen(found.schema_arrow.names, column, file)]
+    return _columns(found.read(columns=names), column, file)
+
+
+def _pyarrow(where: Any) -> Any:
+    try:
+        import pyarrow
+        import pyarrow.ipc
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            f"rows: expected pyarrow to read {where}, got none: pip install pyarrow"
+        ) from None
+    return pyarrow
+
+
+def _dataset(dataset: Any, column: str | None) -> list[Any]:
+    """Return the arrays of a `datasets.Dataset`, its selection and order applied."""
+    if getattr(dataset, "_indices", None) is not None:
+        dataset = dataset.flatten_indices()
+    table = getattr(dataset.data, "table", dataset.data)
+    return _columns(table, column, "the dataset")
+
+
+def _columns(table: Any, column: str | None, where: Any) -> list[Any]:
+    """Return a column of lists as matrices, or the float columns of a table as one."""
+    import pyarrow
+
+    lists = [n for n in table.column_names if _is_list(pyarrow, table.schema.field(n).type)]
+    if column is None and not lists:
+        floats = [
+            n for n in table.column_names if pyarrow.types.is_floating(table.schema.field(n).type)
+        ]
+        if len(floats) != len(table.column_names) or not floats:
+            raise InputError(
+                f"rows: expected a column of lists of floats, or float columns alone, in {where}, "
+                f"got {', '.join(f'{f.name} {f.type}' for f in table.schema)[:200]}"
+            )
+        return [np.stack([table[name].to_numpy() for name in floats], axis=1)]
+    name = _chosen(lists if column is None else table.column_names, column, where)
+    return [_matrix(pyarrow, chunk, f"{name} of {where}") for chunk in table[name].chunks]
+
+
+def _is_list(arrow: Any, kind: Any) -> bool:
+    kind = getattr(kind, "storage_type", kind)
+    types = arrow.types
+    return bool(types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind))
+
+
+def _matrix(arrow: Any, values: Any, what: str) -> Any:
+    """Return a chunk of lists of equal length as an array [n, ..., d], without a copy."""
+    shape = [len(values)]
+    values = getattr(values, "storage", values)
+    while _is_list(arrow, values.type):
+        if values.null_count:
+            raise InputError(f"rows: expected no missing values in {what}, got some")
+        count = len(values)
+        inner = values.flatten()
+        width = len(inner) // count if count else 0
+        if not arrow.types.is_fixed_size_list(values.type) and count:
+            lengths = np.diff(values.offsets.to_numpy())
+            if (lengths != width).any():
+                raise InputError(
+                    f"rows: expected lists of one length in {what}, got {lengths.min()} to "
+                    f"{lengths.max()}"
+                )
+        shape.append(width)
+        values = inner
+    if len(shape) == 1 or values.null_count:
+        got = str(values.type) if len(shape) == 1 else "missing values"
+        raise InputError(f"rows: expected lists of floats in {what}, got {got}")
+    return values.to_numpy(zero_copy_only=True).reshape(shape)
+
+
+_READERS: dict[str, Callable[[Path, str | None], list[Any]]] = {
+    ".npy": _npy,
+    ".safetensors": _safetensors,
+    ".pt": _pickled,
+    ".pth": _pickled,
+    ".parquet": _parquet,
+    ".arrow": _arrow,
+    ".feather": _arrow,
+}

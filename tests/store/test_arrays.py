@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arrays as rows: what is read, in which order, and that nothing is copied or let through."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from sidechain.store import (
+    ActivationStore,
+    ActivationWriter,
+    ArrayRows,
+    Batches,
+    BatchOptions,
+    split,
+)
+from sidechain.store import arrays as module
+from sidechain.store.shard import decode
+
+D = 6
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def read(rows, numbers=None):
+    numbers = np.arange(len(rows)) if numbers is None else np.asarray(numbers)
+    stored = np.empty((len(numbers), rows.row_bytes), np.uint8)
+    rows.gather(numbers, stored)
+    return decode(torch.from_numpy(stored), rows.dtype, rows.width)
+
+
+FORMS = {
+    "tensor": lambda x: x,
+    "array": lambda x: x.numpy(),
+    "columns": lambda x: np.asfortranarray(x.numpy()),
+    "transposed": lambda x: x.T.contiguous().T,
+    "every other": lambda x: torch.stack([x, -x], 1).flatten(0, 1)[::2],
+    "backwards": lambda x: x.numpy()[::-1].copy()[::-1],
+    "wide": lambda x: torch.cat([x, x], 1)[:, :D],
+    "3d": lambda x: x.reshape(10, 5, D),
+    "3d turned": lambda x: x.reshape(5, 10, D).transpose(0, 1).contiguous().transpose(0, 1),
+    "parts": lambda x: [x[:7], x[7:7], x[7:].numpy()],
+    "read only": lambda x: np.frombuffer(x.numpy().tobytes(), np.float32).reshape(-1, D),
+    "float64": lambda x: x.double(),
+    "mixed": lambda x: [x[:9].double(), x[9:]],
+    "with gradient": lambda x: x.clone().requires_grad_(),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_in_any_form(form):
+    x = draw(50, D)
+    rows = ArrayRows(FORMS[form](x))
+    assert len(rows) == 50 and rows.width == D and rows.dtype == torch.float32
+    assert torch.equal(read(rows), x)
+    numbers = [49, 0, 7, 7, 31]
+    assert torch.equal(read(rows, numbers), x[numbers])
+    assert not rows.has_steps and rows.labels([3, 1]).token.tolist() == [3, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_stays_as_it_is(dtype):
+    x = draw(50, D).to(dtype)
+    for given in (x, x.T.contiguous().T, [x[:3], x[3:]]):
+        rows = ArrayRows(given)
+        assert rows.dtype == dtype and torch.equal(read(rows), x)
+    both = ArrayRows([x, draw(4, D)])
+    assert both.dtype == torch.float32 and torch.equal(read(both)[:50], x.float())
+
+
+def test_a_mapped_file_is_not_copied(tmp_path, monkeypatch):
+    np.save(tmp_path / "x.npy", draw(64, 8, D).numpy())
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    rows = ArrayRows([mapped, mapped])
+    for part in rows._parts:
+        assert np.shares_memory(part.values, mapped)
+    sizes = []
+    real = np.ascontiguousarray
+    monkeypatch.setattr(np, "ascontiguousarray", lambda a: sizes.append(a.nbytes) or real(a))
+    monkeypatch.setattr(module, "_BLOCK", 4096)
+    assert rows.fingerprint and rows.statistics.total().count == 1024
+    assert sizes and max(sizes) <= 4096
+
+
+def test_statistics_are_exact_and_leave_bad_rows_out():
+    x = draw(3000, D) * 3 + 1
+    steps = torch.arange(3000) % 3
+    rows = ArrayRows(x, steps=steps)
+    for step in range(3):
+        known = rows.statistics.total([step])
+        torch.testing.assert_close(known.mean, x[steps == step].double().mean(0))
+        torch.testing.assert_close(known.variance, x[steps == step].double().var(0, correction=0))
+    assert rows.bad == (0, -1)
+    spoilt = torch.cat([x, torch.full((2, D), torch.nan), torch.full((1, D), 1e25)])
+    bad = ArrayRows([spoilt[:10], spoilt[10:]], steps=torch.cat([steps, torch.zeros(3).long()]))
+    assert bad.bad == (3, 3000)
+    torch.testing.assert_close(bad.statistics.total().mean, rows.statistics.total().mean)
+
+
+def test_many_rows_are_sampled(monkeypatch):
+    monkeypatch.setattr(module, "STATISTICS_ROWS", 100)
+    x = torch.arange(10_000.0)[:, None].expand(-1, D)
+    known = ArrayRows(x).statistics.total()
+    assert known.count == 100 and float(known.mean[0]) == pytest.approx(4999.5, rel=1e-3)
+    monkeypatch.setattr(module, "CHECKSUM_BYTES", 2 * module._SAMPLE)
+    wide = torch.zeros(4, 1 << 19)  # 2 MiB a row
+    rows = ArrayRows(wide)
+    assert rows.fingerprint == ArrayRows(wide.clone()).fingerprint
+    assert rows.fingerprint != ArrayRows(wide + 1).fingerprint
+
+
+def test_a_fingerprint_sees_every_change():
+    x, steps = draw(500, D), torch.arange(500)
+    known = ArrayRows(x, steps=steps).fingerprint
+    assert known == ArrayRows(x.numpy().copy(), steps=steps.tolist()).fingerprint
+    for row in (0, 250, 499):
+        other = x.clone()
+        other[row, 2] += 1e-6
+        assert ArrayRows(other, steps=steps).fingerprint != known
+    assert ArrayRows(x, steps=steps + 1).fingerprint != known
+    assert ArrayRows(x).fingerprint != known
+    assert ArrayRows(x.double(), steps=steps).fingerprint != known
+
+
+@pytest.mark.parametrize("shuffle", ["rows", "blocks", "off"])
+def test_batches_take_them_as_a_store(shuffle):
+    x, steps = draw(1000, D), torch.arange(1000) % 7
+    options = BatchOptions(64, shuffle=shuffle, epochs=2, labels=True)
+    batches = Batches(ArrayRows(x, steps=steps), options, target=ArrayRows(2 * x))
+    found = list(batches)
+    assert len(found) == 2 * (1000 // 64)
+    for got in found:
+        assert torch.equal(got.x, x[got.rows]) and torch.equal(got.target, 2 * x[got.rows])
+        assert torch.equal(got.step, steps[got.rows])
+    first = torch.cat([got.rows for got in found[: len(found) // 2]])
+    assert len(first.unique()) == len(first)
+
+
+def test_held_out_rows_are_others(tmp_path):
+    x = draw(1000, D)
+    with ActivationWriter(tmp_path / "s", {"a": D}) as writer:
+        writer.write({"a": x}, step=0)
+    for rows in (ArrayRows(x), ActivationStore(tmp_path / "s")):
+        train, held = split(rows, 0.2, seed=3)
+        assert (len(train), len(held)) == (800, 200)
+        numbers = [part.numbers(np.arange(len(part))) for part in (train, held)]
+        assert sorted(np.concatenate(numbers)) == list(range(1000))
+        assert torch.equal(read(held).float(), read(rows, numbers[1]).float())
+        assert train.labels([5]).token.tolist() == rows.labels(numbers[0][[5]]).token.tolist()
+        assert train.statistics.total().count == 800
+        assert train.fingerprint != held.fingerprint != split(rows, 0.2, seed=4)[1].fingerprint
+    for share in (0.0, 1.0, 0.0001):
+        with pytest.raises(ValueError, match="leaves rows on both sides"):
+            split(ArrayRows(x), share)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "steps", "error", "message"),
+    [
+        (5, None, TypeError, "expected tensors or arrays .*got int"),
+        ([[1.0, 2.0]], None, TypeError, "got list"),
+        ([], None, ValueError, "at least one row"),
+        (torch.zeros(0, D), None, ValueError, "at least one row"),
+        (torch.zeros(3, 0), None, ValueError, "one width"),
+        (torch.zeros(3), None, ValueError, r"expected \[\.\.\., d\]"),
+        (np.float32(3), None, TypeError, "got float32"),
+        ([torch.zeros(3, D), torch.zeros(3, 2)], None, ValueError, r"one width .*got \[2, 6\]"),
+        (torch.zeros(3, D).int(), None, TypeError, "got int32"),
+        (np.zeros((3, D), np.int64), None, TypeError, "got int64"),
+        (np.zeros((3, D), bool), None, TypeError, "got bool"),
+        (np.zeros((3, D), object), None, TypeError, "got object"),
+        (np.zeros((3, D), np.complex64), None, TypeError, "got complex64"),
+        (np.zeros((3, D), ">f4"), None, TypeError, "byte order"),
+        (torch.zeros(3, D), [1, 2], ValueError, "expected 3 steps"),
+        (torch.zeros(3, D), [1.0, 2.0, 3.0], TypeError, "whole steps"),
+        (torch.zeros(3, D), [1, 2, -1], ValueError, "steps >= 0"),
+    ],
+)
+def test_refused(arrays, steps, error, message):
+    with pytest.raises(error, match=message):
+        ArrayRows(arrays, steps=steps)

@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files of other programs as rows."""
+
+from __future__ import annotations
+
+import importlib.util
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from sidechain._errors import InputError
+from sidechain.store import open_rows
+from sidechain.store.shard import decode
+
+D = 6
+X = torch.randn(40, D, generator=torch.Generator().manual_seed(0))
+arrow_there = pytest.mark.skipif(
+    importlib.util.find_spec("pyarrow") is None, reason="pyarrow is not installed"
+)
+
+
+def read(rows):
+    stored = np.empty((len(rows), rows.row_bytes), np.uint8)
+    rows.gather(np.arange(len(rows)), stored)
+    return decode(torch.from_numpy(stored), rows.dtype, rows.width)
+
+
+def lists(x, kind):
+    import pyarrow as pa
+
+    flat = pa.array(x.numpy().reshape(-1))
+    if kind == "fixed":
+        return pa.FixedSizeListArray.from_arrays(flat, x.shape[1])
+    offsets = pa.array(np.arange(0, x.numel() + 1, x.shape[1], dtype=np.int32))
+    return pa.ListArray.from_arrays(offsets, flat)
+
+
+def table(x, kind="fixed", **more):
+    import pyarrow as pa
+
+    return pa.table({"acts": lists(x, kind), **more})
+
+
+def write_arrow(path, content, *, stream=False):
+    import pyarrow as pa
+
+    kind = pa.ipc.new_stream if stream else pa.ipc.new_file
+    with kind(str(path), content.schema) as writer:
+        writer.write_table(content, max_chunksize=17)
+
+
+def test_numpy(tmp_path):
+    np.save(tmp_path / "x.npy", X.numpy())
+    rows = open_rows(tmp_path / "x.npy")
+    assert torch.equal(read(rows), X) and rows.name == "x.npy"
+    assert isinstance(rows._parts[0].values, np.memmap)
+    with pytest.raises(InputError, match="expected no column"):
+        open_rows(tmp_path / "x.npy", column="a")
+
+
+def test_torch(tmp_path):
+    torch.save(X.half(), tmp_path / "x.pt")
+    assert torch.equal(read(open_rows(tmp_path / "x.pt")), X.half())
+    torch.save([X, X], tmp_path / "two.pth")
+    assert len(open_rows(tmp_path / "two.pth")) == 80
+    torch.save({"a": X, "b": 2 * X, "note": "text"}, tmp_path / "named.pt")
+    assert torch.equal(read(open_rows(tmp_path / "named.pt", column="b")), 2 * X)
+    with pytest.raises(InputError, match=r"expected column to be one of a, b .*got none"):
+        open_rows(tmp_path / "named.pt")
+    torch.save(X.bfloat16(), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    assert torch.equal(read(open_rows(tmp_path / "old.pt")), X.bfloat16())
+
+
+def test_safetensors(tmp_path):
+    save_file({"a": X, "b": X.bfloat16()}, tmp_path / "x.safetensors")
+    assert torch.equal(read(open_rows(tmp_path / "x.safetensors", column="b")), X.bfloat16())
+    with pytest.raises(InputError, match=r"expected column to be one of a, b .*got 'c'"):
+        open_rows(tmp_path / "x.safetensors", column="c")
+
+
+@arrow_there
+@pytest.mark.parametrize("kind", ["fixed", "lists"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_arrow(tmp_path, kind, stream):
+    content = table(X, kind, prompt=[f"p{n}" for n in range(40)])
+    write_arrow(tmp_path / "x.arrow", content, stream=stream)
+    assert torch.equal(read(open_rows(tmp_path / "x.arrow")), X)
+    with pytest.raises(InputError, match=r"expected lists of floats in prompt of .*got string"):
+        open_rows(tmp_path / "x.arrow", column="prompt")
+
+
+@arrow_there
+def test_parquet(tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    parquet.write_table(table(X, "lists", n=list(range(40))), tmp_path / "x.parquet")
+    assert torch.equal(read(open_rows(tmp_path / "x.parquet")), X)
+    assert torch.equal(read(open_rows(tmp_path / "x.parquet", column="acts")), X)
+    columns = {f"c{n}": X[:, n].numpy() for n in range(D)}
+    parquet.write_table(pa.table(columns), tmp_path / "columns.parquet")
+    assert torch.equal(read(open_rows(tmp_path / "columns.parquet")), X)
+    parquet.write_table(pa.table({**columns, "name": ["x"] * 40}), tmp_path / "mixed.parquet")
+    with pytest.raises(InputError, match="float columns alone"):
+        open_rows(tmp_path / "mixed.parquet")
+
+
+@arrow_there
+def test_what_lists_may_not_be(tmp_path):
+    import pyarrow as pa
+
+    cases = {
+        "ragged": (pa.array([[1.0, 2.0], [3.0]]), "lists of one length .*got 1 to 2"),
+        "missing": (pa.array([[1.0, 2.0], None]), "missing"),
+        "hole": (pa.array([[1.0, 2.0], [None, 1.0]]), "missing"),
+        "whole": (pa.array([[1, 2], [3, 4]]), "got int64"),
+    }
+    for name, (values, message) in cases.items():
+        write_arrow(tmp_path / f"{name}.arrow", pa.table({"a": values}))
+        with pytest.raises((InputError, TypeError), match=message):
+            open_rows(tmp_path / f"{name}.arrow")
+
+
+@arrow_there
+def test_a_dataset(tmp_path):
+    """As `datasets.Dataset` keeps it: an arrow table, and the order of a selection beside it."""
+
+    class Dataset:
+        def __init__(self, content, indices=None):
+            self.data = type("Table", (), {"table": content})()
+            self._indices = indices
+
+        def flatten_indices(self):
+            return Dataset(self.data.table.take(self._indices))
+
+    assert torch.equal(read(open_rows(Dataset(table(X)))), X)
+    chosen = [5, 3, 9]
+    assert torch.equal(read(open_rows(Dataset(table(X), chosen))), X[chosen])
+
+
+def test_folders_in_natural_order(tmp_path):
+    for number in (10, 9, 1):
+        np.save(tmp_path / f"part{number}.npy", (X + number).numpy())
+    expected = torch.cat([X + 1, X + 9, X + 10])
+    (tmp_path / "notes.txt").write_text("what these are")
+    (tmp_path / ".hidden").write_text("")
+    assert torch.equal(read(open_rows(tmp_path)), expected)
+    (tmp_path / "deeper").mkdir()
+    with pytest.raises(InputError, match="without folders in it, got deeper"):
+        open_rows(tmp_path)
+    (tmp_path / "deeper").rmdir()
+    torch.save(X, tmp_path / "x.pt")
+    with pytest.raises(InputError, match=r"files of one of .*got \.npy, \.pt"):
+        open_rows(tmp_path)
+
+
+def test_nothing_to_read(tmp_path):
+    with pytest.raises(FileNotFoundError, match="got nothing at"):
+        open_rows(tmp_path / "none.npy")
+    with pytest.raises(InputError, match="an empty one"):
+        open_rows(tmp_path)
+    (tmp_path / "x.csv").write_text("1,2")
+    with pytest.raises(InputError, match=r"expected a file of \.npy.*got .*x\.csv"):
+        open_rows(tmp_path / "x.csv")
+    with pytest.raises(InputError, match=r"got x\.csv in"):
+        open_rows(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".pt", ".safetensors", ".arrow", ".parquet"])
+@pytest.mark.parametrize(
+    "content", [b"", b"nonsense, but long enough to be a header of sorts", b"\x93NUMPY"]
+)
+def test_damaged_files_are_named(tmp_path, suffix, content):
+    if suffix in (".arrow", ".parquet") and importlib.util.find_spec("pyarrow") is None:
+        pytest.skip("pyarrow is not installed")
+    path = tmp_path / f"x{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=f"x{suffix}") as caught:
+        open_rows(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_cut_short(tmp_path):
+    np.save(tmp_path / "x.npy", X.numpy())
+    torch.save(X, tmp_path / "x.pt")
+    save_file({"x": X}, tmp_path / "x.safetensors")
+    for name in ("x.npy", "x.pt", "x.safetensors"):
+        path = tmp_path / name
+        path.write_bytes(path.read_bytes()[:-20])
+        with pytest.raises(InputError, match=name):
+            open_rows(path)
+
+
+def test_pickles_that_run_code_are_not_opened(tmp_path):
+    ran = tmp_path / "ran"
+
+    class Trap:
+        def __reduce__(self):
+            return (open, (str(ran), "w"))
+
+    torch.save(Trap(), tmp_path / "x.pt")
+    np.save(tmp_path / "x.npy", np.array([Trap()]), allow_pickle=True)
+    (tmp_path / "y.pt").write_bytes(pickle.dumps(Trap()))
+    for name in ("x.pt", "x.npy", "y.pt"):
+        with pytest.raises(InputError, match=name):
+            open_rows(tmp_path / name)
+    assert not ran.exists()
