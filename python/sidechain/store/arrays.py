@@ -157,7 +157,7 @@ class ArrayRows:
         count, first = 0, -1
         for start, block in self._blocks():
             checksum = zlib.crc32(np.ascontiguousarray(block).view(np.uint8).data, checksum)
-            found = np.array(self._converted(block))  # torch warns of read-only memory
+            found = np.array(self._converted(block), order="C")  # torch warns of read-only memory
             rows = torch.from_numpy(found.view(np.uint8)).view(self.dtype)
             bad = bad_rows(rows)
             if len(bad):
