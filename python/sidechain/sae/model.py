@@ -18,6 +18,7 @@ from .architectures.registry import implementation, own_parameters
 from .config import Provenance, SaeConfig
 from .initialise import encoder_scale, random_rows
 from .normaliser import Normaliser
+from .precision import wide
 
 __all__ = ["Codes", "Sae"]
 
@@ -38,6 +39,10 @@ class Sae(nn.Module):
       while training and z > threshold afterwards, jumprelu z > threshold[f], relu z > 0;
     - gated: active where g = w_enc u + b_gate > 0, with z = exp(r_mag) (w_enc u) + b_enc;
     - x_hat = (sum_f z_f w_dec[f] + b_dec) * scale[s] + mean[s].
+
+    `to(torch.bfloat16)` and `to(torch.float16)` round the weights; the normalisers stay in float32,
+    and so does the arithmetic: the result is that of a float32 dictionary with the same rounded
+    weights. float64 is computed by the references.
 
     Attributes:
         config: architecture and sizes.
@@ -125,17 +130,20 @@ class Sae(nn.Module):
         """Return the active features of every token, in normalised units.
 
         Args:
-            x: [..., d_in], any float dtype; leading dims are flattened to N rows.
+            x: [..., d_in], any float dtype, on the device of the weights; leading dims are
+                flattened to N rows.
             step: scheduler step of all rows or of each [N]; needed where the model normalises
                 each step by itself.
             precision: "fp32" | "bf16" (not on a CPU) | "int8", see `sidechain.ops.topk_encode`.
             backend: of the op.
 
         Returns:
-            values float32 and indices int32: [N, k] sorted by value with index -1 in empty slots
-            (topk), or CSR with offsets [N + 1] (all others).
+            values float32 (float64 of a float64 dictionary) and indices int32: [N, k] sorted by
+            value with index -1 in empty slots (topk), or CSR with offsets [N + 1] (all others).
 
         Raises:
+            TypeError: no tensor, or not of a float dtype.
+            RuntimeError: on another device than the weights.
             ValueError: another width, an unknown step, or a threshold that was never trained.
         """
         y = self._normalised(x, step)
@@ -163,19 +171,19 @@ class Sae(nn.Module):
                 f"Sae: expected a trained threshold [{self.config.architecture} in eval mode], got "
                 "none: train it, or call train() to select over the batch"
             )
-        return self.threshold.detach().clamp(min=0).expand(self.config.features)
+        return wide(self.threshold.detach()).clamp(min=0).expand(self.config.features)
 
     def preactivations(self, x: Tensor, *, step: int | Tensor | None = None) -> Tensor:
         """Return z [N, F] before any selection; dense, for looking at a few rows."""
         y = self._normalised(x, step)
-        projected = (y - self.b_pre) @ self.w_enc.T
+        projected = (y - self.b_pre) @ self.w_enc.to(y.dtype).T
         gain = self._kind.gain(self)
         return (projected if gain is None else projected * gain) + self.b_enc
 
     def decode(
         self, codes: Codes, *, step: int | Tensor | None = None, backend: str = "auto"
     ) -> Tensor:
-        """Return x_hat [N, d_out] in the units of the activations.
+        """Return x_hat [N, d_out] in the units of the activations, in the dtype of the values.
 
         Args:
             codes: of `encode`; values may have been edited.
@@ -183,18 +191,25 @@ class Sae(nn.Module):
             backend: of the op.
         """
         y = sparse_decode(
-            codes.values, codes.indices, self.w_dec, self.b_dec,
+            codes.values, codes.indices, self.w_dec, wide(self.b_dec),
             offsets=codes.offsets, backend=backend,
         )  # fmt: skip
         return self.target_normaliser.restore(y, step)
 
     def forward(self, x: Tensor, *, step: int | Tensor | None = None) -> Tensor:
-        """Return the reconstruction [..., d_out] of x [..., d_in] (or of its target)."""
+        """Return the reconstruction [..., d_out] of x [..., d_in] or of its target, dtype of x."""
         decoded = self.decode(self.encode(x, step=step), step=step)
-        return decoded.reshape(*x.shape[:-1], self.config.width_out)
+        return decoded.reshape(*x.shape[:-1], self.config.width_out).to(x.dtype)
 
     def _normalised(self, x: Tensor, step: int | Tensor | None) -> Tensor:
-        if x.shape[-1] != self.config.d_in:
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            got = str(x.dtype).removeprefix("torch.") if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"Sae: expected x as a tensor of a float dtype, got {got}")
+        if x.device != self.w_enc.device:
+            raise RuntimeError(
+                f"Sae: expected x on {self.w_enc.device} [device of the weights], got {x.device}"
+            )
+        if not x.dim() or x.shape[-1] != self.config.d_in:
             raise ValueError(
                 f"Sae: expected x of shape [..., {self.config.d_in}] (d_in), got {list(x.shape)}"
             )
@@ -212,7 +227,7 @@ class Sae(nn.Module):
 
         Values come in the units of the activations; rows of `w_dec` keep their norm:
         with m, s of the input and m', s' of the output, b_pre' = s b_pre + m, and the encoder
-        gives z' = s' z.
+        gives z' = s' z. In float32, or float64 as this one: half precision would lose the mean.
 
         Args:
             step: scheduler step. None where one entry serves all steps.
@@ -220,15 +235,17 @@ class Sae(nn.Module):
         place, target_place = self.normaliser.entry(step), self.target_normaliser.entry(step)
         config = replace(self.config, tied_bias=False)
         made = Sae(config, provenance=self.provenance)
+        if self.w_enc.dtype == torch.float64:
+            made = made.double()
         with torch.no_grad():
             mean, scale = self.normaliser.mean[place], self.normaliser.scale[place]
             out_mean = self.target_normaliser.mean[target_place]
             out_scale = self.target_normaliser.scale[target_place]
-            made.w_enc.copy_(self.w_enc * (out_scale / scale))
-            made.b_enc.copy_(self.b_enc * out_scale)
+            made.w_enc.copy_(wide(self.w_enc) * (out_scale / scale))
+            made.b_enc.copy_(wide(self.b_enc) * out_scale)
             made.w_dec.copy_(self.w_dec)
-            made.b_dec.copy_(self.b_dec * out_scale + out_mean)
-            made.b_pre = self.b_pre * scale + mean
+            made.b_dec.copy_(wide(self.b_dec) * out_scale + out_mean)
+            made.b_pre = wide(self.b_pre) * scale + mean
             for name, tensor in self._kind.scaled(self, out_scale).items():
                 getattr(made, name).copy_(tensor)
         return made.to(self.w_enc.device).train(self.training)
@@ -236,7 +253,7 @@ class Sae(nn.Module):
     def normalise_decoder(self) -> None:
         """Give the rows of `w_dec` norm 1 and move their length into the encoder; same map."""
         with torch.no_grad():
-            length = self.w_dec.norm(dim=1)
+            length = wide(self.w_dec).norm(dim=1)
             length = torch.where(length > 0, length, 1.0)
             self.w_dec.div_(length[:, None])
             self._kind.scale_encoder_(self, length)
@@ -245,7 +262,7 @@ class Sae(nn.Module):
     # -- files ----------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write one safetensors file with its provenance, all or nothing.
+        """Write one safetensors file with its provenance, all or nothing; the dtypes stay.
 
         Raises:
             OSError: the place cannot be written.

@@ -7,14 +7,17 @@ without a scale for each step the last ones are noise to the loss.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..pipelines.time_grid import resample
+from .precision import HALVES
 
 _TENSORS = ("mean", "scale", "steps", "timesteps", "sigmas")  # in the order of the arguments
+_GRID = ("timesteps", "sigmas")
 
 
 class Normaliser(nn.Module):
@@ -66,6 +69,18 @@ class Normaliser(nn.Module):
         self.register_buffer("steps", None if steps is None else steps.long())
         self.register_buffer("timesteps", None if timesteps is None else timesteps.double())
         self.register_buffer("sigmas", None if sigmas is None else sigmas.double())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Move as any module, but keep precision: a mean in bfloat16 is off by 2^-9 of itself."""
+        before = {name: getattr(self, name) for name in _TENSORS}
+        super()._apply(fn, recurse)
+        for name, tensor in before.items():
+            moved = getattr(self, name)
+            if moved is None or moved.dtype == tensor.dtype:
+                continue
+            if moved.dtype in HALVES or name in _GRID:
+                setattr(self, name, tensor.to(moved.device))
+        return self
 
     @classmethod
     def identity(cls, width: int) -> Normaliser:

@@ -190,7 +190,7 @@ def weights(
         name: tensor.detach().cpu().double()
         for name, tensor in _in_units(sae, normaliser, target_normaliser).items()
     }
-    own = implementation(config.architecture).own(config.features, 0.0)
+    own = implementation(config.architecture).own(sae.config.features, 0.0)
     found = {name: old[name] for name in ("w_enc", "w_dec", "b_enc", "b_dec")}
     found |= {name: old.get(name, first.double()) for name, first in own.items()}
     if not config.tied_bias:
@@ -252,16 +252,14 @@ def _alike(a: Normaliser, b: Normaliser) -> bool:
 
 
 def _check_architecture(old: SaeConfig, wanted: str) -> None:
-    if wanted == old.architecture:
-        return
-    selecting = [name for name, found in ARCHITECTURES.items() if found.selects]
-    if wanted in selecting and old.kind.selects:
-        return
-    fitting = ", ".join(selecting) if old.kind.selects else old.architecture
-    raise InputError(
-        f"start: expected architecture {fitting} [the dictionary it starts from is "
-        f"{old.architecture}], got {wanted!r}"
-    )
+    fitting = [old.architecture]
+    if old.kind.selects:
+        fitting = [name for name, found in ARCHITECTURES.items() if found.selects]
+    if wanted not in fitting:
+        raise InputError(
+            f"start: expected architecture {', '.join(fitting)} [the dictionary it starts from is "
+            f"{old.architecture}], got {wanted!r}"
+        )
 
 
 def _check_steps(known: Tensor, found: Tensor | None) -> None:
@@ -323,10 +321,6 @@ def _grown(
         if name == "w_dec" and config.unit_norm:
             length = torch.ones_like(length)
         made[name] = torch.cat([found[name], rows * length])
-    for name in ("b_enc", *config.kind.tensors):
-        tensor = found[name]
-        if not tensor.dim() or len(tensor) == stop:
-            continue
-        middle = tensor.mean() if name in ("threshold", "r_mag") else tensor.new_zeros(())
-        made[name] = torch.cat([tensor, middle.expand(extra)])
-    return made
+    made["b_enc"] = torch.cat([found["b_enc"], found["b_enc"].new_zeros(extra)])
+    own = {name: found[name] for name in config.kind.tensors}
+    return made | implementation(config.architecture).extended(own, extra)

@@ -6,9 +6,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ...ops import Codes, Encoder, topk_encode
+from ..precision import wide
 
 if TYPE_CHECKING:
     from ..model import Sae
@@ -142,6 +144,13 @@ class Implementation:
         """
         return {"b_enc": (sae.b_enc.detach().double() + shift).float(), **self.own_of(sae)}
 
+    def extended(self, own: Mapping[str, Tensor], extra: int) -> dict[str, Tensor]:
+        """Return own tensors with `extra` more features behind the old ones, of their mean."""
+        return {
+            name: torch.cat([tensor, tensor.mean().expand(extra)]) if tensor.dim() else tensor
+            for name, tensor in own.items()
+        }
+
     def own_of(self, sae: Sae) -> dict[str, Tensor]:
-        """Return its threshold and `parameters` of a dictionary, by name."""
-        return {name: getattr(sae, name).detach() for name in sae.config.kind.tensors}
+        """Return its threshold and `parameters` of a dictionary, by name, at least float32."""
+        return {name: wide(getattr(sae, name).detach()) for name in sae.config.kind.tensors}

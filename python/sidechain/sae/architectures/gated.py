@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from ..precision import wide
 from . import terms
 from .base import ClassLayout, Implementation, Loss, SaeLensLayout
 
@@ -43,11 +45,11 @@ class Gated(Implementation):
         """
         gain = self.gain(sae)
         limit = (sae.b_enc - gain * sae.get_parameter("b_gate")).detach().clamp(min=0)
-        return gain[:, None] * sae.w_enc, sae.b_enc, limit
+        return gain[:, None] * sae.w_enc, sae.b_enc, limit  # gain is float32 at least
 
     def gain(self, sae: Sae) -> Tensor:
         """Return exp(r_mag)."""
-        exponential: Tensor = sae.get_parameter("r_mag").exp()
+        exponential: Tensor = wide(sae.get_parameter("r_mag")).exp()
         return exponential
 
     def loss(
@@ -77,6 +79,12 @@ class Gated(Implementation):
     def scale_encoder_(self, sae: Sae, length: Tensor) -> None:
         """Multiply the gain: the gate does not depend on the size of the values."""
         sae.get_parameter("r_mag").add_(length.log())
+
+    def extended(self, own: Mapping[str, Tensor], extra: int) -> dict[str, Tensor]:
+        """Return the mean gain, and a gate's bias of 0 as that of a first feature."""
+        found = super().extended(own, extra)
+        found["b_gate"][-extra:] = 0
+        return found
 
     def moved(self, sae: Sae, shift: Tensor) -> dict[str, Tensor]:
         """Return both biases moved; see `Implementation.moved`."""

@@ -7,6 +7,7 @@ import io
 import json
 import pickle
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -155,14 +156,15 @@ def assemble(
 
 
 def plain(sae: Sae, step: int | None) -> Sae:
-    """Return the same map at one step as a dictionary without normalisation.
+    """Return the same map at one step as a float32 dictionary without normalisation.
 
     Raises:
         ValueError: it normalises each step by itself and no step was given.
     """
     if sae.normaliser.is_identity and sae.target_normaliser.is_identity:
-        return sae
-    return sae.folded(step)
+        # Other libraries read one dtype for all tensors, and their configs say float32.
+        return sae if sae.w_enc.dtype == torch.float32 else deepcopy(sae).float()
+    return sae.folded(step).float()
 
 
 def with_unit_rows(sae: Sae) -> Sae:
