@@ -47,7 +47,7 @@ class Lock:
         except OSError as error:
             holder = _holder(self._descriptor)
             if error.errno not in _NO_LOCKS:
-                self.release()
+                self.leave()
                 if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                     raise OSError(error.errno, os.strerror(error.errno or 0), str(path)) from error
                 raise RuntimeError(f"{expected}, got {path.parent} locked by {holder}") from None
@@ -70,6 +70,13 @@ class Lock:
 
     def release(self) -> None:
         """Release the lock; a second time does nothing."""
+        if self._descriptor >= 0:
+            with contextlib.suppress(OSError):  # not locked: the file system has no locks
+                fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+            self.leave()
+
+    def leave(self) -> None:
+        """Close the file of a lock that another process holds."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -103,7 +110,7 @@ def _holder(descriptor: int) -> str:
 def _leave() -> None:
     """Close the locks in a fork: a worker that outlives its parent must not hold them."""
     for lock in list(_HELD):
-        lock.release()
+        lock.leave()
 
 
 os.register_at_fork(after_in_child=_leave)
