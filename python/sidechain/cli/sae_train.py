@@ -21,6 +21,7 @@ from .builder import Command
 
 if TYPE_CHECKING:
     from ..sae import Source
+    from ..sae.starting import Started
 
 #: Of `sidechain.sae.LOGGERS`.
 LOGGERS = ("tensorboard", "wandb")
@@ -28,13 +29,16 @@ LOGGERS = ("tensorboard", "wandb")
 _OWN = ("tokens", "batch", "lr", "sparsity", "seed", "on_bad_rows")
 #: Rows to train on of a store or a running model.
 TOKENS = 2_000_000
+FEATURES = "8x"
 _OTHERS, _FILES = "another dictionary or run", "own activations"
 _DEFAULTS = defaults(TrainConfig)
 _LIVE, _SAMPLING = "a site of a running model", "sampling"
 
 
-def read_features(name: str, value: Any) -> str:
+def read_features(name: str, value: Any) -> str | None:
     """Read a number of features, or a multiple of the width such as "8x"."""
+    if value is None:
+        return None
     match = re.fullmatch(r"(\d+)x?", str(value).strip())
     if match is None or int(match[1]) < 1:
         raise InputError(f"{name}: expected N or Nx, got {value!r}")
@@ -73,8 +77,17 @@ class SaeTrainSettings(Model):
         "reconstruct this site (of own activations: this file) instead: a transcoder",
         "SITE|FILE",
     )
-    architecture: str = choice("batch_topk", "kind of dictionary", tuple(ARCHITECTURES))
-    features: str = option("8x", "or a multiple of the width", read_features, metavar="N|Nx")
+    architecture: str | None = choice(
+        None,
+        f"kind of dictionary (default {SaeConfig.architecture}, or that of --start)",
+        tuple(ARCHITECTURES),
+    )
+    features: str | None = option(
+        None,
+        f"or a multiple of the width (default {FEATURES}, or those of --start)",
+        read_features,
+        metavar="N|Nx",
+    )
     k: int | None = whole(None, f"features a token (default {DEFAULT_K}; {taking('k')})", least=1)
     tokens: int | None = whole(
         None,
@@ -112,6 +125,12 @@ class SaeTrainSettings(Model):
         metavar="DEVICE",
         group="model",
         replayed=False,
+    )
+    start: str | None = text(
+        None,
+        "dictionary to start from: file or folder of any format, folder of a finished run, hub id",
+        "DICTIONARY",
+        group=_OTHERS,
     )
     reason: str = text(
         "",
@@ -161,14 +180,16 @@ def run(settings: SaeTrainSettings, given: Mapping[str, Any]) -> int:
 
     from .. import sae
     from ..io.run_folder import write_settings
-    from ..sae.training.trainer import whole_run
+    from ..sae.starting import opened
+    from ..sae.training.train import whole_run
 
+    start = None if settings.start is None else opened(settings.start)
     rows, held_out = source(settings)
     tokens = settings.tokens
     if tokens is None:
         tokens = whole_run(rows, settings.batch) if own_files(settings.data) else TOKENS
-    config = sae_config(settings, rows)
-    out = settings.out or Path(f"runs/sae/{slug(rows)}-{settings.architecture}")
+    config = sae_config(settings, rows, start)
+    out = settings.out or Path(f"runs/sae/{slug(rows)}-{config.architecture}")
     values.folder_to_write("--out", out)
     trainer = sae.Trainer(
         config,
@@ -178,6 +199,7 @@ def run(settings: SaeTrainSettings, given: Mapping[str, Any]) -> int:
         mesh=sae.from_environment(settings.feature_slices),
         device=_device(settings),
         loggers=settings.log,
+        start=start,
         reason=settings.reason,
         held_out_rows=held_out,
     )
@@ -300,13 +322,18 @@ def _device(settings: SaeTrainSettings) -> str | None:
     return settings.device
 
 
-def sae_config(settings: SaeTrainSettings, rows: Source) -> SaeConfig:
+def sae_config(settings: SaeTrainSettings, rows: Source, start: Started | None) -> SaeConfig:
     """Return the dictionary that the options describe, for rows of these widths."""
-    from ..sae.training.trainer import config_for
+    from ..sae.training.train import config_for
 
-    times = rows.widths()[0] if settings.features.endswith("x") else 1
-    count = int(settings.features.rstrip("x")) * times
-    return config_for(rows, count, architecture=settings.architecture, k=settings.k)
+    words = settings.features or (FEATURES if start is None else None)
+    count = None
+    if words is not None:
+        count = int(words.rstrip("x")) * (rows.widths()[0] if words.endswith("x") else 1)
+    shape: dict[str, Any] = {"k": settings.k}
+    if settings.architecture is not None:
+        shape["architecture"] = settings.architecture
+    return config_for(rows, count, None if start is None else start.sae, **shape)
 
 
 def slug(rows: Source) -> str:

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from .training.rows import Rows
     from .training.sources import ArraySource, Source, StoreSource
     from .training.streams import IterableSource
+    from .training.train import train
     from .training.train_config import TrainConfig
-    from .training.trainer import Trainer, train
+    from .training.trainer import Trainer
 
 __all__ = [
     "ARCHITECTURES",
@@ -62,6 +63,7 @@ lazy(
         **dict.fromkeys(("ArraySource", "Source", "StoreSource"), ".training.sources"),
         "IterableSource": ".training.streams",
         "TrainConfig": ".training.train_config",
-        **dict.fromkeys(("Trainer", "train"), ".training.trainer"),
+        "train": ".training.train",
+        "Trainer": ".training.trainer",
     },
 )

@@ -12,7 +12,7 @@ import hashlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,12 +25,20 @@ from .initialise import random_rows
 from .model import Sae
 from .normaliser import Normaliser
 
-Start = Sae | str | os.PathLike[str]
+
+class Started(NamedTuple):
+    """A dictionary that a run starts from, and JSON values that say what it was."""
+
+    sae: Sae
+    facts: dict[str, Any]
+
+
+Start = Started | Sae | str | os.PathLike[str]
 #: Settings that are the dictionary's and do not change.
 _FIXED = ("d_in", "d_out", "transcoder", "unit_norm", "tied_bias")
 
 
-def opened(start: Start) -> tuple[Sae, dict[str, Any]]:
+def opened(start: Start) -> Started:
     """Return the dictionary that a run starts from, and what it was.
 
     Args:
@@ -46,6 +54,8 @@ def opened(start: Start) -> tuple[Sae, dict[str, Any]]:
         TypeError: something else.
         FileNotFoundError, ValueError, NotImplementedError: see `formats.load`.
     """
+    if isinstance(start, Started):
+        return start
     if isinstance(start, Sae):
         place, name = "", "memory"
         sae = _copied(start)
@@ -74,7 +84,7 @@ def opened(start: Start) -> tuple[Sae, dict[str, Any]]:
     }
     if "start" in known.extra:
         facts["start"] = known.extra["start"]
-    return sae, facts
+    return Started(sae, facts)
 
 
 def shaped(sae: Sae, wanted: Mapping[str, Any]) -> SaeConfig:

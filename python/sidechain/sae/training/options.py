@@ -54,12 +54,16 @@ class RunOptions:
         loggers: of `LOGGERS`; one that is not installed is named, not an error.
         reason: why settings differ from those that the run in the folder was started with (tokens,
             lr, k, ...; others never may); kept in `run.json` and in the dictionary.
+        start: a dictionary to start from: `Sae`, a file or folder of any format of
+            `sidechain.sae.formats`, the folder of a finished run, or a hub id. Its weights are the
+            first ones, the optimiser starts anew; it is named in `run.json` and in the result.
         held_out_rows: to measure the dictionary on at the end, read by number (`RowReader`).
     """
 
     progress: bool = True
     loggers: Sequence[str] = ()
     reason: str = ""
+    start: Any = None
     held_out_rows: Any = None
 
     def __post_init__(self) -> None:

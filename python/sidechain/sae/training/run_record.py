@@ -84,8 +84,9 @@ class RunRecord:
             wanted = self._facts.get(part, {})
             now = {name: value for name, value in wanted.items() if name not in _FREE}
             found = self.content.get(part, {})
-            if part == "start" and found.keys() != now.keys():
-                raise InputError(self._refusal("start", found or None, now or None))
+            if part == "start":
+                self._check_start(found, now)
+                continue
             there = {name: found.get(name) for name in now}
             while (other := difference(there, now)) is not None:
                 name, theirs, value = other
@@ -104,6 +105,21 @@ class RunRecord:
                 f"{changed['tokens'][1]}: finish the run as it is"
             )
         return changed
+
+    def _check_start(self, found: dict[str, Any], now: dict[str, Any]) -> None:
+        """Compare the weights that a run starts from, wherever their file is."""
+        if found.get("digest") == now.get("digest"):
+            return
+        there, here = (
+            f"{start.get('place') or 'a dictionary'} ({str(start['digest'])[:12]})"
+            if start.get("digest")
+            else "none"
+            for start in (found, now)
+        )
+        raise InputError(
+            f"Trainer: expected a start from {there} [the run in {self._path.parent}], got {here}: "
+            "choose another folder"
+        )
 
     def _refusal(self, name: str, theirs: Any, value: Any) -> str:
         hint = ", or give a reason for the change" if name in CHANGEABLE else ""

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -49,6 +49,7 @@ class TrainState:
         mesh: Mesh | None = None,
         device: Any = "cpu",
         dtype: torch.dtype = torch.float32,
+        first: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.config, self.train = config, train
         self.schedule = Schedule(config, train)
@@ -64,10 +65,11 @@ class TrainState:
         self.mesh.rows(train.batch)
         self.size = stop - self.first
         self.step = 0
-        self.weights = {name: t.to(self.device, dtype) for name, t in self._initial(stop).items()}
-        self.fixed_b_pre = (
-            None if config.tied_bias else torch.zeros(config.d_in, dtype=dtype, device=self.device)
-        )
+        self.started = first is not None
+        begun = self._initial(stop) if first is None else self._slice_of(first, stop)
+        b_pre = begun.pop("b_pre", torch.zeros(config.d_in))
+        self.weights = {name: t.to(self.device, dtype, copy=True) for name, t in begun.items()}
+        self.fixed_b_pre = None if config.tied_bias else b_pre.to(self.device, dtype, copy=True)
         self.adam = {name: self._zeros(name) for name in self.trained}
         self.last_fired = torch.zeros(self.size, dtype=torch.int64, device=self.device)
         self.dead = torch.zeros(0, dtype=torch.int64, device=self.device)
@@ -89,6 +91,14 @@ class TrainState:
             "b_enc": torch.zeros(size),
             "b_dec": torch.zeros(config.width_out),
             **implementation(config.architecture).own(size, self.schedule.threshold_init),
+        }
+
+    def _slice_of(self, whole: Mapping[str, Tensor], stop: int) -> dict[str, Tensor]:
+        """Return the part of this process of the weights of all features."""
+        everywhere = ("b_dec", "b_pre")
+        return {
+            name: t if name in everywhere or not t.dim() else t[self.first : stop]
+            for name, t in whole.items()
         }
 
     def _zeros(self, name: str) -> tuple[Tensor, Tensor]:
@@ -113,9 +123,12 @@ class TrainState:
         return 2.0 / (self.train.batch * self.config.width_out)
 
     def start_biases(self, rows: Rows) -> None:
-        """Set `b_dec`, and an untied `b_pre`, to the middle of the first batch."""
+        """Set `b_dec`, and an untied `b_pre`, to the middle of the first batch.
+
+        The biases of a run that started from a dictionary stay.
+        """
         kind = self.train.bias_init
-        if kind == "zero":
+        if kind == "zero" or self.started:
             return
         x, target = (self.mesh.gather_rows(t) for t in self.normalised(rows))
         middle = geometric_median if kind == "geometric_median" else _mean

@@ -9,17 +9,16 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..._errors import InputError
-from ..architectures.registry import ARCHITECTURES
-from ..config import DEFAULT_K, Provenance, SaeConfig
+from ..config import Provenance, SaeConfig
 from ..model import Sae
 from ..normaliser import Normaliser
+from ..starting import normalisers, opened, shaped, weights
 from . import checkpoint
 from .bad_rows import checked
 from .finishing import CHECKPOINTS, RESULT, dictionary, logged, say_early, with_held_out
@@ -28,8 +27,8 @@ from .interrupt import StopRequest
 from .log import Log
 from .machine import say_other_machine
 from .mesh import Mesh
-from .opening import available, check_source, check_stream, source_of, targeted
-from .options import DataOptions, RunOptions
+from .opening import check_source, check_stream
+from .options import RunOptions
 from .rows import Rows
 from .run_record import RunRecord
 from .sources import Source
@@ -79,11 +78,18 @@ class Trainer:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._options = RunOptions(**options)
         check_source(config, train, source)
+        start = None if self._options.start is None else opened(self._options.start)
+        self._start = None if start is None else start.sae
+        if self._start is not None and shaped(self._start, config.to_json()) != config:
+            raise InputError(
+                f"Trainer: expected the config of the dictionary it starts from, "
+                f"{shaped(self._start, {})}, got {config}"
+            )
         self._facts = {
             "config": config.to_json(),
             "train": train.to_json(),
             "source": source.identity(),
-            "start": {},
+            "start": {} if start is None else start.facts,
         }
         self.record = RunRecord(self.out, {**self._facts, "provenance": self._origin().to_json()})
         self._skipped = 0
@@ -163,7 +169,18 @@ class Trainer:
             own, target = self._normalisers()
         else:
             own, target = checkpoint.normalisers(found)
-        state = TrainState(self.config, self.train, own, target, mesh=self.mesh, device=self.device)
+        first = None
+        if self._start is not None:
+            first = weights(self._start, self.config, own, target, seed=self.train.seed)
+        state = TrainState(
+            self.config,
+            self.train,
+            own,
+            target,
+            mesh=self.mesh,
+            device=self.device,
+            first=first,
+        )
         if found is None:
             return state, 0
         checkpoint.load(found, state)
@@ -178,9 +195,16 @@ class Trainer:
         if looked_at is not None:
             looked_at.policy = self.train.on_bad_rows
         try:
-            return self.source.normalisers(self.train.normalise, centre=self.train.centre)
+            return self._fitted()
         except InputError as error:
             raise InputError(f"Trainer: before step 1: {error}") from None
+
+    def _fitted(self) -> tuple[Normaliser, Normaliser | None]:
+        def of(kind: str) -> tuple[Normaliser, Normaliser | None]:
+            return self.source.normalisers(kind, centre=self.train.centre)
+
+        kind = self.train.normalise
+        return of(kind) if self._start is None else normalisers(self._start, of, kind)
 
     def _log(self, state: TrainState, offset: int) -> Log | None:
         if not self.mesh.first:
@@ -338,96 +362,3 @@ class Trainer:
 
     def _origin(self) -> Provenance:
         return self.source.provenance()
-
-
-def train(
-    data: Any,
-    out: str | os.PathLike[str],
-    *,
-    features: int,
-    tokens: int | None = None,
-    mesh: Mesh | None = None,
-    device: Any = None,
-    **settings: Any,
-) -> Sae:
-    """Train a dictionary, or go on with the run in `out`.
-
-    Args:
-        data: rows: a tensor, NumPy array or memmap [..., d], or several; a file or folder of them
-            (.npy, .safetensors, .pt, .parquet, .arrow); a store or its folder; a
-            `datasets.Dataset`; a `DataLoader` or anything `IterableSource` takes; or a `Source`.
-        out: folder of the run; see `Trainer`.
-        features: F.
-        tokens: rows to train on; None = all of them, `epochs` times.
-        mesh: see `Mesh`.
-        device: see `Trainer`.
-        **settings: of `SaeConfig` (architecture, k, prefixes, ...), `TrainConfig` (lr, batch, ...),
-            `DataOptions` (target, steps, epochs, held_out, ...) and `RunOptions` (progress, ...).
-
-    Raises:
-        TypeError, ValueError, NotImplementedError: settings or rows that do not fit.
-    """
-    shape, training, reading, running = _sorted(settings)
-    source, held_out = source_of(data, DataOptions(**reading, seed=training.get("seed", 0)))
-    batch = training.get("batch", TrainConfig.batch)
-    return Trainer(
-        config_for(source, features, **shape),
-        TrainConfig(tokens=whole_run(source, batch) if tokens is None else tokens, **training),
-        source,
-        out,
-        mesh=mesh,
-        device=device,
-        held_out_rows=held_out,
-        **running,
-    ).run()
-
-
-def _sorted(settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """Sort settings by the class they belong to.
-
-    Raises:
-        TypeError: one that none of them has.
-    """
-    classes = (SaeConfig, TrainConfig, DataOptions, RunOptions)
-    names = [{f.name for f in fields(kind)} for kind in classes]
-    names[2].discard("seed")  # that of the training
-    unknown = settings.keys() - set().union(*names)
-    if unknown:
-        raise TypeError(
-            f"train: expected settings of {', '.join(kind.__name__ for kind in classes)}, got "
-            f"{min(unknown)}"
-        )
-    return [{n: settings[n] for n in settings if n in known} for known in names]
-
-
-def whole_run(source: Source, batch: int) -> int:
-    """Return the rows of a source in whole batches.
-
-    Raises:
-        TypeError: nobody knows how many there are.
-    """
-    count = available(source, batch)
-    if count is None:
-        raise TypeError(
-            "train: expected tokens [rows to train on; these do not say how many they are], got "
-            "none"
-        )
-    return max(count, batch)
-
-
-def config_for(source: Source, features: int, **shape: Any) -> SaeConfig:
-    """Return the dictionary that fits the rows of a source: its widths, and k where it needs one.
-
-    Args:
-        source: rows.
-        features: F.
-        **shape: of `SaeConfig`; k = None is 32, or F if that is less.
-    """
-    d_in, d_out = source.widths()
-    shape.setdefault("transcoder", targeted(source))
-    if shape["transcoder"] or d_out != d_in:
-        shape.setdefault("d_out", d_out)
-    kind = ARCHITECTURES.get(shape.get("architecture", SaeConfig.architecture))
-    if kind is not None and kind.takes("k") and shape.get("k") is None:
-        shape["k"] = min(DEFAULT_K, features)
-    return SaeConfig(d_in, features, **shape)
