@@ -85,7 +85,7 @@ class TestBugs:
         monkeypatch.setattr(common, "load_scorers", lambda *_: {})
         source = {
             "pairs_of": "def pairs_of(config, name):\n    return int('many')\n",
-            "RunFolder": "def RunFolder(*_):\n    return np.zeros(3) + np.zeros(2)\n",
+            "RunFolder": "def RunFolder(*_, **__):\n    return np.zeros(3) + np.zeros(2)\n",
         }[name]
         space = {"np": np}
         exec(compile(source, study.__file__, "exec"), space)

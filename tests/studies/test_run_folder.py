@@ -93,6 +93,48 @@ class TestFingerprint:
         assert digest(tmp_path / "a") != digest(tmp_path / "b")
 
 
+class TestLock:
+    HOLD = (
+        "import sys; from pathlib import Path; from sidechain.io.run_folder import RunFolder; "
+        "from sidechain.studies.localization import LocalizationConfig as C; "
+        "held = RunFolder(Path(sys.argv[1]), 'localize', C(out=Path(sys.argv[1]))); "
+        "print('held', flush=True); sys.stdin.read()"
+    )
+
+    def test_another_process_is_refused_also_before_the_first_part(self, tmp_path):
+        line = [sys.executable, "-c", self.HOLD, str(tmp_path / "run")]
+        held = subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert held.stdout.readline() == "held\n"
+        other = loc.LocalizationConfig(out=tmp_path / "run", pairs=9)
+        try:
+            before = (tmp_path / "run" / "manifest.json").read_bytes()
+            with pytest.raises(RuntimeError, match=rf"^--out: expected .* by pid {held.pid} on"):
+                RunFolder(other.out, "localize", other)
+            assert (tmp_path / "run" / "manifest.json").read_bytes() == before
+        finally:
+            held.kill()
+            held.communicate()
+        RunFolder(other.out, "localize", other)  # no part was finished: other settings may begin
+
+    def test_one_process_opens_it_again(self, tmp_path):
+        config = loc.LocalizationConfig(out=tmp_path)
+        first = RunFolder(tmp_path, "localize", config)
+        again = RunFolder(tmp_path, "localize", config)
+        assert first._lock is again._lock
+        RunFolder(tmp_path, "localize", config, lock=False)  # a process of the same run
+
+    def test_half_files_are_removed(self, tmp_path):
+        ours = (".manifest.json.abcd1234.part", "parts/.a.csv.abcd1234.part",
+                "parts/pieces/.a.0-4.csv.abcd_234.part")  # fmt: skip
+        theirs = ("notes.part", ".notes.part", "audio/.a.wav.abcd1234.part")
+        for name in ours + theirs:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).touch()
+        RunFolder(tmp_path, "localize", loc.LocalizationConfig(out=tmp_path))
+        assert not any((tmp_path / name).exists() for name in ours)
+        assert all((tmp_path / name).exists() for name in theirs)
+
+
 class TestSame:
     def test_names_what_differs(self, tmp_path):
         config = started(tmp_path / "run")

@@ -21,14 +21,15 @@ from .atomic import naming
 #: What `flock` says where the file system has no locks (NFS without lockd, some FUSE ones).
 _NO_LOCKS = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL})
 _HELD: weakref.WeakSet[Lock] = weakref.WeakSet()
+_SHARED: weakref.WeakValueDictionary[Path, Lock] = weakref.WeakValueDictionary()
 
 
 class Lock:
     """A lock that is held from its making to `release`, or to the end of the process.
 
     The kernel releases it when the process dies, however it dies, so that it is never stale. The
-    file stays; what it says counts only while it is locked. A second lock of the same file is
-    refused within one process too.
+    file stays, empty; what it says counts only while it is locked. A second lock of the same file
+    is refused within one process too.
 
     Args:
         path: file of the lock, made if it is not there.
@@ -72,6 +73,7 @@ class Lock:
         """Release the lock; a second time does nothing."""
         if self._descriptor >= 0:
             with contextlib.suppress(OSError):  # not locked: the file system has no locks
+                os.ftruncate(self._descriptor, 0)
                 fcntl.flock(self._descriptor, fcntl.LOCK_UN)
             self.leave()
 
@@ -98,6 +100,21 @@ class Lock:
             self.release()
 
 
+def shared(path: Path, expected: str) -> Lock:
+    """Return the lock of a file that this process holds already, or a new one.
+
+    For folders whose parts a process opens one after the other. It is held as long as somebody
+    keeps it.
+
+    Raises:
+        RuntimeError, OSError: see `Lock`.
+    """
+    known = _SHARED.get(path.absolute())
+    if known is None:
+        known = _SHARED[path.absolute()] = Lock(path, expected)
+    return known
+
+
 def _holder(descriptor: int) -> str:
     """Return who signed the file; nobody may have, and anybody can write to it."""
     try:
@@ -111,6 +128,7 @@ def _leave() -> None:
     """Close the locks in a fork: a worker that outlives its parent must not hold them."""
     for lock in list(_HELD):
         lock.leave()
+    _SHARED.clear()
 
 
 os.register_at_fork(after_in_child=_leave)

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from .._errors import InputError
 from .._options import defaults, options, present
 from .._version import __version__
-from .atomic import write_text
+from .atomic import remove_partial, write_text
+from .lock import shared
 from .same import difference, digest, fingerprint, plain
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ __all__ = [
 ]
 
 FORMAT, VERSION = "sidechain-run", 2
-MANIFEST, SETTINGS = "manifest.json", "settings.json"
+MANIFEST, SETTINGS, LOCK = "manifest.json", "settings.json", "run.lock"
 #: Where a run is kept and what computes it are no settings of what it computes.
 _PLACE = frozenset({"out", "device"})
 
@@ -165,21 +166,38 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 class RunFolder:
     """A folder that remembers its settings and the finished parts of a run.
 
+    It belongs to the process that made it for as long as the object lives; half files that a dead
+    process left are removed.
+
     Args:
         path: of the folder.
         command: whose run it is.
         config: its settings, a dataclass.
         inputs: digests of what it reads, by setting; they count, the paths do not.
+        lock: False where another process of the same run has the folder.
 
     Raises:
         InputError: it holds a run with other settings, or its manifest is damaged.
+        RuntimeError: another process works there.
         OSError: it cannot be written.
     """
 
     def __init__(
-        self, path: Path, command: str, config: Any, inputs: Mapping[str, str] | None = None
+        self,
+        path: Path,
+        command: str,
+        config: Any,
+        inputs: Mapping[str, str] | None = None,
+        *,
+        lock: bool = True,
     ) -> None:
         self.path = path
+        if lock:
+            path.mkdir(parents=True, exist_ok=True)
+            expected = "--out: expected a folder that no other process works in"
+            self._lock = shared(path / LOCK, expected)
+            for folder in (path, path / "parts", path / "parts" / "pieces"):
+                remove_partial(folder, lambda name: True)
         settings, read = settings_of(config), dict(inputs or {})
         counted = {name: value for name, value in settings.items() if name not in read}
         own = fingerprint(format=VERSION, command=command, settings=counted, inputs=read)
@@ -220,7 +238,7 @@ class RunFolder:
             )
 
     def _unused(self) -> bool:
-        others = {entry.name for entry in self.path.iterdir()} - {MANIFEST, "parts"}
+        others = {entry.name for entry in self.path.iterdir()} - {MANIFEST, LOCK, "parts"}
         return not others and not any(self.path.glob("parts/*.csv"))
 
     def part(self, name: str) -> pd.DataFrame | None:

@@ -62,11 +62,15 @@ class Processes:
         found: Item = box[0]
         return found
 
-    def open(self, make: Callable[[], RunFolder]) -> RunFolder:
-        """Open a run folder, the first process before the others."""
-        found = make() if self.first else None
+    def open(self, make: Callable[[bool], RunFolder]) -> RunFolder:
+        """Open a run folder, the first process before the others.
+
+        Args:
+            make: opens it; its argument says whether to lock it.
+        """
+        found = make(True) if self.first else None
         self.wait()
-        return make() if found is None else found
+        return make(False) if found is None else found
 
     def device(self, name: str) -> str:
         """Return the device of this process: "cuda" alone is a GPU for each."""

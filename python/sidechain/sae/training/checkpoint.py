@@ -210,9 +210,9 @@ def _together(mesh: Mesh, work: Callable[[], T] | None) -> list[T]:
         mine = (None, error)
     everyone: list[Any] = [None] * mesh.world
     dist.all_gather_object(everyone, mine)
-    for _, error in everyone:
-        if error is not None:
-            raise error
+    for _, failed in everyone:
+        if failed is not None:
+            raise failed
     return [found for found, _ in everyone if found is not None]
 
 

@@ -26,8 +26,10 @@ def check_varying(statistics: Statistics, kind: str) -> None:
     """
     if kind == "none":
         return
-    steps = sorted({step for step, _ in statistics.cells}) if kind == "step" else []
-    for step in steps or [None]:
+    steps: list[int | None] = [None]
+    if kind == "step" and statistics.cells:
+        steps = sorted({step for step, _ in statistics.cells})
+    for step in steps:
         known = statistics.total(None if step is None else [step])
         if known.count == 0 or _varies(known):
             continue

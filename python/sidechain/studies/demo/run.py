@@ -66,7 +66,7 @@ def run(out: Path, config: DemoConfig) -> DemoResult:
         seconds[label] = seconds.get(label, 0.0) + time.perf_counter() - started
         return result
 
-    RunFolder(out, "demo", config, common.inputs(config))
+    _held = RunFolder(out, "demo", config, common.inputs(config))
     shared: dict[str, Any] = {
         "steps": config.steps,
         "guidance": config.guidance,

@@ -141,7 +141,7 @@ def run(config: DictionaryConfig) -> DictionaryStudy:
     wanted = [concept(name) for name in config.concepts]
     subject = load(config)
     saes = dictionaries(subject, config.sites, config.dictionaries)
-    RunFolder(config.out, "sae score", config, common.inputs(config))
+    _held = RunFolder(config.out, "sae score", config, common.inputs(config))
     stores = record_captions(config, subject.pipe, list(saes))
     health = {
         site: measure(_on_store(sae, stores[site]), stores[site]) for site, sae in saes.items()

@@ -86,7 +86,9 @@ def run(config: LocalizationConfig) -> Localization:
     names = _sites(subject, config).aliases
     presets = single_presets(names) + window_presets(names, config.windows)
     inputs = common.inputs(config)
-    folder = processes.open(lambda: RunFolder(config.out, "localize", config, inputs))
+    folder = processes.open(
+        lambda lock: RunFolder(config.out, "localize", config, inputs, lock=lock)
+    )
     first = pairs_of(config, config.concepts[0])[0].corrupted
     rows = memory.batch_rows(config, subject, first, processes)
     study = Study(replace(config, batch_rows=rows), folder, subject, scorers, processes)

@@ -83,7 +83,7 @@ def run(config: SteeringConfig) -> Steering:
     prompts = test_prompts(config, wanted, subject)
     distances = load_distances(config, scorers, subject)
     inputs = common.inputs(config)
-    folder = processes.open(lambda: RunFolder(config.out, "steer", config, inputs))
+    folder = processes.open(lambda lock: RunFolder(config.out, "steer", config, inputs, lock=lock))
     rows = memory.batch_rows(config, subject, prompts[0], processes)
     config = replace(config, batch_rows=rows)
     vector = given
