@@ -21,12 +21,13 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from sae.oracle import planted
-from sidechain.sae import PipelineSource, Sae, train
+from sidechain.sae import PipelineSource, Sae, SaeConfig, formats, train
 from sidechain.store import ActivationStore, ActivationWriter
 from sidechain.testing import tiny_pipeline
 
@@ -51,10 +52,33 @@ def store(place: Path, out: Path) -> None:
     train(ActivationStore(folder, "cross:1"), out, tokens=N * 160, **SETTINGS)
 
 
-def iterable(place: Path, out: Path) -> None:
-    """Tensors with steps, passed over when the run goes on."""
+def array(place: Path, out: Path) -> None:
+    """A memory-mapped file, two epochs, with rows that are not finite and are left out."""
+    path = place / "acts.npy"
+    if not path.exists():
+        found = rows().numpy()
+        found[[7, 1700, 4200]] = np.nan
+        np.save(path, found)
+    steps = np.arange(6000) % 3
+    train(path, out, steps=steps, epochs=2, on_bad_rows="skip", held_out=0.1, **SETTINGS)
+
+
+def stream(place: Path, out: Path) -> None:
+    """Tensors with steps as they come, shuffled in a buffer, passed over when the run goes on."""
     items = [(part, number % 3) for number, part in enumerate(rows().split(100))]
-    train(items, out, tokens=N * 88, **{**SETTINGS, "architecture": "jumprelu", "k": None})
+    settings = {**SETTINGS, "architecture": "jumprelu", "k": None}
+    train(lambda: iter(items), out, tokens=N * 88, buffer=1000, **settings)
+
+
+def start(place: Path, out: Path) -> None:
+    """From a dictionary in the format of another library, grown, by the autograd step."""
+    folder = place / "theirs"
+    if not folder.exists():
+        formats.save(Sae(SaeConfig(D, 64, "topk", k=4), seed=1), folder, "sparsify")
+    settings = {name: value for name, value in SETTINGS.items() if name != "features"}
+    train(
+        rows(), out, start=folder, tokens=N * 80, **{**settings, "features": 80, "path": "autograd"}
+    )
 
 
 def live(place: Path, out: Path) -> None:
@@ -69,7 +93,9 @@ def live(place: Path, out: Path) -> None:
 
 VARIANTS: dict[str, Callable[[Path, Path], None]] = {
     "store": store,
-    "iterable": iterable,
+    "array": array,
+    "stream": stream,
+    "start": start,
     "live": live,
 }
 

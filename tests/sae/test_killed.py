@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-VARIANTS = ("store", "iterable", "live")
+VARIANTS = ("store", "array", "stream", "start", "live")
 
 
 @pytest.mark.slow
