@@ -38,7 +38,7 @@ _DTYPES = {
 class BadFound(NamedTuple):
     """Rows that cannot be trained on: how many, and the number of the first one (-1 = none)."""
 
-    count: int
+    number: int
     first: int
 
 
