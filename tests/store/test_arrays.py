@@ -176,6 +176,9 @@ def test_rows_at_uneven_distances_are_one_part():
     assert len(rows._parts) == 1 and torch.equal(read(rows), read(same))
     assert rows.fingerprint == same.fingerprint
     assert rows.bad == same.bad == (0, -1)
+    # One axis more, of length 1, is no reason to leave the fast way.
+    assert rows._plain is None and ArrayRows(x.numpy()[:, :1])._plain is None
+    assert ArrayRows(x.numpy().reshape(-1, D)[:, None])._plain is not None
 
 
 @pytest.mark.parametrize("order", ["C", "F"])

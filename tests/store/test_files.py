@@ -155,6 +155,7 @@ def test_a_dataset(tmp_path):
     assert torch.equal(read(open_rows(Dataset(table(X), chosen))), X[chosen])
 
 
+@arrow_there
 def test_what_is_no_dataset():
     """Several datasets, a stream and an array have attributes of a dataset, but no table."""
 
@@ -167,6 +168,13 @@ def test_what_is_no_dataset():
 
     with pytest.raises(InputError, match=r"one dataset, got Splits of train, test: choose one"):
         open_rows(Splits(train=1, test=2))
+
+    class Changed:
+        data = table(X)
+        _format_type = "custom"
+
+    with pytest.raises(InputError, match="dataset without a transform"):
+        open_rows(Changed())
     for other in (Stream(), X, X.numpy(), {"a": X}, None):
         with pytest.raises(TypeError, match=f"path or a datasets.Dataset.*{type(other).__name__}"):
             open_rows(other)

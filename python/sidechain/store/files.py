@@ -221,8 +221,13 @@ def _dataset(dataset: Any, column: str | None) -> list[Any]:
         )
     if not hasattr(_table(dataset), "column_names"):
         raise TypeError(
-            "rows: expected a path or a datasets.Dataset [read by number], got "
-            f"{type(dataset).__name__}"
+            "rows: expected a path or a datasets.Dataset [read by number; a stream is given as an "
+            f"iterable of its tensors], got {type(dataset).__name__}"
+        )
+    if getattr(dataset, "_format_type", None) == "custom":
+        raise InputError(
+            "rows: expected a dataset without a transform [rows are read from its table, where it "
+            "is not applied], got one: map it first"
         )
     if getattr(dataset, "_indices", None) is not None:
         dataset = dataset.flatten_indices()
