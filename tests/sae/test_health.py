@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from sidechain.sae import Normaliser, Sae, SaeConfig
+from sidechain.sae.features import evaluate
 from sidechain.sae.features.evaluate import measure
 from sidechain.sae.features.top import top_examples
 from sidechain.store import ActivationStore, ActivationWriter, ArrayRows, Storage
@@ -144,6 +145,22 @@ def test_rows_without_prompts_stand_for_themselves(store, batch):
         assert [example.row for example in found[feature]] == order[:5].tolist()
         assert [e.value for e in found[feature]] == pytest.approx(values[:5].tolist(), rel=1e-5)
         assert all(e.prompt == -1 and e.token == e.row for e in found[feature])
+
+
+def test_labels_are_read_in_parts(store, monkeypatch):
+    """Those of all rows at once need more memory than the rows of a batch."""
+    sae = dictionary("topk")
+    whole = measure(sae, store), top_examples(sae, store, [2, 9], 3)
+    held, asked = evaluate.LABELS, []
+    monkeypatch.setattr(evaluate, "LABELS", 10)
+    real = type(store).labels
+    monkeypatch.setattr(
+        type(store), "labels", lambda self, rows: (asked.append(len(rows)), real(self, rows))[1]
+    )
+    found = measure(sae, store, batch=7)
+    assert found.steps.tolist() == list(STEPS) and found.fvu == pytest.approx(whole[0].fvu)
+    assert top_examples(sae, store, [2, 9], 3, batch=7) == whole[1]
+    assert max(asked) <= 10 < len(store) < held
 
 
 def test_equal_activations_give_the_lower_rows(store):

@@ -42,6 +42,12 @@ FORMS = {
     "wide": lambda x: torch.cat([x, x], 1)[:, :D],
     "3d": lambda x: x.reshape(10, 5, D),
     "3d turned": lambda x: x.reshape(5, 10, D).transpose(0, 1).contiguous().transpose(0, 1),
+    "without the first of each": lambda x: torch.cat([x[:10].view(10, 1, D), x.view(10, 5, D)], 1)[
+        :, 1:
+    ],
+    "4d, not even": lambda x: torch.cat([x.view(5, 5, 2, D)] * 2, 2).numpy()[:, :, :2],
+    "4d, backwards": lambda x: x.view(5, 5, 2, D).numpy()[:, ::-1].copy()[:, ::-1],
+    "the same row": lambda x: x.view(1, 50, 1, D),
     "parts": lambda x: [x[:7], x[7:7], x[7:].numpy()],
     "read only": lambda x: np.frombuffer(x.numpy().tobytes(), np.float32).reshape(-1, D),
     "float64": lambda x: x.double(),
@@ -157,6 +163,45 @@ def test_held_out_rows_are_others(tmp_path):
             split(ArrayRows(x), share)
 
 
+def test_a_repeated_row_is_read_again():
+    x = draw(1, D)
+    rows = ArrayRows(x.view(1, 1, D).expand(4, 3, D))
+    assert len(rows) == 12 and torch.equal(read(rows), x.expand(12, D))
+
+
+def test_rows_at_uneven_distances_are_one_part():
+    """`x[:, 1:]` of [B, T, d] was B parts, each of them looked at for every batch."""
+    x = draw(2000, 3, D)
+    rows, same = ArrayRows(x[:, 1:]), ArrayRows(x[:, 1:].reshape(-1, D))
+    assert len(rows._parts) == 1 and torch.equal(read(rows), read(same))
+    assert rows.fingerprint == same.fingerprint
+    assert rows.bad == same.bad == (0, -1)
+    # One axis more, of length 1, is no reason to leave the fast way.
+    assert rows._plain is None and ArrayRows(x.numpy()[:, :1])._plain is None
+    assert ArrayRows(x.numpy().reshape(-1, D)[:, None])._plain is not None
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("numbers", [[-1], [3], [0, 2, 7]])
+def test_numbers_outside_are_refused(order, numbers):
+    """-1 would be the last row, and rows past a part those of the other one."""
+    x = np.array(draw(3, D).numpy(), order=order)
+    rows = ArrayRows(x)
+    part, _ = split(ArrayRows(np.concatenate([x, x])), 0.5)
+    out = np.empty((len(numbers), rows.row_bytes), np.uint8)
+    for reader in (rows, part):
+        with pytest.raises(IndexError, match=r"rows within \[0, 3\)"):
+            reader.gather(np.array(numbers), out)
+        with pytest.raises(IndexError, match=r"rows within \[0, 3\)"):
+            reader.labels(np.array(numbers))
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, 0.01, -1, float("nan"), "half", None])
+def test_a_share_that_leaves_nothing(share):
+    with pytest.raises(ValueError, match="share that leaves rows on both sides of 9"):
+        split(ArrayRows(draw(9, D)), share)
+
+
 @pytest.mark.parametrize(
     ("arrays", "steps", "error", "message"),
     [
@@ -174,6 +219,9 @@ def test_held_out_rows_are_others(tmp_path):
         (np.zeros((3, D), object), None, TypeError, "got object"),
         (np.zeros((3, D), np.complex64), None, TypeError, "got complex64"),
         (np.zeros((3, D), ">f4"), None, TypeError, "byte order"),
+        (np.ma.masked_less(np.zeros((3, D)), 1), None, TypeError, "without a mask"),
+        (torch.eye(D).to_sparse(), None, TypeError, "dense tensor .*got torch.sparse_coo"),
+        (torch.zeros(3, D, device="meta"), None, TypeError, "got a tensor without data"),
         (torch.zeros(3, D), [1, 2], ValueError, "expected 3 steps"),
         (torch.zeros(3, D), [1.0, 2.0, 3.0], TypeError, "whole steps"),
         (torch.zeros(3, D), [1, 2, -1], ValueError, "steps >= 0"),

@@ -4,14 +4,17 @@
 from __future__ import annotations
 
 import importlib.util
+import mmap
 import pickle
+import warnings
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from sidechain._errors import InputError
+from sidechain._errors import InputError, is_bad_input
 from sidechain.store import open_rows
 from sidechain.store.shard import decode
 
@@ -26,6 +29,12 @@ def read(rows):
     stored = np.empty((len(rows), rows.row_bytes), np.uint8)
     rows.gather(np.arange(len(rows)), stored)
     return decode(torch.from_numpy(stored), rows.dtype, rows.width)
+
+
+def is_mapped(values):
+    while isinstance(values, np.ndarray) and not isinstance(values, np.memmap):
+        values = values.base
+    return isinstance(values, np.memmap | mmap.mmap)
 
 
 def lists(x, kind):
@@ -56,7 +65,7 @@ def test_numpy(tmp_path):
     np.save(tmp_path / "x.npy", X.numpy())
     rows = open_rows(tmp_path / "x.npy")
     assert torch.equal(read(rows), X) and rows.name == "x.npy"
-    assert isinstance(rows._parts[0].values, np.memmap)
+    assert is_mapped(rows._parts[0].values)
     with pytest.raises(InputError, match="expected no column"):
         open_rows(tmp_path / "x.npy", column="a")
 
@@ -70,6 +79,8 @@ def test_torch(tmp_path):
     assert torch.equal(read(open_rows(tmp_path / "named.pt", column="b")), 2 * X)
     with pytest.raises(InputError, match=r"expected column to be one of a, b .*got none"):
         open_rows(tmp_path / "named.pt")
+    torch.save({0: X, 1: 2 * X}, tmp_path / "numbered.pt")
+    assert torch.equal(read(open_rows(tmp_path / "numbered.pt", column="1")), 2 * X)
     torch.save(X.bfloat16(), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     assert torch.equal(read(open_rows(tmp_path / "old.pt")), X.bfloat16())
 
@@ -106,6 +117,9 @@ def test_parquet(tmp_path):
     parquet.write_table(pa.table({**columns, "name": ["x"] * 40}), tmp_path / "mixed.parquet")
     with pytest.raises(InputError, match="float columns alone"):
         open_rows(tmp_path / "mixed.parquet")
+    parquet.write_table(pa.table({"a": [1.0, 2.0], "b": [3.0, None]}), tmp_path / "hole.parquet")
+    with pytest.raises(InputError, match=r"missing values in .*hole\.parquet, got some in b"):
+        open_rows(tmp_path / "hole.parquet")
 
 
 @arrow_there
@@ -139,6 +153,42 @@ def test_a_dataset(tmp_path):
     assert torch.equal(read(open_rows(Dataset(table(X)))), X)
     chosen = [5, 3, 9]
     assert torch.equal(read(open_rows(Dataset(table(X), chosen))), X[chosen])
+
+
+@arrow_there
+def test_what_is_no_dataset():
+    """Several datasets, a stream and an array have attributes of a dataset, but no table."""
+
+    class Splits(dict):
+        column_names: ClassVar = {"train": ["acts"]}
+        data = property(dict)
+
+    class Stream:
+        column_names = None
+
+    with pytest.raises(InputError, match=r"one dataset, got Splits of train, test: choose one"):
+        open_rows(Splits(train=1, test=2))
+
+    class Changed:
+        data = table(X)
+        _format_type = "custom"
+
+    with pytest.raises(InputError, match="dataset without a transform"):
+        open_rows(Changed())
+    for other in (Stream(), X, X.numpy(), {"a": X}, None):
+        with pytest.raises(TypeError, match=f"path or a datasets.Dataset.*{type(other).__name__}"):
+            open_rows(other)
+
+
+def test_files_that_are_left_out_are_named(tmp_path):
+    np.save(tmp_path / "a.npy", X.numpy())
+    (tmp_path / "state.json").write_text("{}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(open_rows(tmp_path)) == len(X)
+    np.savez(tmp_path / "b.npz", X.numpy())
+    with pytest.warns(RuntimeWarning, match=r"1 files of .* are not read \[not \.npy\]: b\.npz"):
+        assert len(open_rows(tmp_path)) == len(X)
 
 
 def test_folders_in_natural_order(tmp_path):
@@ -192,6 +242,59 @@ def test_a_file_cut_short(tmp_path):
         path.write_bytes(path.read_bytes()[:-20])
         with pytest.raises(InputError, match=name):
             open_rows(path)
+
+
+def written(kind, folder):
+    """A file of a kind with the rows X."""
+    path = folder / f"good.{'arrow' if kind in ('lists', 'stream') else kind}"
+    if kind == "npy":
+        np.save(path, X.numpy())
+    elif kind == "pt":
+        torch.save({"a": X}, path)
+    elif kind == "pth":
+        torch.save({"a": X}, path, _use_new_zipfile_serialization=False)
+    elif kind == "safetensors":
+        save_file({"a": X}, path)
+    elif kind == "parquet":
+        from pyarrow import parquet
+
+        parquet.write_table(table(X, "list"), path)
+    else:
+        content = table(X, "fixed" if kind == "arrow" else "list")
+        write_arrow(path, content, stream=kind == "stream")
+    return path
+
+
+@pytest.mark.parametrize(
+    "kind", ["npy", "pt", "pth", "safetensors", "arrow", "lists", "stream", "parquet"]
+)
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_bytes_that_changed_end_in_one_line(tmp_path, kind):
+    """Whatever a parser makes of a damaged file; followed unchecked, offsets ended the process."""
+    if kind in ("arrow", "lists", "stream", "parquet"):
+        pytest.importorskip("pyarrow")
+    good = written(kind, tmp_path).read_bytes()
+    random = np.random.default_rng(0)
+    refused = 0
+    for number in range(150):
+        damaged = bytearray(good)
+        # Anywhere, in the header, or in the footer.
+        low, high = [(0, len(good)), (0, 600), (len(good) - 900, len(good))][number % 3]
+        for place in random.integers(max(0, low), min(high, len(good)), 3):
+            damaged[place] = random.integers(256)
+        if number % 7 == 6:
+            del damaged[random.integers(len(good)) :]
+        path = (tmp_path / f"x{number}").with_suffix(f".{kind}")
+        path = path if kind not in ("lists", "stream") else path.with_suffix(".arrow")
+        path.write_bytes(damaged)
+        try:
+            assert open_rows(path).fingerprint >= 0
+        except (TypeError, ValueError) as error:
+            refused += 1
+            assert is_bad_input(error) and "\n" not in str(error)
+            assert path.name in str(error)
+        path.unlink()
+    assert 0 < refused < 150  # or the damage says nothing
 
 
 def test_pickles_that_run_code_are_not_opened(tmp_path):

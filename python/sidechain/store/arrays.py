@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .array_part import DTYPES, as_part, checked_steps
 from .finite import bad_rows
 from .labels import Labels
 from .protocol import RowReader
@@ -27,12 +28,6 @@ STATISTICS_ROWS = 1 << 18
 CHECKSUM_BYTES = 4 << 30
 _BLOCK = 4 << 20
 _SAMPLE = 1 << 20
-_DTYPES = {
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-    "float32": torch.float32,
-    "float64": torch.float32,
-}
 
 
 class BadFound(NamedTuple):
@@ -69,19 +64,20 @@ class ArrayRows:
     ) -> None:
         given = list(arrays) if isinstance(arrays, list | tuple) else [arrays]
         self.name = name
-        parts = [part for number, a in enumerate(given) for part in _parts(a, f"{name} {number}")]
-        parts = [part for part in parts if len(part.values)]
+        parts = [as_part(a, f"{name} {number}") for number, a in enumerate(given)]
+        parts = [part for part in parts if len(part)]
         if not parts:
             raise ValueError(f"rows: expected at least one row in {name}, got none")
-        widths = sorted({part.values.shape[1] for part in parts})
+        widths = sorted({part.values.shape[-1] for part in parts})
         if len(widths) > 1 or not widths[0]:
             raise ValueError(f"rows: expected arrays of one width in {name}, got {widths}")
         self.width = widths[0]
         kinds = {part.dtype for part in parts}
-        self.dtype = _DTYPES[kinds.pop()] if len(kinds) == 1 else torch.float32
+        self.dtype = DTYPES[kinds.pop()] if len(kinds) == 1 else torch.float32
         self._parts = parts
-        self._ends = np.cumsum([len(part.values) for part in parts])
-        self._steps = _checked_steps(steps, len(self), name)
+        self._ends = np.cumsum([len(part) for part in parts])
+        self._starts = self._ends - [len(part) for part in parts]
+        self._steps = checked_steps(steps, len(self), name)
         self.has_steps = steps is not None
 
     def __len__(self) -> int:
@@ -94,16 +90,20 @@ class ArrayRows:
         return self.width * self.dtype.itemsize
 
     def gather(self, rows: NDArray[Any], out: NDArray[Any]) -> None:
-        """Copy rows [n, row_bytes] by number."""
+        """Copy rows [n, row_bytes] by number.
+
+        Raises:
+            IndexError: a number outside [0, len).
+        """
+        _check_numbers(rows, len(self))
         part = np.searchsorted(self._ends, rows, side="right")
-        starts = self._ends - [len(p.values) for p in self._parts]
-        place = rows - starts[part]
+        place = rows - self._starts[part]
         if self._plain is not None:
             gather_rows(self._plain, part, place, out)
             return
         for number in np.unique(part):
             here = np.flatnonzero(part == number)
-            found = self._parts[int(number)].values[place[here]]
+            found = self._parts[int(number)].take(place[here])
             out[here] = np.ascontiguousarray(self._converted(found)).view(np.uint8)
 
     @cached_property
@@ -111,11 +111,11 @@ class ArrayRows:
         """The arrays as bytes, where all have their rows one after the other as they are read."""
         found = []
         for part in self._parts:
-            if part.dtype == "float64" or _DTYPES[part.dtype] != self.dtype:
+            if part.dtype == "float64" or DTYPES[part.dtype] != self.dtype:
                 return None
             if not part.values.flags.c_contiguous:
                 return None
-            found.append(part.values.view(np.uint8).reshape(len(part.values), -1))
+            found.append(part.values.view(np.uint8).reshape(len(part), -1))
         return found
 
     def _converted(self, values: NDArray[Any]) -> NDArray[Any]:
@@ -127,8 +127,13 @@ class ArrayRows:
         return values
 
     def labels(self, rows: Any) -> Labels:
-        """Labels of rows by number: step (0 where not known), token = number; no prompt."""
+        """Labels of rows by number: step (0 where not known), token = number; no prompt.
+
+        Raises:
+            IndexError: a number outside [0, len).
+        """
         numbers = np.asarray(rows, dtype=np.int64)
+        _check_numbers(numbers, len(self))
         zero = torch.zeros(len(numbers), dtype=torch.int64)
         step = zero if self._steps is None else torch.from_numpy(self._steps[numbers])
         return Labels(step, zero.clone(), torch.full_like(zero, -1), torch.from_numpy(numbers))
@@ -150,7 +155,7 @@ class ArrayRows:
 
     @cached_property
     def _scan(self) -> tuple[int, BadFound]:
-        facts = [(part.dtype, part.values.shape) for part in self._parts]
+        facts = [(part.dtype, (len(part), self.width)) for part in self._parts]
         checksum = zlib.crc32(repr(facts).encode())
         if self._steps is not None:
             checksum = zlib.crc32(self._steps.data, checksum)
@@ -170,7 +175,7 @@ class ArrayRows:
         total = len(self) * self.row_bytes
         start = 0
         for part in self._parts:
-            rows = len(part.values)
+            rows = len(part)
             if total <= CHECKSUM_BYTES:
                 size = max(1, _BLOCK // self.row_bytes)
                 firsts: Any = range(0, rows, size)
@@ -180,73 +185,15 @@ class ArrayRows:
                 wanted = max(1, round(share * (CHECKSUM_BYTES // _SAMPLE)))
                 firsts = np.unique(np.linspace(0, max(0, rows - size), wanted).astype(int)).tolist()
             for first in firsts:
-                yield start + first, part.values[first : first + size]
+                yield start + first, part.between(first, min(first + size, rows))
             start += rows
 
 
-class _Part(NamedTuple):
-    """An array [n, d]; bfloat16 as uint16, which NumPy has."""
-
-    values: NDArray[Any]
-    dtype: str
-
-
-def _parts(given: Any, what: str) -> list[_Part]:
-    """Return the rows of an array [..., d] as matrices, none of them a copy."""
-    if isinstance(given, Tensor):
-        tensor = given.detach().cpu()
-        name = str(tensor.dtype).removeprefix("torch.")
-        if name in _DTYPES:
-            plain = tensor.view(torch.uint16) if name == "bfloat16" else tensor
-            return [_Part(flat, name) for flat in _flat(plain.numpy(), what)]
-    elif isinstance(given, np.ndarray):
-        name = given.dtype.name
-        if name in _DTYPES and name != "bfloat16":
-            if not given.dtype.isnative:
-                raise TypeError(
-                    f"rows: expected numbers in the byte order of this machine as {what}, got "
-                    f"{given.dtype.str}"
-                )
-            return [_Part(flat, name) for flat in _flat(given, what)]
-    else:
-        raise TypeError(
-            f"rows: expected tensors or arrays [..., d] as {what}, got {type(given).__name__}"
+def _check_numbers(rows: NDArray[Any], count: int) -> None:
+    if rows.size and not 0 <= rows.min() <= rows.max() < count:
+        raise IndexError(
+            f"rows: expected rows within [0, {count}), got {rows.min()} to {rows.max()}"
         )
-    raise TypeError(
-        f"rows: expected float16, bfloat16, float32 or float64 as {what}, got {name} [numbers of "
-        "another kind are cast by whoever knows their scale]"
-    )
-
-
-def _flat(values: NDArray[Any], what: str) -> Iterator[NDArray[Any]]:
-    if values.ndim < 2:
-        raise ValueError(f"rows: expected [..., d] as {what}, got shape {list(values.shape)}")
-    if values.ndim == 2:
-        yield values
-        return
-    view = values.view(np.ndarray)
-    try:
-        # Raises where a copy would be needed, which `reshape` would make.
-        view.shape = (-1, values.shape[-1])
-    except AttributeError:
-        for part in values:
-            yield from _flat(part, what)
-        return
-    yield view
-
-
-def _checked_steps(steps: Any, count: int, name: str) -> NDArray[np.int64] | None:
-    if steps is None:
-        return None
-    found = np.asarray(steps.cpu() if isinstance(steps, Tensor) else steps)
-    if found.dtype.kind not in "iu":
-        raise TypeError(f"rows: expected whole steps for {name}, got {found.dtype.name}")
-    if found.size != count:
-        raise ValueError(f"rows: expected {count} steps [rows of {name}], got {found.size}")
-    found = np.ascontiguousarray(found.reshape(-1).astype(np.int64))
-    if found.size and found.min() < 0:
-        raise ValueError(f"rows: expected steps >= 0 for {name}, got {found.min()}")
-    return found
 
 
 class PartRows:
@@ -276,8 +223,14 @@ class PartRows:
         return self.reader.row_bytes
 
     def numbers(self, rows: Any) -> NDArray[np.int64]:
-        """Return the numbers in the whole of rows by number in the part."""
-        return self._order(np.asarray(rows, dtype=np.int64) + self._first)
+        """Return the numbers in the whole of rows by number in the part.
+
+        Raises:
+            IndexError: a number outside [0, len).
+        """
+        numbers = np.asarray(rows, dtype=np.int64)
+        _check_numbers(numbers, self._count)  # those beyond belong to another part
+        return self._order(numbers + self._first)
 
     def gather(self, rows: NDArray[Any], out: NDArray[Any]) -> None:
         """Copy rows [n, row_bytes] by number."""
@@ -313,7 +266,8 @@ def split(reader: RowReader, share: float, *, seed: int = 0) -> tuple[PartRows, 
     Raises:
         ValueError: a share that leaves one of them empty.
     """
-    held = round(share * len(reader))
+    usable = isinstance(share, int | float) and 0 < share < 1
+    held = round(share * len(reader)) if usable else 0
     if not 0 < held < len(reader):
         raise ValueError(
             f"split: expected a share that leaves rows on both sides of {len(reader)}, got {share}"

@@ -6,9 +6,10 @@
 | .npy                | mapped                                                                    |
 | .safetensors        | mapped; `column` names the tensor where there are several                 |
 | .pt, .pth           | mapped; tensors only, no code is run; `column` names one of a dictionary  |
-| .arrow, .feather    | mapped where not compressed; a column of lists, or float columns          |
+| .arrow, .feather    | mapped where not compressed: a column of lists; float columns are copied  |
 | .parquet            | held in memory: its pages are compressed                                  |
-| folder              | files of one of these kinds, in natural order (2 before 10)               |
+| folder              | files of one of these kinds, in natural order (2 before 10); notes (.json, |
+|                     | .txt, .md, .yaml) may lie beside them, others are named in a warning      |
 | `datasets.Dataset`  | as .arrow                                                                 |
 """
 
@@ -17,17 +18,21 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from .._errors import InputError
 from .arrays import ArrayRows
+
+#: Kinds of files that describe others; they may lie in a folder of rows.
+_NOTES = (".json", ".txt", ".md", ".yaml", ".yml")
 
 
 def open_rows(source: Any, *, column: str | None = None, steps: Any = None) -> ArrayRows:
@@ -40,8 +45,9 @@ def open_rows(source: Any, *, column: str | None = None, steps: Any = None) -> A
 
     Raises:
         FileNotFoundError: nothing there.
-        InputError: another or a damaged kind of file, or a column that is not there;
-            or pyarrow is needed and not installed.
+        InputError: another or a damaged kind of file, a column that is not there, or pyarrow is
+            needed and not installed.
+        TypeError: neither a path nor a dataset that is read by number.
         TypeError, ValueError: see `ArrayRows`.
     """
     if not isinstance(source, str | os.PathLike):
@@ -53,20 +59,35 @@ def open_rows(source: Any, *, column: str | None = None, steps: Any = None) -> A
     read = _reader(files[0])
     arrays: list[Any] = []
     for file in files:
-        try:
-            arrays += read(file, column)
-        except (OSError, ValueError, SafetensorError, RuntimeError, EOFError) as error:
-            if isinstance(error, InputError) or (isinstance(error, OSError) and error.errno):
-                raise
-            text = " ".join(str(error).split())[:300]
-            raise InputError(
-                f"rows: expected an intact {file.suffix} file, got {file}: {text}"
-            ) from None
+        arrays += _read(read, file, column)
     return ArrayRows(arrays, steps=steps, name=path.name)
 
 
+def _read(read: Callable[[Path, str | None], list[Any]], file: Path, column: str | None) -> Any:
+    """Return the arrays of a file.
+
+    Raises:
+        InputError: damaged, or too large to be held where it cannot be mapped.
+    """
+    try:
+        return read(file, column)
+    except (InputError, ImportError):
+        raise
+    except MemoryError as error:
+        raise InputError(
+            f"rows: expected a {file.suffix} file that fits into memory, got {file}: {error}"
+        ) from None
+    except Exception as error:  # what a damaged file makes NumPy, torch and pyarrow raise is open
+        if isinstance(error, OSError) and error.filename is not None:
+            raise
+        text = " ".join(str(error).split())[:300] or type(error).__name__
+        raise InputError(
+            f"rows: expected an intact {file.suffix} file, got {file}: {text}"
+        ) from None
+
+
 def _in_folder(folder: Path) -> list[Path]:
-    """Return the files of a folder, all of one kind that can be read; others are not left out."""
+    """Return the files of a folder, all of one kind that can be read."""
     found = [p for p in folder.iterdir() if not p.name.startswith(".")]
     files = sorted((p for p in found if p.suffix in _READERS), key=_natural)
     other = sorted(p.name for p in found if p.suffix not in _READERS)
@@ -81,6 +102,14 @@ def _in_folder(folder: Path) -> list[Path]:
     if deeper:
         raise InputError(
             f"rows: expected a folder without folders in it, got {sorted(deeper)[0]} in {folder}"
+        )
+    left = [name for name in other if Path(name).suffix.lower() not in _NOTES]
+    if left:
+        warnings.warn(
+            f"rows: {len(left)} files of {folder} are not read [not {kinds[0]}]: "
+            f"{', '.join(left[:5])}",
+            RuntimeWarning,
+            stacklevel=3,
         )
     return files
 
@@ -123,8 +152,8 @@ def _pickled(file: Path, column: str | None) -> list[Any]:
             f"is not opened]: {' '.join(str(error).split())[-160:]}"
         ) from None
     if isinstance(content, Mapping):
-        names = [str(name) for name, value in content.items() if isinstance(value, Tensor)]
-        return [content[_chosen(names, column, file)]]
+        tensors = {str(name): one for name, one in content.items() if isinstance(one, Tensor)}
+        return [tensors[_chosen(list(tensors), column, file)]]
     _no_column(file, column)
     found = list(content) if isinstance(content, list | tuple) else [content]
     if not found or not all(isinstance(one, Tensor) for one in found):
@@ -185,10 +214,29 @@ def _pyarrow(where: Any) -> Any:
 
 def _dataset(dataset: Any, column: str | None) -> list[Any]:
     """Return the arrays of a `datasets.Dataset`, its selection and order applied."""
+    if isinstance(dataset, Mapping) and hasattr(dataset, "column_names"):
+        raise InputError(
+            f"rows: expected one dataset, got {type(dataset).__name__} of "
+            f"{', '.join(map(str, dataset))}: choose one"
+        )
+    if not hasattr(_table(dataset), "column_names"):
+        raise TypeError(
+            "rows: expected a path or a datasets.Dataset [read by number; a stream is given as an "
+            f"iterable of its tensors], got {type(dataset).__name__}"
+        )
+    if getattr(dataset, "_format_type", None) == "custom":
+        raise InputError(
+            "rows: expected a dataset without a transform [rows are read from its table, where it "
+            "is not applied], got one: map it first"
+        )
     if getattr(dataset, "_indices", None) is not None:
         dataset = dataset.flatten_indices()
-    table = getattr(dataset.data, "table", dataset.data)
-    return _columns(table, column, "the dataset")
+    return _columns(_table(dataset), column, "the dataset")
+
+
+def _table(dataset: Any) -> Any:
+    found = getattr(dataset, "data", None)
+    return getattr(found, "table", found)
 
 
 def _columns(table: Any, column: str | None, where: Any) -> list[Any]:
@@ -205,6 +253,9 @@ def _columns(table: Any, column: str | None, where: Any) -> list[Any]:
                 f"rows: expected a column of lists of floats, or float columns alone, in {where}, "
                 f"got {', '.join(f'{f.name} {f.type}' for f in table.schema)[:200]}"
             )
+        holes = [name for name in floats if table[name].null_count]
+        if holes:
+            raise InputError(f"rows: expected no missing values in {where}, got some in {holes[0]}")
         return [np.stack([table[name].to_numpy() for name in floats], axis=1)]
     name = _chosen(lists if column is None else table.column_names, column, where)
     return [_matrix(pyarrow, chunk, f"{name} of {where}") for chunk in table[name].chunks]
@@ -218,6 +269,7 @@ def _is_list(arrow: Any, kind: Any) -> bool:
 
 def _matrix(arrow: Any, values: Any, what: str) -> Any:
     """Return a chunk of lists of equal length as an array [n, ..., d], without a copy."""
+    values.validate(full=True)  # offsets that lead outside end the process where they are followed
     shape = [len(values)]
     values = getattr(values, "storage", values)
     while _is_list(arrow, values.type):

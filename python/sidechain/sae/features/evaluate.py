@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,9 +11,12 @@ import torch
 from torch import Tensor
 
 from ..._errors import InputError
-from ...store import Batches, BatchOptions
+from ...store import Batches, BatchOptions, Labels
 from ...store.protocol import RowReader
 from ..model import Codes, Sae
+
+#: Rows whose labels are held at once: 32 MiB.
+LABELS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ def measure(sae: Sae, rows: RowReader, *, batch: int = 4096) -> Health:
     """
     _check(sae, rows)
     device, features = sae.w_enc.device, sae.config.features
-    steps = torch.unique(rows.labels(np.arange(len(rows))).step)
+    steps = torch.unique(torch.cat([torch.unique(part.step) for part in labels_in_parts(rows)]))
     slots, width = len(steps), sae.config.d_in
     errors, squares, counts = (torch.zeros(slots, dtype=torch.float64) for _ in range(3))
     sums = torch.zeros(slots, width, dtype=torch.float64)
@@ -86,6 +90,12 @@ def measure(sae: Sae, rows: RowReader, *, batch: int = 4096) -> Health:
         dead=float((fired == 0).double().mean()),
         density=fired.double() / len(rows),
     )
+
+
+def labels_in_parts(rows: RowReader) -> Iterator[Labels]:
+    """Yield the labels of all rows, so many at a time that a large file needs no more memory."""
+    for start in range(0, len(rows), LABELS):
+        yield rows.labels(np.arange(start, min(start + LABELS, len(rows))))
 
 
 def has_steps(rows: RowReader) -> bool:

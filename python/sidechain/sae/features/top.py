@@ -14,7 +14,7 @@ from ..._errors import InputError
 from ...store import Batch
 from ...store.protocol import RowReader
 from ..model import Sae
-from .evaluate import has_steps, in_order, rows_of
+from .evaluate import has_steps, in_order, labels_in_parts, rows_of
 
 
 @dataclass(frozen=True)
@@ -62,32 +62,40 @@ def top_examples(
         )
     if not len(rows):
         raise InputError("top_examples: expected rows, got none")
-    labels = rows.labels(np.arange(len(rows)))
-    known = labels.prompt >= 0
-    if bool(known.any()) != bool(known.all()):
-        raise InputError(
-            "top_examples: expected rows that all know their prompts, or none of which does, got "
-            "some of each"
-        )
-    # A row without a prompt stands for itself.
-    group = labels.prompt if bool(known.all()) else torch.arange(len(rows))
+    prompts = _have_prompts(rows)
     place = torch.full((sae.config.features,), -1)
     place[torch.tensor(list(features), dtype=torch.int64)] = torch.arange(len(features))
     best = _Best(len(features), count)
     for got in in_order(rows, batch, sae.w_enc.device):
         slot, row, value = _active(sae, got, place, steps=has_steps(rows))
-        best.add(slot, row, value, group[row])
-    return {
-        int(feature): [
-            TopExample(int(labels.prompt[n]), int(labels.step[n]), int(labels.token[n]), value, n)
-            for n, value in best.of(index)
-        ]
-        for index, feature in enumerate(features)
-    }
+        assert got.labels is not None
+        number = got.rows[row]
+        # A row without a prompt stands for itself.
+        best.add(slot, number, value, got.labels.prompt[row] if prompts else number)
+    return {int(f): _labelled(rows, best.of(index)) for index, f in enumerate(features)}
+
+
+def _have_prompts(rows: RowReader) -> bool:
+    known = sum(int((part.prompt >= 0).sum()) for part in labels_in_parts(rows))
+    if known not in (0, len(rows)):
+        raise InputError(
+            "top_examples: expected rows that all know their prompts, or none of which does, got "
+            "some of each"
+        )
+    return known > 0
+
+
+def _labelled(rows: RowReader, found: list[tuple[int, float]]) -> list[TopExample]:
+    labels = rows.labels(np.array([number for number, _ in found], dtype=np.int64))
+    columns = zip(labels.prompt.tolist(), labels.step.tolist(), labels.token.tolist(), strict=True)
+    return [
+        TopExample(prompt, step, token, value, number)
+        for (prompt, step, token), (number, value) in zip(columns, found, strict=True)
+    ]
 
 
 def _active(sae: Sae, got: Batch, place: Tensor, *, steps: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (slot, row, value) of the codes of the features that are asked for."""
+    """Return (slot, row of the batch, value) of the codes of the features asked for."""
     with torch.no_grad():
         codes = sae.encode(got.x.float(), step=got.step if steps else None)
     indices = codes.indices.long().cpu().flatten()
@@ -95,7 +103,7 @@ def _active(sae: Sae, got: Batch, place: Tensor, *, steps: bool) -> tuple[Tensor
     values = codes.values.cpu().flatten()
     found = torch.nonzero((slot >= 0) & (values > 0))[:, 0]
     row = rows_of(codes).cpu().flatten()[found]
-    return slot[found], got.rows[row], values[found]
+    return slot[found], row, values[found]
 
 
 class _Best:
