@@ -26,10 +26,17 @@ COMMANDS = {
     "sae train": ("sae_train", "train a dictionary, or continue a run"),
     "sae finish": ("sae_finish", "make the dictionary of a run as it is now"),
     "sae score": ("sae_score", "measure dictionaries and find the features of concepts"),
+    "store import": ("store_import", "write activations of another program into a store"),
     "curves": ("curves", "score a table of sweeps: AUC and smoothness"),
     "impact": ("impact", "rank sites in a table of impacts"),
     "bench": ("bench", "time this machine: ops, hooks and training steps against plain torch"),
     "doctor": ("doctor", "report versions, libraries and what runs where"),
+}
+
+#: First word of commands of two words -> one line of help.
+ROOMS = {
+    "sae": "train and score dictionaries of a site",
+    "store": "stores of activations on disk",
 }
 
 
@@ -127,7 +134,9 @@ def build_parser(name: str | None = None, command: Command | None = None) -> Par
     for full, (_, summary) in COMMANDS.items():
         room, _, action = full.rpartition(" ")
         if room and room not in nested:
-            group = commands.add_parser(room, help="train and score dictionaries of a site")
+            group = commands.add_parser(
+                room, help=ROOMS[room], description=f"{ROOMS[room].capitalize()}."
+            )
             nested[room] = group.add_subparsers(title="actions", metavar="ACTION", required=True)
         about = command.about if command is not None and full == name else summary
         added = (nested[room] if room else commands).add_parser(

@@ -271,22 +271,15 @@ def source(settings: SaeTrainSettings) -> tuple[Source, Any]:
 
 
 def _own_source(settings: SaeTrainSettings) -> tuple[Source, Any]:
-    import numpy as np
-
     from ..sae.training.opening import source_of
     from ..sae.training.options import DataOptions
+    from .row_steps import read_steps
 
     if settings.site is not None:
         raise InputError(f"--site: expected a store beside it, got the file {settings.data!r}")
-    steps = None
-    if settings.row_steps is not None:
-        try:
-            steps = np.load(settings.row_steps, allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise InputError(f"--row-steps: expected a .npy file, got {error}") from None
     options = DataOptions(
         target=settings.target,
-        steps=steps,
+        steps=read_steps("--row-steps", settings.row_steps),
         column=settings.column,
         epochs=settings.epochs,
         held_out=settings.held_out,

@@ -10,6 +10,7 @@ from ..pipelines.generate import Sampling
 from .arrays import ArrayRows, split
 from .batches import Batch, Batches
 from .files import open_rows
+from .importing import import_rows
 from .labels import Labels
 from .options import BatchOptions, Storage
 from .reader import ActivationStore
@@ -31,6 +32,7 @@ __all__ = [
     "Sampling",
     "Statistics",
     "Storage",
+    "import_rows",
     "open_rows",
     "record",
     "split",

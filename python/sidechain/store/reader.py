@@ -85,6 +85,11 @@ class ActivationStore:
         return len(self._rows)
 
     @property
+    def has_steps(self) -> bool:
+        """Whether the label `step` was known; not where rows were imported without steps."""
+        return bool(self.provenance.get("has_steps", True))
+
+    @property
     def row_bytes(self) -> int:
         """Bytes of a stored row."""
         return self._manifest.row_bytes(self.site)
