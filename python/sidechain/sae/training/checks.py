@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ..._errors import InputError
 from ...store import RunningStatistics, Statistics
 
@@ -26,7 +28,7 @@ def check_varying(statistics: Statistics, kind: str) -> None:
     """
     if kind == "none":
         return
-    steps: list[int | None] = [None]
+    steps: Sequence[int | None] = [None]
     if kind == "step" and statistics.cells:
         steps = sorted({step for step, _ in statistics.cells})
     for step in steps:
