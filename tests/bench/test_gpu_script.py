@@ -74,9 +74,10 @@ def test_a_call_leaves_its_results_and_nothing_else(tree: Path, tmp_path: Path) 
     assert done.returncode == 0, done.stdout + done.stderr
     assert {p.name for p in tmp_path.iterdir()} == before | {"o"}
     (path,) = (tmp_path / "o").iterdir()
-    runs = results.read(path)
+    # A machine that has results of its own keeps them beside the new ones.
+    runs = [run for run in results.read(path) if run["section"] == "sanitizer"]
     assert {run["commit"] for run in runs} == {"abc1234"}
-    assert {(run["section"], run["status"]) for run in runs} == {("sanitizer", "skipped")}
+    assert {run["status"] for run in runs} == {"skipped"}
     assert "now: bring the result file home" in done.stdout
 
 
