@@ -22,6 +22,7 @@ from ..architectures.registry import ARCHITECTURES
 from ..config import DEFAULT_K, SaeConfig
 from ..model import Sae
 from . import checkpoint
+from .checks import check_selected
 from .folder import RunLock
 from .interrupt import StopRequest
 from .log import Log
@@ -246,12 +247,14 @@ class Trainer:
         return found
 
     def _save(self, state: TrainState, log: Log | None) -> None:
+        check_selected(state)
         if log is not None:
             log.sync()
         facts = {**self._facts, "metrics_bytes": 0 if log is None else log.offset}
         checkpoint.save(self.out / CHECKPOINTS, state, facts)
 
     def _finish(self, state: TrainState, last: dict[str, float]) -> Sae:
+        check_selected(state)
         kept: dict[str, float] = {n: last[n] for n in ("fvu", "l0", "dead") if n in last}
         provenance = replace(
             self.source.provenance(),
