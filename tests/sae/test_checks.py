@@ -91,3 +91,26 @@ def test_a_constant_target(tmp_path):
     rows = [Rows(varied(1024), None, torch.ones(1024, 3))]
     with pytest.raises(ValueError, match="got 1024 constant ones"):
         train(rows, tmp_path, k=2, **SHORT)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.7])
+@pytest.mark.parametrize("architecture", ["batch_topk", "matryoshka"])
+@pytest.mark.parametrize("minutes", [0.0, 1e9])
+def test_constant_rows_without_a_normaliser(tmp_path, value, architecture, minutes):
+    """Seen when a checkpoint is due, or at the end: no dictionary is written."""
+    settings = {**SHORT, "tokens": 64 * 8, "log_every": 2, "checkpoint_minutes": minutes}
+    match = rf"no feature was selected in {8 if minutes else 2} steps"
+    with pytest.raises(ValueError, match=match):
+        train(
+            [torch.full((1024, D), value)], tmp_path, k=2, architecture=architecture,
+            normalise="none", **settings,
+        )  # fmt: skip
+    assert not (tmp_path / "sae.safetensors").exists()
+
+
+def test_other_architectures_have_no_such_threshold(tmp_path):
+    for architecture in ("topk", "jumprelu"):
+        k = {"k": 2} if architecture == "topk" else {}
+        x = torch.full((1024, D), 0.7)
+        out = tmp_path / architecture
+        train([x], out, architecture=architecture, normalise="none", **k, **SHORT)

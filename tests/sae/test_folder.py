@@ -11,9 +11,11 @@ import textwrap
 import pytest
 import torch
 
+from sidechain.cli import main as cli
 from sidechain.sae import Sae, train
 from sidechain.sae.training import folder
 from sidechain.sae.training.step import train_step
+from sidechain.store import ActivationWriter
 
 SHORT = dict(features=16, k=2, tokens=64 * 8, batch=64, log_every=2, progress=False)
 
@@ -57,6 +59,23 @@ def test_a_second_process_is_refused_before_it_writes(tmp_path):
         held.communicate()
     assert (out / folder.LOCK).exists()  # killed, and yet not stale
     train(rows(), out, **SHORT)
+
+
+def test_a_second_command_is_one_line(tmp_path, capsys):
+    with ActivationWriter(tmp_path / "store", {"cross:1": 6}) as writer:
+        writer.write({"cross:1": rows()[0]})
+    held = holder(tmp_path / "run")
+    try:
+        line = ["sae", "train", tmp_path / "store", "--tokens", "128", "--batch", "64"]
+        line += ["--features", "16", "--k", "2", "--out", tmp_path / "run"]
+        before = content(tmp_path / "run")
+        assert cli.main([str(part) for part in line]) == 2
+        assert content(tmp_path / "run") == before
+    finally:
+        held.kill()
+        held.communicate()
+    (said,) = capsys.readouterr().err.strip().splitlines()
+    assert said.startswith("sidechain: error: Trainer: expected a folder that no other process")
 
 
 def test_a_second_training_of_one_process_is_refused(tmp_path, monkeypatch):

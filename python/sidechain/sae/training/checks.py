@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of rows before a run begins."""
+"""Checks that there is something to learn: of rows before a run, of a state before it is kept."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ..._errors import InputError
 from ...store import RunningStatistics, Statistics
+from .state import TrainState
 
 #: Of the mean square: far above the rounding of sums in float64 (1e-32), far below the variance of
 #: a million rows in which one element differs by one unit of float32 (1e-23).
@@ -26,7 +29,7 @@ def check_varying(statistics: Statistics, kind: str) -> None:
     """
     if kind == "none":
         return
-    steps: list[int | None] = [None]
+    steps: Sequence[int | None] = [None]
     if kind == "step" and statistics.cells:
         steps = sorted({step for step, _ in statistics.cells})
     for step in steps:
@@ -39,6 +42,24 @@ def check_varying(statistics: Statistics, kind: str) -> None:
             f"train: expected rows that vary [they are normalised by their variance], got {count}"
             f"{where}"
         )
+
+
+def check_selected(state: TrainState) -> None:
+    """Refuse to keep a dictionary in which no feature was ever selected.
+
+    Its threshold follows what batches select; where rows do not vary (without a normaliser nothing
+    looks at them before) or are zero, it is NaN to the end, and no row can be encoded.
+
+    Raises:
+        InputError: so it is after the steps done.
+    """
+    threshold = state.weights.get("threshold")
+    if state.step == 0 or threshold is None or threshold.dim() or not bool(threshold.isnan()):
+        return
+    raise InputError(
+        f"train: expected rows that vary [{state.config.architecture} selects features by them], "
+        f"got rows of which no feature was selected in {state.step} steps"
+    )
 
 
 def _varies(known: RunningStatistics) -> bool:

@@ -21,6 +21,7 @@ from ..normaliser import Normaliser
 from ..starting import normalisers, opened, shaped, weights
 from . import checkpoint
 from .bad_rows import checked
+from .checks import check_selected
 from .finishing import CHECKPOINTS, RESULT, dictionary, logged, say_early, with_held_out
 from .folder import RunLock
 from .interrupt import StopRequest
@@ -326,6 +327,7 @@ class Trainer:
 
     def _save(self, state: TrainState, log: Log | None) -> None:
         self._check_weights(state)
+        check_selected(state)
         if log is not None:
             log.sync()
         facts = {
@@ -345,6 +347,7 @@ class Trainer:
 
     def _finish(self, state: TrainState, log: Log | None, last: dict[str, float]) -> Sae:
         self._check_weights(state)
+        check_selected(state)
         metrics = last or logged(self.out, state.step)  # no step was left to do
         sae = dictionary(
             state, self._origin(), self.record, metrics=metrics, skipped=self._count_skipped()
