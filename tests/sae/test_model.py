@@ -127,6 +127,15 @@ class TestTranscoder:
             again = Sae.load(sae.save(tmp_path / "t.safetensors"))
             assert torch.equal(again(x, step=6), out)
 
+    @torch.no_grad()
+    @pytest.mark.parametrize("shared", ["the normaliser", "its memory"])
+    def test_input_and_output_with_one_normaliser(self, tmp_path, shared):
+        own = Normaliser(torch.randn(1, D), torch.tensor([3.0]))
+        target = own if shared == "the normaliser" else Normaliser(own.mean, own.scale)
+        sae = make("topk", transcoder=True, normaliser=own, target_normaliser=target)
+        x = torch.randn(4, D)
+        assert torch.equal(Sae.load(sae.save(tmp_path / "t.safetensors"))(x), sae(x))
+
 
 class TestNormaliser:
     def test_steps_of_rows(self):

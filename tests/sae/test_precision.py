@@ -100,6 +100,17 @@ def test_other_forms_of_half_weights(architecture, dtype, tmp_path):
         torch.testing.assert_close(sae(x, step=0), before, rtol=1e-2, atol=0.05)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_half_transcoder_is_folded_in_float32(architecture, dtype):
+    sae = make(architecture, transcoder=True, d_out=OUT).to(dtype)
+    folded, exact = sae.folded(5), deepcopy(sae).float().folded(5)
+    for name, tensor in exact.state_dict().items():
+        assert torch.equal(folded.state_dict()[name], tensor), name
+    assert not torch.equal(exact.w_enc, sae.w_enc.float())
+
+
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_export_without_a_normaliser_is_float32(dtype, tmp_path):
     sae = Sae(SaeConfig(D, F, "topk", k=4)).to(dtype)

@@ -270,8 +270,10 @@ class Sae(nn.Module):
         """
         tensors = dict(self.weights())
         tensors |= self.normaliser.tensors("normaliser")
-        if self.config.transcoder or self.target_normaliser is not self.normaliser:
-            tensors |= self.target_normaliser.tensors("target_normaliser")
+        if self.target_normaliser is not self.normaliser:
+            # Copies: a file holds no memory twice, and two normalisers may share a mean.
+            own = self.target_normaliser.tensors("target_normaliser")
+            tensors |= {name: tensor.clone() for name, tensor in own.items()}
         metadata = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -302,7 +304,7 @@ class Sae(nn.Module):
             sae = cls(
                 config,
                 normaliser=own,
-                # One normaliser of both was written once.
+                # One normaliser of both, also of a transcoder, is written once.
                 target_normaliser=target or own,
                 provenance=Provenance.from_json(metadata["provenance"]),
             )

@@ -74,7 +74,7 @@ class Normaliser(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Move as any module, but keep precision: a mean in bfloat16 is off by 2^-9 of itself."""
         before = {name: getattr(self, name) for name in _TENSORS}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, tensor in before.items():
             moved = getattr(self, name)
             if moved is None or moved.dtype == tensor.dtype:

@@ -138,3 +138,13 @@ def test_a_hub_that_cannot_be_reached(cache, monkeypatch, error):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     with pytest.raises(FileNotFoundError, match=r"on the hub: (line one line two|no route)$"):
         formats.load("owner/name")
+
+
+def test_an_own_file_beside_the_files_of_another_format(tmp_path):
+    mine = dictionary()
+    with torch.no_grad():
+        mine.b_enc += 2
+    formats.save(dictionary(), tmp_path, "sparsify")
+    formats.save(mine, tmp_path / "mine.safetensors")
+    assert torch.equal(formats.load(tmp_path / "mine.safetensors").b_enc, mine.b_enc)
+    assert formats.detect(tmp_path / "sae.safetensors") == "sparsify"
