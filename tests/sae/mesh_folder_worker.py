@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from sidechain.io.lock import Lock
 from sidechain.sae import SaeConfig, TrainConfig, Trainer, from_environment
 from sidechain.sae.training import checkpoint, folder
-from sidechain.sae.training.sources import IterableSource
+from sidechain.sae.training.streams import IterableSource
 
 D, N = 6, 64
 

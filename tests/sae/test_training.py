@@ -44,9 +44,11 @@ class TestSchedule:
         assert cosine.lr(75) == pytest.approx(0.5)
         assert cosine.lr(60) == pytest.approx(0.5 - 0.5 * math.cos(math.pi * 0.8))
         assert self.schedule(decay="constant").lr(99) == 1.0
-        assert self.schedule(lr=None, decay="constant").lr(99) == pytest.approx(
-            2e-4 / math.sqrt(F / 2**14)
-        )
+        long = self.schedule(lr=None, decay="constant", warmup=0.0, tokens=10**9)
+        assert long.lr(10**6) == pytest.approx(2e-4 / math.sqrt(F / 2**14))
+        short = self.schedule(lr=None, decay="constant", tokens=10_000)
+        assert short.lr(500) == pytest.approx(30 / (1000 * math.sqrt(D)))
+        assert self.schedule(lr=None, decay="constant", tokens=200).lr(10) == 0.01
 
     def test_k(self):
         annealed = self.schedule(k=4, k_start=24, k_anneal=0.5)

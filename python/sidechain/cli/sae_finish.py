@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .. import _values as values
 from .._options import Settings, path
 from .builder import Command
 
@@ -17,9 +16,7 @@ from .builder import Command
 class SaeFinishSettings(Settings):
     """Options of `sidechain sae finish`."""
 
-    run: Path = path(
-        ..., "folder of the run", "DIR", values.folder_there, positional=True, replayed=False
-    )
+    run: Path = path(..., "folder of the run", "DIR", None, positional=True, replayed=False)
 
 
 def run(settings: SaeFinishSettings, given: Mapping[str, Any]) -> int:

@@ -323,9 +323,8 @@ def sae_config(settings: SaeTrainSettings, rows: Source, start: Started | None) 
     count = None
     if words is not None:
         count = int(words.rstrip("x")) * (rows.widths()[0] if words.endswith("x") else 1)
-    shape: dict[str, Any] = {"k": settings.k}
-    if settings.architecture is not None:
-        shape["architecture"] = settings.architecture
+    asked = {"k": settings.k, "architecture": settings.architecture}
+    shape: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     return config_for(rows, count, None if start is None else start.sae, **shape)
 
 

@@ -17,7 +17,9 @@ from ..config import Provenance, SaeConfig
 from ..features.evaluate import measure
 from ..model import Sae
 from . import checkpoint
+from .folder import RunLock
 from .log import METRICS
+from .mesh import Mesh
 from .run_record import RunRecord
 from .state import TrainState
 from .train_config import TrainConfig
@@ -42,11 +44,20 @@ def finish(out: str | os.PathLike[str]) -> Sae:
 
     Raises:
         InputError: no run there, or none with a checkpoint.
+        RuntimeError: another process trains there.
     """
     folder = Path(out)
     record = RunRecord.read(folder)
     if record.finished is not None and (folder / RESULT).exists():
         return Sae.load(folder / RESULT)
+    lock = RunLock(folder, Mesh())
+    try:
+        return _finish(folder, record)
+    finally:
+        lock.release()
+
+
+def _finish(folder: Path, record: RunRecord) -> Sae:
     found = checkpoint.latest(folder / CHECKPOINTS)
     if found is None:
         raise InputError(f"finish: expected a run with a checkpoint, got none in {folder}")

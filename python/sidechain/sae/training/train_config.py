@@ -21,7 +21,7 @@ PRECISIONS = ("fp32", "bf16", "int8")
 BAD_ROWS = ("error", "skip")
 
 # Learning rate of short runs, see `TrainConfig.lr`.
-_TURNS, _FASTEST = 60.0, 0.01
+_TURNS, _FASTEST = 30.0, 0.01
 
 _CHOICES = {
     "decay": SCHEDULES,
@@ -46,7 +46,7 @@ class TrainConfig:
         tokens: rows to train on; the run is tokens // batch steps.
         batch: N, rows of a step over all processes.
         lr: learning rate; None = 2e-4 / sqrt(F / 2^14) (arXiv 2406.04093), or in a short run
-            60 / (steps sqrt(d_in)) if that is more, at most 0.01: Adam moves an element by about
+            30 / (steps sqrt(d_in)) if that is more, at most 0.01: Adam moves an element by about
             lr a step and the elements of a row of norm 1 are 1 / sqrt(d_in), so that fewer steps
             would not turn a row from where it was drawn to where it belongs.
         warmup: share of the steps over which lr rises linearly from 0.
