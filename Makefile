@@ -97,7 +97,7 @@ $(PEERS)/.installed: pyproject.toml $(INSTALLED)
 	$(PEER_PIP) eai-sparsify==1.3.3 sae-lens==6.54.12 einops pymongo openai tomlkit \
 	  pydantic-settings json-repair cattrs more-itertools jaxtyping
 	$(PEER_PIP) nnsight==0.8.1
-	$(PEER_PIP) --no-deps --pre overcomplete==0.3.0 llamascopium==2.0.0b34
+	$(PEER_PIP) --no-deps --pre overcomplete==0.3.0 llamascopium==2.0.0b34 dictionary-learning==0.1.0
 	@touch $@
 
 # All that a GPU host runs, with its versions of everything and without our Python's own module.

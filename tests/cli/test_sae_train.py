@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import signal
 
+import numpy as np
 import pytest
 import torch
 
@@ -121,3 +122,112 @@ def test_a_full_disk_names_the_file(store, monkeypatch, capsys):
     assert run("one") == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error == "sidechain: error: No space left on device: one/sae.safetensors"
+
+
+# -- own activations, other dictionaries -----------------------------------------------------------
+
+
+@pytest.fixture
+def acts(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    np.save("acts.npy", planted(600, 32)[0].numpy())
+    return tmp_path
+
+
+OWN = "sae train acts.npy --features 64 --k 4 --batch 64 --set log_every=5"
+
+
+def sae(*words):
+    return cli.main([*OWN.split(), *words])
+
+
+def test_a_file_is_trained_on_whole(acts, capsys):
+    assert sae("--out", "run") == 0
+    assert capsys.readouterr().out.strip() == "run/sae.safetensors"
+    found = Sae.load("run/sae.safetensors")
+    assert found.provenance.tokens == 9 * 64 and found.provenance.source == "acts.npy"
+    assert sae("--out", "run") == 0  # finished: read
+    np.save("acts.npy", planted(600, 32)[0].numpy() * 2)
+    assert sae("--out", "run") == 2
+    assert "expected the rows of the run in run" in capsys.readouterr().err
+    assert sae("--out", "more", "--epochs", "3", "--held-out", "0.2") == 0
+    more = Sae.load("more/sae.safetensors").provenance
+    assert more.tokens == 3 * 7 * 64 and 0 < more.metrics["held_out_fvu"] < 1
+
+
+def test_steps_and_columns(acts):
+    np.save("steps.npy", np.arange(600) % 3)
+    assert sae("--out", "run", "--row-steps", "steps.npy") == 0
+    assert Sae.load("run/sae.safetensors").normaliser.steps.tolist() == [0, 1, 2]
+    torch.save({"a": torch.zeros(600, 32), "b": planted(600, 32)[0]}, "named.pt")
+    line = OWN.replace("acts.npy", "named.pt").split()
+    assert cli.main([*line, "--column", "b", "--out", "column"]) == 0
+    assert cli.main([*line, "--out", "none"]) == 2
+    assert cli.main([*OWN.split(), "--target", "named.pt", "--out", "coder"]) == 2
+
+
+def test_a_dictionary_is_gone_on_with(acts, capsys):
+    assert sae("--out", "first") == 0
+    capsys.readouterr()
+    line = "sae train acts.npy --batch 64 --start first --out second"
+    assert cli.main([*line.split(), "--k", "2"]) == 0
+    second = Sae.load("second/sae.safetensors")
+    assert second.config.features == 64 and second.config.k == 2
+    assert second.provenance.extra["start"]["place"] == "first"
+    assert cli.main([*line.split(), "--k", "3"]) == 2
+    assert "or give a reason for the change" in capsys.readouterr().err
+    assert cli.main([*line.split(), "--k", "3", "--reason", "two were too few"]) == 0
+    assert Sae.load("second/sae.safetensors").config.k == 3
+    assert cli.main(["sae", "train", "--config", "second", "--out", "third"]) == 0
+    third = Sae.load("third/sae.safetensors")
+    assert third.provenance.extra["start"]["place"] == "first" and third.config.k == 3
+
+
+def test_bad_rows_and_finish(acts, capsys):
+    x = planted(600, 32)[0]
+    x[300, 3] = torch.nan
+    np.save("acts.npy", x.numpy())
+    assert sae("--out", "run") == 2
+    assert "before step 1: " in (error := capsys.readouterr().err) and "got row 300" in error
+    assert cli.main(["sae", "finish", "run"]) == 2
+    assert "expected a run with a checkpoint" in capsys.readouterr().err
+    assert sae("--out", "run", "--on-bad-rows", "skip") == 0
+    assert Sae.load("run/sae.safetensors").provenance.extra["skipped_rows"] == 1
+
+
+def test_a_stopped_run_is_finished(store, stopped, capsys):
+    stopped(7, signal.SIGINT)
+    assert run("cut") == 130
+    capsys.readouterr()
+    assert cli.main(["sae", "finish", "cut"]) == 0
+    assert capsys.readouterr().out.strip() == "cut/sae.safetensors"
+    assert Sae.load("cut/sae.safetensors").provenance.tokens == 7 * 64
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--tokens", "6400"], "expected tokens <= 576"),
+        (["--epochs", "0"], "--epochs"),
+        (["--held-out", "1"], "held_out"),
+        (["--held-out", "nan"], "--held-out"),
+        (["--site", "cross:1"], "--site: expected a store"),
+        (["--row-steps", "acts.npy"], "steps"),
+        (["--row-steps", "none.npy"], "none.npy"),
+        (["--column", "x"], "expected no column"),
+        (["--start", "nothing"], "nothing"),
+        (["--start", "acts.npy"], "acts.npy"),
+        (["--on-bad-rows", "drop"], "--on-bad-rows"),
+        (["--target", "none.npy"], "none.npy"),
+    ],
+)
+def test_one_line_for_what_does_not_fit(acts, capsys, words, message):
+    assert sae(*words, "--out", "run") == 2
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1 and message in error[0], error
+    assert not (acts / "run" / "sae.safetensors").exists()
+
+
+def test_options_of_files_are_not_for_stores(store, capsys):
+    assert cli.main([*LINE.split(), "--held-out", "0.1", "--out", "run"]) == 2
+    assert "--held-out: expected a file or folder of own activations" in capsys.readouterr().err

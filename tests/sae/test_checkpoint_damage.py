@@ -176,6 +176,24 @@ def test_a_tensor_of_fewer_features(two, name):
     assert used(two) == (2, 1)
 
 
+def test_a_file_outside_of_the_folder(two):
+    """Whole and signed, and yet not of this checkpoint."""
+    path = two / "step-000000004" / "features-00000-of-00001.safetensors"
+    path.rename(two / path.name)
+    content = json.loads(manifest_of(two).read_text())
+    for name in (f"../{path.name}", str(two / path.name)):
+        content["files"][0]["file"] = name
+        manifest_of(two).write_text(json.dumps(content))
+        assert used(two) == (2, 1)
+
+
+def test_features_that_no_file_has(two):
+    content = json.loads(manifest_of(two).read_text())
+    content["files"][0] |= {"first": 1, "stop": F + 1}
+    manifest_of(two).write_text(json.dumps(content))
+    assert used(two) == (2, 1)
+
+
 def test_no_tensors_at_all(two):
     path = two / "step-000000004" / "features-00000-of-00001.safetensors"
     path.write_bytes(b"not a safetensors file")

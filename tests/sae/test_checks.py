@@ -30,9 +30,10 @@ def varied(count=64, scale=1.0, offset=0.0):
 
 @pytest.mark.parametrize("value", [0.0, 1.0, 0.1, -3e8, 1e-30, 65504.0])
 @pytest.mark.parametrize("count", [2, 64, 100_003])
-def test_constant_rows(value, count):
-    """Also where sums in float64 round: 0.1 is no sum of powers of two."""
-    x = torch.full((count, D), value)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_constant_rows(value, count, dtype):
+    """Also where sums round: 0.1 in float64 has no bits to spare."""
+    x = torch.full((count, D), value, dtype=dtype)
     with pytest.raises(ValueError, match=f"expected rows that vary .*, got {count} constant ones$"):
         check_varying(statistics(x), "global")
     rows = varied(1).expand(count, D)

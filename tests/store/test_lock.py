@@ -99,13 +99,22 @@ def test_a_fork_that_outlives_its_parent_does_not_hold_it(tmp_path):
         group.communicate()
 
 
-def test_released_while_a_fork_has_not_run_yet(tmp_path):
-    with Lock(tmp_path / "lock", "op") as lock:
-        child = os.fork()
-        if child == 0:
-            os._exit(0)
+def test_released_while_a_fork_still_has_the_file(tmp_path, monkeypatch):
+    """One made by a library, or one that has not run yet."""
+    read, write = os.pipe()
+    lock = Lock(tmp_path / "lock", "op")
+    monkeypatch.setattr("sidechain.io.lock._HELD", set())  # so that the fork does not let go of it
+    child = os.fork()
+    if child == 0:
+        os.close(write)
+        os.read(read, 1)  # until the parent is done
+        os._exit(0)
+    try:
         lock.release()
         Lock(tmp_path / "lock", "op").release()
+    finally:
+        os.close(write)
+        os.close(read)
         os.waitpid(child, 0)
 
 

@@ -84,10 +84,14 @@ def read_tensors(
             header = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         metadata: dict[str, Any] = json.loads(header.get(KEY, "{}"))
-    except (safetensors.SafetensorError, ValueError) as error:
+    except (safetensors.SafetensorError, ValueError, RecursionError) as error:
         raise InputError(
             f"{name}: expected an intact safetensors file, got {path}: {error}"
         ) from error
+    if not isinstance(metadata, dict):
+        raise InputError(
+            f"{name}: expected a JSON object in the header of {path}, got {type(metadata).__name__}"
+        )
     if metadata.get("format") != format_:
         raise InputError(
             f"{name}: expected a file of format {format_!r}, got {metadata.get('format')!r} in "

@@ -44,7 +44,7 @@ class SaeConfig:
     tied_bias: bool = True
 
     def __post_init__(self) -> None:
-        if self.architecture not in ARCHITECTURES:
+        if not isinstance(self.architecture, str) or self.architecture not in ARCHITECTURES:
             raise ValueError(
                 f"SaeConfig: expected architecture to be one of {', '.join(ARCHITECTURES)}, got "
                 f"{self.architecture!r}"
@@ -57,7 +57,11 @@ class SaeConfig:
                 raise TypeError(f"SaeConfig: expected {name} as int, got {value!r}")
             if value < 1:
                 raise ValueError(f"SaeConfig: expected {name} >= 1, got {value}")
-        object.__setattr__(self, "prefixes", tuple(self.prefixes))
+        for name in ("transcoder", "unit_norm", "tied_bias"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise TypeError(f"SaeConfig: expected {name} as bool, got {value!r}")
+        object.__setattr__(self, "prefixes", _sizes(self.prefixes))
         if self.d_out is not None and self.d_out != self.d_in and not self.transcoder:
             object.__setattr__(self, "transcoder", True)
         if self.transcoder:
@@ -117,13 +121,25 @@ class SaeConfig:
         """Read what `to_json` gave.
 
         Raises:
-            ValueError: unknown names or values that do not fit.
+            TypeError, ValueError: unknown names or values that do not fit.
         """
+        if not isinstance(values, Mapping):
+            raise TypeError(f"SaeConfig: expected settings, got {type(values).__name__}")
         known = {f.name for f in fields(cls)}
         unknown = sorted(values.keys() - known)
         if unknown:
             raise ValueError(f"SaeConfig: expected settings of {sorted(known)}, got {unknown}")
-        return cls(**{**values, "prefixes": tuple(values.get("prefixes", ()))})
+        missing = sorted({"d_in", "features"} - values.keys())
+        if missing:
+            raise ValueError(f"SaeConfig: expected {missing}, got none")
+        return cls(**values)
+
+
+def _sizes(prefixes: Any) -> tuple[int, ...]:
+    """Return prefixes as a tuple of whole numbers."""
+    if not isinstance(prefixes, list | tuple) or not all(type(size) is int for size in prefixes):
+        raise TypeError(f"SaeConfig: expected prefixes as whole numbers, got {prefixes!r}")
+    return tuple(prefixes)
 
 
 @dataclass(frozen=True)
@@ -158,9 +174,32 @@ class Provenance:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Provenance:
-        """Read what `to_json` gave; names this version does not know are left out."""
+        """Read what `to_json` gave; names this version does not know are left out.
+
+        Raises:
+            TypeError: a value of another type.
+        """
+        if not isinstance(values, Mapping):
+            raise TypeError(f"Provenance: expected an object, got {type(values).__name__}")
         known = {f.name for f in fields(cls)}
         kept = {name: value for name, value in values.items() if name in known}
         # "passes": the name in files of version 0.1.0.
         branches = kept.get("branches", values.get("passes", ()))
-        return cls(**{**kept, "branches": tuple(branches)})
+        if not isinstance(branches, list | tuple):
+            raise TypeError(f"Provenance: expected branches as a list, got {branches!r}")
+        made = cls(**{**kept, "branches": tuple(branches)})
+        for name, wanted in _TYPES.items():
+            found = getattr(made, name)
+            if isinstance(found, bool) or not isinstance(found, wanted):
+                raise TypeError(f"Provenance: expected {name} as {wanted.__name__}, got {found!r}")
+        if not all(isinstance(branch, str) for branch in made.branches):
+            raise TypeError(f"Provenance: expected branches as strings, got {branches!r}")
+        return made
+
+
+#: Types of the fields of `Provenance` in a file.
+_TYPES: dict[str, type] = {
+    **dict.fromkeys(("site", "target_site", "model", "config_hash", "source"), str),
+    "tokens": int,
+    **dict.fromkeys(("metrics", "extra"), Mapping),
+}

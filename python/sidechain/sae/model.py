@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._errors import InputError
 from ..io.tensors import read_tensors, write_tensors
 from ..ops import Codes, sparse_decode
 from .architectures.registry import implementation, own_parameters
@@ -269,7 +270,7 @@ class Sae(nn.Module):
         """
         tensors = dict(self.weights())
         tensors |= self.normaliser.tensors("normaliser")
-        if self.target_normaliser is not self.normaliser:
+        if self.config.transcoder or self.target_normaliser is not self.normaliser:
             tensors |= self.target_normaliser.tensors("target_normaliser")
         metadata = {
             "format": FORMAT,
@@ -285,19 +286,29 @@ class Sae(nn.Module):
 
         Raises:
             FileNotFoundError: there is none.
-            ValueError: corrupted, or another format.
+            InputError: corrupted, incomplete, not finite, or another format.
         """
         tensors, metadata = read_tensors("Sae", Path(path), FORMAT, FORMAT_VERSION)
         try:
+            lacking = [name for name in ("config", "provenance") if name not in metadata]
+            if lacking:
+                raise ValueError(f"expected {' and '.join(lacking)} in its header, got none")
+            config = SaeConfig.from_json(metadata["config"])
+            _check_file(config, tensors)
+            own, target = (
+                Normaliser.from_tensors(tensors, name)
+                for name in ("normaliser", "target_normaliser")
+            )
             sae = cls(
-                SaeConfig.from_json(metadata["config"]),
-                normaliser=Normaliser.from_tensors(tensors, "normaliser"),
-                target_normaliser=Normaliser.from_tensors(tensors, "target_normaliser"),
+                config,
+                normaliser=own,
+                # One normaliser of both was written once.
+                target_normaliser=target or own,
                 provenance=Provenance.from_json(metadata["provenance"]),
             )
             sae.fill(tensors)
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
+        except (TypeError, ValueError) as error:
+            raise InputError(
                 f"Sae: expected a complete file of format {FORMAT!r}, got {path}: {error}"
             ) from error
         return sae.to(device).eval()
@@ -319,15 +330,38 @@ class Sae(nn.Module):
                         f"expected {name} of shape {list(tensor.shape)}, got "
                         f"{list(given[name].shape)}"
                     )
+                if not given[name].is_floating_point():
+                    got = str(given[name].dtype).removeprefix("torch.")
+                    raise ValueError(f"expected {name} of a float dtype, got {got}")
                 # A running threshold is NaN until it is trained.
                 untrained = name == "threshold" and not tensor.dim()
-                bad = given[name].isinf() if untrained else ~given[name].isfinite()
+                value = given[name].to(tensor.dtype)
+                bad = value.isinf() if untrained else ~value.isfinite()
                 if bool(bad.any()):
                     raise ValueError(f"expected finite {name}, got {int(bad.sum())} NaN or inf")
-                tensor.copy_(given[name])
+                tensor.copy_(value)
 
     def weights(self) -> dict[str, Tensor]:
         """Return the weights that the architecture has, by their names in a file."""
         names = (*WEIGHTS, *self.config.kind.tensors)
         found = {name: getattr(self, name) for name in names}
         return found if self.config.tied_bias else found | {"b_pre": self.b_pre}
+
+
+def _check_file(config: SaeConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Check the sizes of a file before memory for them is taken."""
+    for name, size in (
+        ("w_enc", (config.features, config.d_in)),
+        ("w_dec", (config.features, config.width_out)),
+        ("normaliser.mean", (None, config.d_in)),
+        ("target_normaliser.mean", (None, config.width_out)),
+    ):
+        if name not in tensors:
+            if name.startswith("target"):
+                continue
+            raise ValueError(f"expected a tensor {name}, got {sorted(tensors)}")
+        found = tensors[name]
+        fits = found.dim() == 2 and (size[0] or len(found), size[1]) == tuple(found.shape)
+        if not fits:
+            wanted = [size[0] or "S", size[1]]
+            raise ValueError(f"expected {name} of shape {wanted}, got {list(found.shape)}")

@@ -52,6 +52,7 @@ class Normaliser(nn.Module):
                 f"Normaliser: expected mean [S, d] and scale [S], got {list(mean.shape)} and "
                 f"{list(scale.shape)}"
             )
+        mean, scale = mean.float(), scale.float()
         if not bool((scale > 0).all()):
             raise ValueError("Normaliser: expected positive scales, got others")
         if steps is None and len(mean) > 1:
@@ -64,8 +65,8 @@ class Normaliser(nn.Module):
                 )
         if steps is not None and not bool((steps[1:] > steps[:-1]).all()):
             raise ValueError(f"Normaliser: expected ascending steps, got {steps.tolist()}")
-        self.register_buffer("mean", mean.float())
-        self.register_buffer("scale", scale.float())
+        self.register_buffer("mean", mean)
+        self.register_buffer("scale", scale)
         self.register_buffer("steps", None if steps is None else steps.long())
         self.register_buffer("timesteps", None if timesteps is None else timesteps.double())
         self.register_buffer("sigmas", None if sigmas is None else sigmas.double())
@@ -176,6 +177,30 @@ class Normaliser(nn.Module):
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor], prefix: str) -> Normaliser | None:
-        """Return the normaliser that `tensors` took apart; None if it is not there."""
-        mean, scale, *grid = (tensors.get(f"{prefix}.{name}") for name in _TENSORS)
-        return None if mean is None or scale is None else cls(mean, scale, *grid)
+        """Return the normaliser that `tensors` took apart; None if it is not there.
+
+        Raises:
+            ValueError: a part of it is missing, unknown or not finite, or its shapes do not fit.
+        """
+        given = {n.partition(".")[2]: t for n, t in tensors.items() if n.startswith(f"{prefix}.")}
+        if not given:
+            return None
+        lacking = sorted({"mean", "scale"} - given.keys())
+        unknown = sorted(given.keys() - set(_TENSORS))
+        if lacking or unknown:
+            raise ValueError(
+                f"Normaliser: expected mean and scale in {prefix} [and no others than "
+                f"{', '.join(_TENSORS)}], got {sorted(given)}"
+            )
+        for name, tensor in given.items():
+            flag, number = tensor.dtype == torch.bool, tensor.is_floating_point()
+            if flag or tensor.is_complex() or number == (name == "steps"):
+                kind = "whole numbers" if name == "steps" else "a float dtype"
+                raise ValueError(
+                    f"Normaliser: expected {prefix}.{name} of {kind}, got "
+                    f"{str(tensor.dtype).removeprefix('torch.')}"
+                )
+            kept = tensor if name in _GRID else tensor.float()
+            if not bool(kept.isfinite().all()):
+                raise ValueError(f"Normaliser: expected finite {prefix}.{name}, got NaN or inf")
+        return cls(*(given.get(name) for name in _TENSORS))  # type: ignore[arg-type]

@@ -33,7 +33,7 @@ _SAMPLE = 1 << 20
 class BadFound(NamedTuple):
     """Rows that cannot be trained on: how many, and the number of the first one (-1 = none)."""
 
-    count: int
+    number: int
     first: int
 
 

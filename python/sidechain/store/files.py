@@ -45,10 +45,10 @@ def open_rows(source: Any, *, column: str | None = None, steps: Any = None) -> A
 
     Raises:
         FileNotFoundError: nothing there.
-        InputError: another or a damaged kind of file, or a column that is not there.
+        InputError: another or a damaged kind of file, or a column that is not there;
+            or pyarrow is needed and not installed.
         TypeError: neither a path nor a dataset that is read by number.
         TypeError, ValueError: see `ArrayRows`.
-        ModuleNotFoundError: pyarrow is needed and not installed.
     """
     if not isinstance(source, str | os.PathLike):
         return ArrayRows(_dataset(source, column), steps=steps, name="dataset")
@@ -206,7 +206,7 @@ def _pyarrow(where: Any) -> Any:
         import pyarrow
         import pyarrow.ipc
     except ModuleNotFoundError:
-        raise ModuleNotFoundError(
+        raise InputError(
             f"rows: expected pyarrow to read {where}, got none: pip install pyarrow"
         ) from None
     return pyarrow

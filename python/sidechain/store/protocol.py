@@ -18,12 +18,14 @@ class RowReader(Protocol):
     Attributes:
         width: elements of a row.
         dtype: as stored; rows of int8 carry their scale.
-        statistics: `Statistics` of the rows.
     """
 
     width: int
     dtype: torch.dtype
-    statistics: Statistics
+
+    @property
+    def statistics(self) -> Statistics:
+        """`Statistics` of the rows."""
 
     def __len__(self) -> int:
         """Rows that are kept."""

@@ -128,7 +128,7 @@ def test_from_and_to_sparsify(tmp_path, monkeypatch, transcode):
 
 def learned(name):
     pytest.importorskip(
-        "dictionary_learning", reason="dictionary_learning is not installed: from its repository"
+        "dictionary_learning", reason="dictionary_learning is not installed: `make peers`"
     )
     from dictionary_learning import dictionary
     from dictionary_learning.trainers import batch_top_k, matryoshka_batch_top_k, top_k

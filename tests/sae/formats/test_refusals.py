@@ -118,7 +118,7 @@ def edited(folder, weights, config=None, drop=None, add=None):
         ("sparsify", {"config": {"k": F + 1}}, ValueError, "expected 1 <= k"),
         ("sparsify", {"add": {"b_dec": torch.zeros(D + 1)}}, ValueError, "b_dec of shape"),
         ("saelens", {"config": {"architecture": "temporal"}}, NotImplementedError, "'temporal'"),
-        ("saelens", {"config": {"k": 2.5}}, NotImplementedError, "whole k"),
+        ("saelens", {"config": {"k": 2.5}}, ValueError, "k as a whole number"),
         (
             "saelens",
             {"config": {"normalize_activations": "layer_norm"}},

@@ -26,7 +26,8 @@ from typing import Any, NamedTuple
 from ..model import Sae
 from . import dictionary_learning, saelens, sparsify
 from .hub import OWN, located
-from .parts import folder_of, plain, read_json
+from .parts import folder_of, plain
+from .settings import Settings
 
 __all__ = ["FORMATS", "detect", "load", "located", "save"]
 
@@ -58,7 +59,8 @@ def detect(path: str | os.PathLike[str]) -> str:
     place = located(path)
     if not place.exists():
         raise FileNotFoundError(f"formats: expected a dictionary, got nothing at {place}")
-    if place.is_file() and place.suffix == ".safetensors" and not _has_config(place.parent):
+    other = place.name in (sparsify.WEIGHTS, saelens.WEIGHTS) and _has_config(place.parent)
+    if place.is_file() and place.suffix == ".safetensors" and not other:
         return "sidechain"
     folder = folder_of(place)
     if place.is_dir() and (place / OWN).is_file() and not _has_config(place):
@@ -66,7 +68,7 @@ def detect(path: str | os.PathLike[str]) -> str:
     if (folder / saelens.WEIGHTS).is_file():
         return "saelens"
     if (folder / sparsify.WEIGHTS).is_file() and (folder / sparsify.CONFIG).is_file():
-        return "tada" if sparsify.is_tada(read_json(folder / sparsify.CONFIG)) else "sparsify"
+        return "tada" if sparsify.is_tada(Settings.read(folder / sparsify.CONFIG)) else "sparsify"
     if (folder / dictionary_learning.WEIGHTS).is_file():
         return "dictionary_learning"
     if (folder / _RUN).is_file() and (folder / _STEPS).is_dir():

@@ -8,28 +8,30 @@ other meanings to gated and jumprelu activations under the same names.
 
 from __future__ import annotations
 
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..._errors import InputError
 from ..architectures.base import ClassLayout
-from ..architectures.registry import ARCHITECTURES, implementation
-from ..config import SaeConfig
+from ..architectures.registry import ARCHITECTURES, Architecture, implementation
 from ..model import Sae
 from .parts import (
     assemble,
     check_held,
     encoder_biases,
     leftover,
-    read_json,
     read_pickle,
     take,
+    take_whole,
     with_unit_rows,
     write_json,
     write_pickle,
 )
+from .settings import Settings
 
 CONFIG, WEIGHTS = "config.json", "ae.pt"
 
@@ -47,10 +49,10 @@ def read(folder: Path) -> Sae:
     """Read a folder of dictionary_learning; see `formats.load`."""
     path = folder / WEIGHTS
     tensors = read_pickle(path)
-    trainer: dict[str, Any] = {}
+    trainer = Settings({}, str(folder))
     if (folder / CONFIG).is_file():
-        trainer = read_json(folder / CONFIG).get("trainer", {})
-    name = trainer.get("dict_class") or _guess(tensors)
+        trainer = Settings.read(folder / CONFIG).inner("trainer")
+    name = trainer.word("dict_class") or _guess(tensors)
     known = _classes()
     if name not in known:
         raise NotImplementedError(
@@ -58,46 +60,64 @@ def read(folder: Path) -> Sae:
         )
     architecture, layout = known[name]
     kind = ARCHITECTURES[architecture]
-    found = _weights(tensors, layout, path)
+    found = _weights(tensors, kind, layout, path)
     features, width = found["w_enc"].shape
+    trainer.agrees("activation_dim", width, "width of the encoder")
+    trainer.agrees("dict_size", features, "features of the encoder")
     if not layout.subtracts:
         found["b_pre"] = torch.zeros(width)
     if kind.threshold == "feature":
-        found["threshold"] = found["threshold"].float().clamp(min=0)
+        found["threshold"] = found["threshold"].clamp(min=0)
     elif kind.threshold and found["threshold"] < 0:
         found["threshold"] = torch.tensor(torch.nan)  # its sign for "not trained yet"
-    count = tensors.pop("k", None)
-    k = trainer.get("k") if count is None else int(count)
+    k = _k(trainer, tensors, path) if kind.takes("k") else None
     prefixes: tuple[int, ...] = ()
     if kind.takes("prefixes"):
-        sizes = take(tensors, "group_sizes", where=path)
-        prefixes = tuple(int(total) for total in sizes.cumsum(0))
+        prefixes = _prefixes(tensors, path)
     tensors.pop("threshold", None)  # topk keeps one that its encode does not use
     leftover(tensors, path)
-    shape = SaeConfig(
-        d_in=width,
-        features=features,
-        architecture=architecture,
-        k=int(k) if kind.takes("k") and k is not None else None,
-        prefixes=prefixes,
-        tied_bias=layout.subtracts,
-    )
+    shape = {
+        "d_in": width,
+        "features": features,
+        "architecture": architecture,
+        "k": k,
+        "prefixes": prefixes,
+        "tied_bias": layout.subtracts,
+    }
     sae = assemble(shape, found, "dictionary_learning", extra={"trainer": _plain(trainer)})
     if layout.unit_norm:
         with_unit_rows(sae)  # as its own from_pretrained does
     return sae
 
 
-def _weights(tensors: dict[str, Tensor], layout: ClassLayout, path: Path) -> dict[str, Tensor]:
+def _k(trainer: Settings, tensors: dict[str, Tensor], path: Path) -> int:
+    """Return k of the weights, or of the settings where the weights have none."""
+    if "k" in tensors:
+        return take_whole(tensors, "k", dims=0, where=path)[0]
+    return trainer.needed("k")
+
+
+def _prefixes(tensors: dict[str, Tensor], path: Path) -> tuple[int, ...]:
+    if "group_sizes" not in tensors:
+        raise InputError(f"formats: expected a tensor group_sizes in {path}, got none")
+    return tuple(accumulate(take_whole(tensors, "group_sizes", dims=1, where=path)))
+
+
+def _weights(
+    tensors: dict[str, Tensor], kind: Architecture, layout: ClassLayout, path: Path
+) -> dict[str, Tensor]:
     """Take the weights out of a state dict, under our names."""
     if layout.linear:
-        w_enc = take(tensors, "encoder.weight", where=path)
-        w_dec = take(tensors, "decoder.weight", where=path).T
+        w_enc = take(tensors, "encoder.weight", dims=2, where=path)
+        w_dec = take(tensors, "decoder.weight", dims=2, where=path).T
     else:
-        w_enc = take(tensors, "W_enc", where=path).T
-        w_dec = take(tensors, "W_dec", where=path)
-    own = {name: take(tensors, word, where=path) for name, word in layout.tensors.items()}
-    return {"w_enc": w_enc, "w_dec": w_dec, **own}
+        w_enc = take(tensors, "W_enc", dims=2, where=path).T
+        w_dec = take(tensors, "W_dec", dims=2, where=path)
+    found = {"w_enc": w_enc, "w_dec": w_dec}
+    for name, word in layout.tensors.items():
+        scalar = name == "threshold" and kind.threshold == "batch"
+        found[name] = take(tensors, word, dims=0 if scalar else 1, where=path)
+    return found
 
 
 def _guess(tensors: dict[str, Tensor]) -> str:
@@ -109,16 +129,17 @@ def _guess(tensors: dict[str, Tensor]) -> str:
     if "W_enc" in tensors and "threshold" in tensors:
         return "JumpReluAutoEncoder"
     if "k" in tensors:
-        raise ValueError(
+        raise InputError(
             f"formats: expected {CONFIG} beside {WEIGHTS} [its trainer.dict_class tells "
             "AutoEncoderTopK from BatchTopKSAE], got none"
         )
     return "AutoEncoderNew" if "decoder.bias" in tensors else "AutoEncoder"
 
 
-def _plain(trainer: dict[str, Any]) -> dict[str, Any]:
+def _plain(trainer: Settings) -> dict[str, Any]:
     kept = (str, int, float, bool, type(None))
-    return {name: value for name, value in trainer.items() if isinstance(value, kept)}
+    values = trainer.to_json()
+    return {name: value for name, value in values.items() if isinstance(value, kept)}
 
 
 def write(sae: Sae, folder: Path) -> None:

@@ -12,7 +12,7 @@ from . import dictionary_learning, saelens, sparsify
 
 _PART = r"[A-Za-z0-9_][\w.\-]*"
 #: owner/name[/subfolder][@revision]
-_NAME = re.compile(rf"({_PART}/{_PART})((?:/[^/@]+)*)(?:@(.+))?")
+_NAME = re.compile(rf"({_PART}/{_PART})((?:/(?!\.\.?(?:[/@]|$))[^/@]+)*)(?:@(.+))?")
 #: Files that hold a dictionary: nothing else of a repository is fetched.
 OWN = "sae.safetensors"
 FILES = (

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import io
-import json
 import pickle
 from collections.abc import Mapping
 from copy import deepcopy
@@ -17,12 +16,14 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from ..._errors import InputError
 from ...io import tensors as files
 from ...io.atomic import write_atomic
 from ...io.run_folder import write_json as write_json
 from ..architectures.registry import held_by, implementation
 from ..config import Provenance, SaeConfig
 from ..model import Sae
+from .settings import one_line
 
 #: Rows whose norm is this close to 1 were normalised, in whatever precision they were kept.
 _UNIT_TOLERANCE = 2.0**-7
@@ -31,24 +32,6 @@ _UNIT_TOLERANCE = 2.0**-7
 def folder_of(path: Path) -> Path:
     """Return the folder of a format: `path` itself, or the one that holds the file `path`."""
     return path.parent if path.is_file() else path
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: not a JSON object.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"formats: expected a file, got nothing at {path}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"formats: expected JSON in {path}, got {error}") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"formats: expected a JSON object in {path}, got {type(content).__name__}")
-    return content
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -62,9 +45,12 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         raise FileNotFoundError(f"formats: expected a file, got nothing at {path}")
     try:
         return dict(safetensors.torch.load_file(path))
-    except safetensors.SafetensorError as error:
-        raise ValueError(
-            f"formats: expected an intact safetensors file, got {path}: {error}"
+    except OSError:
+        raise
+    # A header of another shape ends in whatever the parser stumbles over.
+    except Exception as error:
+        raise InputError(
+            f"formats: expected an intact safetensors file, got {path}: {one_line(error)}"
         ) from None
 
 
@@ -92,34 +78,85 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        asked = str(error).splitlines()[0]
-        raise ValueError(
+        asked = one_line(error)
+        raise InputError(
             f"formats: expected a state dict of plain tensors in {path} [a pickle that runs code "
             f"is not opened], got one that is refused: {asked}; where you trust it, load it with "
             "the library that wrote it and torch.save(module.state_dict(), path), or save it as "
             "safetensors"
         ) from None
-    except (RuntimeError, EOFError, ValueError) as error:
-        raise ValueError(f"formats: expected an intact .pt file, got {path}: {error}") from None
-    if not isinstance(content, Mapping) or not all(isinstance(t, Tensor) for t in content.values()):
-        raise ValueError(
+    except OSError:
+        raise
+    # A damaged pickle ends in whatever its instructions stumble over.
+    except Exception as error:
+        raise InputError(
+            f"formats: expected an intact .pt file, got {path}: {one_line(error)}"
+        ) from None
+    if not isinstance(content, Mapping):
+        raise InputError(
             f"formats: expected a state dict of tensors in {path}, got {type(content).__name__}"
         )
+    for name, tensor in content.items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise InputError(
+                f"formats: expected a state dict of tensors in {path}, got "
+                f"{type(tensor).__name__} under {name!r}"
+            )
     return dict(content)
 
 
-def take(tensors: dict[str, Tensor], *names: str, where: Path) -> Tensor:
-    """Remove and return the first tensor of these names.
+def take(tensors: dict[str, Tensor], *names: str, dims: int, where: Path) -> Tensor:
+    """Remove and return weights by the first of their names that is there, float32.
+
+    Args:
+        tensors: of the file.
+        *names: under which it may stand.
+        dims: number of dimensions.
+        where: the file, for the message.
 
     Raises:
-        ValueError: none is there.
+        InputError: there is none, or it is not a dense float tensor of finite numbers.
     """
     for name in names:
         if name in tensors:
-            return tensors.pop(name)
-    raise ValueError(
+            return _weight(tensors.pop(name), name, dims, where)
+    raise InputError(
         f"formats: expected a tensor {' or '.join(names)} in {where}, got {sorted(tensors)}"
     )
+
+
+def _weight(tensor: Tensor, name: str, dims: int, where: Path) -> Tensor:
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+        raise InputError(f"formats: expected {name} as a dense tensor in {where}, got another kind")
+    if not tensor.is_floating_point():
+        got = str(tensor.dtype).removeprefix("torch.")
+        raise InputError(f"formats: expected {name} of a float dtype in {where}, got {got}")
+    if tensor.dim() != dims or not tensor.numel():
+        raise InputError(
+            f"formats: expected {name} with {dims} dimensions in {where}, got {list(tensor.shape)}"
+        )
+    plain = tensor.detach().float()
+    bad = int((~plain.isfinite()).sum())
+    if bad:
+        raise InputError(f"formats: expected finite {name} in {where}, got {bad} NaN or inf")
+    return plain
+
+
+def take_whole(tensors: dict[str, Tensor], name: str, *, dims: int, where: Path) -> list[int]:
+    """Remove and return positive whole numbers: one (dims 0) or several (dims 1).
+
+    Raises:
+        InputError: something else.
+    """
+    tensor = tensors.pop(name)
+    fine = not tensor.is_floating_point() and not tensor.is_complex() and tensor.dim() == dims
+    if not fine or tensor.dtype == torch.bool or not tensor.numel() or bool((tensor < 1).any()):
+        shown = tensor.tolist() if tensor.numel() < 20 else list(tensor.shape)
+        raise InputError(
+            f"formats: expected {name} of whole numbers >= 1 in {where}, got {shown} "
+            f"({str(tensor.dtype).removeprefix('torch.')})"
+        )
+    return [int(number) for number in tensor.reshape(-1).tolist()]
 
 
 def leftover(tensors: Mapping[str, Tensor], where: Path) -> None:
@@ -129,29 +166,36 @@ def leftover(tensors: Mapping[str, Tensor], where: Path) -> None:
         ValueError: there are some.
     """
     if tensors:
-        raise ValueError(f"formats: expected no further tensors in {where}, got {sorted(tensors)}")
+        raise InputError(f"formats: expected no further tensors in {where}, got {sorted(tensors)}")
 
 
 def assemble(
-    config: SaeConfig, tensors: Mapping[str, Tensor], source: str, *, extra: Mapping[str, Any]
+    shape: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    source: str,
+    *,
+    extra: Mapping[str, Any],
 ) -> Sae:
     """Build a dictionary from tensors named as its attributes.
 
-    `config.unit_norm` is set from the rows of `w_dec`.
+    Args:
+        shape: fields of its config, but `unit_norm`, which the rows of `w_dec` say.
+        tensors: of `take`.
+        source: name of the format.
+        extra: of its provenance.
 
     Raises:
-        ValueError: shapes that do not fit each other.
+        InputError: shapes that do not fit each other.
     """
-    unit = (tensors["w_dec"].float().norm(dim=1) - 1).abs().max() < _UNIT_TOLERANCE
-    sae = Sae(
-        replace(config, unit_norm=bool(unit)),
-        provenance=Provenance(source=source, extra=dict(extra)),
-    )
-    given = {name: tensor.float() for name, tensor in tensors.items()}
+    unit = (tensors["w_dec"].norm(dim=1) - 1).abs().max() < _UNIT_TOLERANCE
     try:
-        sae.fill(given)
+        sae = Sae(
+            SaeConfig(**shape, unit_norm=bool(unit)),
+            provenance=Provenance(source=source, extra=dict(extra)),
+        )
+        sae.fill(tensors)
     except ValueError as error:
-        raise ValueError(f"formats: {source}: {error}") from None
+        raise InputError(f"formats: {source}: {error}") from None
     return sae.eval()
 
 

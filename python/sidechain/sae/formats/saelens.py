@@ -15,72 +15,129 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..._errors import InputError
 from ..architectures.registry import ARCHITECTURES, implementation
-from ..config import SaeConfig
 from ..model import Sae
 from .parts import (
     assemble,
     check_held,
     encoder_biases,
     leftover,
-    read_json,
     read_safetensors,
     take,
     with_unit_rows,
     write_json,
     write_safetensors,
 )
+from .settings import Settings
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 #: Version whose configuration is written: later ones read it unchanged.
 _VERSION = "6.0.0"
 _TRANSCODER = "transcoder"
-_STANDARD, _TOPK = "standard", "topk"
+_STANDARD, _TOPK, _RELU, _NONE = "standard", "topk", "relu", "none"
+_ACTIVATIONS = ("activation_fn", "activation_fn_str")
+_FINETUNED, _NORMALISED = "finetuning_scaling_factor", "normalize_activations"
 
 
 def read(folder: Path) -> Sae:
     """Read a folder of SAELens; see `formats.load`."""
-    config = _modern(read_json(folder / CONFIG))
-    name = config.get("architecture", _STANDARD)
+    config = _modern(Settings.read(folder / CONFIG))
+    config.needed("d_in")
+    config.needed("d_sae")
+    name = config.word("architecture", _STANDARD)
     known = _readable()
     if name not in known:
         raise NotImplementedError(
             f"formats: expected a SAELens architecture of {', '.join(known)}, got {name!r}"
         )
-    _refuse(config, folder)
-    architecture = known[name]
+    _refuse(config)
+    architecture, transcoder = known[name], name.endswith(_TRANSCODER)
+    kind = ARCHITECTURES[architecture]
+    k = config.needed("k") if kind.takes("k") else None
+    rescaled = config.flag("rescale_acts_by_decoder_norm") and k is not None
+    subtracts = config.flag("apply_b_dec_to_input", True) and not transcoder
+    found = _weights(folder / WEIGHTS, architecture, config)
+    features, width = found["w_enc"].shape
+    config.agrees("d_in", width, "rows of W_enc")
+    config.agrees("d_sae", features, "columns of W_enc")
+    if transcoder:
+        config.agrees("d_out", found["w_dec"].shape[1], "columns of W_dec")
+    if not subtracts:
+        found["b_pre"] = torch.zeros(width)
+    shape = {
+        "d_in": width,
+        "features": features,
+        "architecture": architecture,
+        "k": k,
+        "d_out": found["w_dec"].shape[1] if transcoder else None,
+        "transcoder": transcoder,
+        "tied_bias": subtracts,
+    }
+    sae = assemble(shape, found, "saelens", extra={"config": config.to_json()})
+    if rescaled:
+        with_unit_rows(sae)  # activations are z |w_dec|, and so is the threshold over the batch
+    return sae
+
+
+def _weights(path: Path, architecture: str, config: Settings) -> dict[str, Tensor]:
+    """Return the weights of a file under our names, with a factor of the activations folded in."""
     kind, layout = ARCHITECTURES[architecture], implementation(architecture).saelens
-    path = folder / WEIGHTS
     tensors = read_safetensors(path)
-    w_enc = take(tensors, "W_enc", where=path).T
-    transcoder = name.endswith(_TRANSCODER)
     found = {
-        "w_enc": w_enc,
-        "w_dec": take(tensors, "W_dec", where=path),
-        "b_dec": take(tensors, "b_dec", where=path),
+        "w_enc": take(tensors, "W_enc", dims=2, where=path).T,
+        "w_dec": take(tensors, "W_dec", dims=2, where=path),
+        "b_dec": take(tensors, "b_dec", dims=1, where=path),
     }
     for own in ("b_enc", *kind.tensors):
-        found[own] = take(tensors, layout.tensors.get(own, own), where=path)
+        scalar = own == "threshold" and kind.threshold == "batch"
+        name = layout.tensors.get(own, own)
+        found[own] = take(tensors, name, dims=0 if scalar else 1, where=path)
     if kind.threshold == "feature":
         # A threshold below zero does not open a feature: the ReLU before it does not let it.
         found["threshold"] = found["threshold"].clamp(min=0)
+    factor = _factor(tensors, len(found["w_enc"]), config, path)
     leftover(tensors, path)
-    subtracts = bool(config.get("apply_b_dec_to_input", True)) and not transcoder
-    if not subtracts:
-        found["b_pre"] = torch.zeros(w_enc.shape[1])
-    shape = SaeConfig(
-        d_in=w_enc.shape[1],
-        features=w_enc.shape[0],
-        architecture=architecture,
-        k=_active(config) if kind.takes("k") else None,
-        d_out=found["w_dec"].shape[1] if transcoder else None,
-        transcoder=transcoder,
-        tied_bias=subtracts,
-    )
-    sae = assemble(shape, found, "saelens", extra={"config": config})
-    if config.get("rescale_acts_by_decoder_norm"):
-        with_unit_rows(sae)  # activations are z |w_dec|, and so is the threshold over the batch
-    return sae
+    if factor is not None:
+        found["w_dec"] = factor[:, None] * found["w_dec"]
+    return found
+
+
+def _factor(
+    tensors: dict[str, Tensor], features: int, config: Settings, path: Path
+) -> Tensor | None:
+    """Return what the activations are multiplied by before decoding [F]; None = 1.
+
+    Versions before 6 write `scaling_factor` into every file, ones unless it was trained, which
+    `finetuning_scaling_factor` says.
+    """
+    wanted = config.flag(_FINETUNED)
+    names = [name for name in ("scaling_factor", _FINETUNED) if name in tensors]
+    if not names:
+        return None
+    if len(names) > 1:
+        raise InputError(f"formats: expected one scaling factor in {path}, got {names}")
+    (name,) = names
+    found = take(tensors, name, dims=tensors[name].dim(), where=path)
+    if found.numel() != features or found.dim() != 1:
+        if found.numel() != 1:
+            raise InputError(
+                f"formats: expected {name} of shape [{features}] in {path}, got {list(found.shape)}"
+            )
+        found = found.reshape(1).expand(features)
+    if torch.allclose(found, torch.ones_like(found)):
+        return None
+    if not wanted:
+        raise InputError(
+            f"formats: expected {name} of ones in {path} [{_FINETUNED} is not set in {CONFIG}], "
+            "got others"
+        )
+    if config.flag("rescale_acts_by_decoder_norm"):
+        raise NotImplementedError(
+            f"formats: expected a scaling factor of activations that are not rescaled by the norm "
+            f"of the decoder in {path}, got both"
+        )
+    return found
 
 
 def _readable() -> dict[str, str]:
@@ -96,21 +153,42 @@ def _readable() -> dict[str, str]:
     return plain | coders
 
 
-def _modern(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of versions before 6 under their present names."""
-    found = dict(config)
-    activation = found.get("activation_fn", found.get("activation_fn_str"))
-    if activation == _TOPK and found.get("architecture", _STANDARD) == _STANDARD:
-        found["architecture"] = _TOPK
-        found["k"] = (found.get("activation_fn_kwargs") or {}).get("k")
-    normalised = found.get("normalize_activations") or "none"
-    if normalised is True:
-        normalised = "expected_average_only_in"
-    found["normalize_activations"] = normalised
-    return found
+def _modern(config: Settings) -> Settings:
+    """Return the settings of versions before 6 under their present names.
+
+    Raises:
+        InputError: no architecture, which versions before 6 alone leave out.
+        NotImplementedError: an activation that is neither a ReLU nor topk, or options of it.
+    """
+    if not config.word("architecture") and ("metadata" in config or "k" in config):
+        raise InputError(f"formats: expected architecture in {config.place} [version 6], got none")
+    named = [config.word(name, _RELU) for name in _ACTIVATIONS if name in config]
+    architecture = config.word("architecture", _STANDARD)
+    for activation in named:
+        fine = (_RELU, _TOPK) if architecture in (_STANDARD, _TOPK) else (_RELU,)
+        if activation not in fine:
+            raise NotImplementedError(
+                f"formats: expected activation_fn {' or '.join(fine)} of architecture "
+                f"{architecture!r} in {config.place}, got {activation!r}"
+            )
+    if _TOPK in named and len(set(named)) > 1:
+        raise InputError(f"formats: expected one activation in {config.place}, got {named}")
+    changes: dict[str, Any] = {}
+    if _TOPK in named:
+        options = config.inner("activation_fn_kwargs")
+        other = sorted(set(options) - {"k"})
+        if other:
+            raise NotImplementedError(
+                f"formats: expected activation_fn_kwargs of k in {config.place}, got {other}"
+            )
+        changes["architecture"] = _TOPK
+        if "k" in options or "k" not in config:
+            changes["k"] = options.needed("k")
+    return config.changed(**changes) if changes else config
 
 
-def _refuse(config: dict[str, Any], folder: Path) -> None:
+def _refuse(config: Settings) -> None:
+    """Refuse normalisations and shapes of the input that no weights can hold."""
     reasons = {
         "expected_average_only_in": "its scale is not in the folder: fold it first, "
         "sae.fold_activation_norm_scaling_factor(...)",
@@ -119,23 +197,20 @@ def _refuse(config: dict[str, Any], folder: Path) -> None:
         "covariance_whitening": "its matrix is not in the folder: fold it first, "
         "sae.fold_activation_whitening(...)",
     }
-    normalised = config["normalize_activations"]
-    if normalised != "none":
+    old = {True: "expected_average_only_in", False: _NONE}
+    found = config.to_json().get(_NORMALISED)
+    normalised = old[found] if isinstance(found, bool) else config.word(_NORMALISED, _NONE)
+    if normalised != _NONE:
         raise NotImplementedError(
-            f"formats: expected normalize_activations='none' in {folder / CONFIG}, got "
+            f"formats: expected normalize_activations='none' in {config.place}, got "
             f"{normalised!r} [{reasons.get(normalised, 'unknown')}]"
         )
-    if config.get("finetuning_scaling_factor"):
+    shaped = config.word("reshape_activations", _NONE)
+    if shaped not in (_NONE, "hook_z"):  # hook_z: heads side by side are one row
         raise NotImplementedError(
-            f"formats: expected no finetuning_scaling_factor in {folder / CONFIG}, got one"
+            f"formats: expected reshape_activations none or hook_z in {config.place}, got "
+            f"{shaped!r}"
         )
-
-
-def _active(config: dict[str, Any]) -> int:
-    k = config.get("k")
-    if k is None or k != int(k):
-        raise NotImplementedError(f"formats: expected a whole k in a SAELens config, got {k!r}")
-    return int(k)
 
 
 def write(sae: Sae, folder: Path) -> None:

@@ -14,19 +14,18 @@ from typing import Any
 import torch
 
 from ..architectures.registry import ARCHITECTURES, implementation
-from ..config import SaeConfig
 from ..model import Sae
 from .parts import (
     assemble,
     check_held,
     encoder_biases,
     leftover,
-    read_json,
     read_safetensors,
     take,
     write_json,
     write_safetensors,
 )
+from .settings import Settings
 
 CONFIG, WEIGHTS = "cfg.json", "sae.safetensors"
 _ACTIVATION = "topk"  # where a config names none
@@ -40,49 +39,53 @@ _REFUSED = {
 }
 
 
-def is_tada(config: dict[str, Any]) -> bool:
+def is_tada(config: Settings) -> bool:
     """Return whether a cfg.json has the settings that only TADA's trainer writes."""
-    return bool(_TADA_KEYS & config.keys())
+    return any(key in config for key in _TADA_KEYS)
 
 
 def read(folder: Path) -> Sae:
     """Read a folder of either library; see `formats.load`."""
-    config = read_json(folder / CONFIG)
+    config = Settings.read(folder / CONFIG)
     name = "tada" if is_tada(config) else "sparsify"
     for setting, meaning in _REFUSED.items():
-        if config.get(setting):
+        if config.flag(setting):
             raise NotImplementedError(
                 f"formats: expected {name} without {setting} [{meaning}], got {setting}=true in "
                 f"{folder / CONFIG}"
             )
     words = {implementation(own).sparsify: own for own in ARCHITECTURES}
-    activation = config.get("activation", _ACTIVATION)
+    activation = config.word("activation") if "activation" in config else _ACTIVATION
     if not activation or activation not in words:
         known = ", ".join(repr(word) for word in words if word)
         raise NotImplementedError(
-            f"formats: expected sparsify with activation {known}, got {activation!r}"
+            f"formats: expected {name} with activation {known}, got {activation or None!r} in "
+            f"{folder / CONFIG}"
         )
+    transcode, k = config.flag("transcode"), config.needed("k")
     path = folder / WEIGHTS
     tensors = read_safetensors(path)
-    weight = take(tensors, "encoder.weight", where=path)
+    weight = take(tensors, "encoder.weight", dims=2, where=path)
     found = {
         "w_enc": weight,
-        "b_enc": take(tensors, "encoder.bias", where=path),
-        "w_dec": take(tensors, "W_dec", where=path),
-        "b_dec": take(tensors, "b_dec", where=path),
+        "b_enc": take(tensors, "encoder.bias", dims=1, where=path),
+        "w_dec": take(tensors, "W_dec", dims=2, where=path),
+        "b_dec": take(tensors, "b_dec", dims=1, where=path),
     }
     leftover(tensors, path)
-    transcode = bool(config.get("transcode", False))
+    features, width = weight.shape
+    config.agrees("d_in", width, "width of encoder.weight")
+    config.agrees("num_latents", features, "rows of encoder.weight")
     if transcode:
-        found["b_pre"] = torch.zeros(weight.shape[1])
-    shape = SaeConfig(
-        d_in=weight.shape[1],
-        features=weight.shape[0],
-        architecture=words[activation],
-        k=int(config["k"]),
-        transcoder=transcode,
-    )
-    return assemble(shape, found, name, extra={"config": config})
+        found["b_pre"] = torch.zeros(width)
+    shape = {
+        "d_in": width,
+        "features": features,
+        "architecture": words[activation],
+        "k": k,
+        "transcoder": transcode,
+    }
+    return assemble(shape, found, name, extra={"config": config.to_json()})
 
 
 def write(sae: Sae, folder: Path) -> None:

@@ -41,20 +41,24 @@ def source_of(data: Any, options: DataOptions) -> tuple[Source, RowReader | None
     found = readers_of(data, options)
     if found is None:
         _none_of(options, "a stream", "target", "steps", "column", "held_out")
-        chosen = {"buffer": options.buffer, "seed": options.seed}
-        return IterableSource(data, epochs=options.epochs or 1, **chosen), None
+        stream = IterableSource(
+            data, epochs=options.epochs or 1, buffer=options.buffer, seed=options.seed
+        )
+        return stream, None
     _none_of(options, "rows that are read by number", "buffer")
     reader, target = found
-    held_out = None
+    order: dict[str, Any] = {"seed": options.seed, "shuffle": options.shuffle}
     if options.held_out:
         if target is not None:
             raise NotImplementedError("train: expected no target with held_out, got one")
-        reader, held_out = split(reader, options.held_out, seed=options.seed)
-    order: dict[str, Any] = {"seed": options.seed, "shuffle": options.shuffle}
-    stores = isinstance(reader, ActivationStore) and isinstance(target, ActivationStore | None)
-    if stores:
-        return StoreSource(reader, target, epochs=options.epochs, **order), held_out
-    return ArraySource(reader, target, epochs=options.epochs or 1, **order), held_out
+        rest, held_out = split(reader, options.held_out, seed=options.seed)
+        origin = None
+        if isinstance(reader, ActivationStore):
+            origin = StoreSource(reader).provenance()
+        return ArraySource(rest, origin=origin, epochs=options.epochs or 1, **order), held_out
+    if isinstance(reader, ActivationStore) and isinstance(target, ActivationStore | None):
+        return StoreSource(reader, target, epochs=options.epochs, **order), None
+    return ArraySource(reader, target, epochs=options.epochs or 1, **order), None
 
 
 def readers_of(data: Any, options: DataOptions) -> tuple[RowReader, RowReader | None] | None:
@@ -100,7 +104,7 @@ def _reader(data: Any, options: DataOptions) -> tuple[Any, RowReader | None]:
     )
 
 
-def _listed(data: Sequence[Any], steps: Any) -> tuple[ArrayRows, ArrayRows | None]:
+def _listed(data: Sequence[Any], steps: Any) -> tuple[ArrayRows, RowReader | None]:
     """Return readers of a list of arrays, or of pairs (x, step) or `Rows`."""
     items = [data] if isinstance(data, Rows) else list(data)
     if all(isinstance(item, Tensor | np.ndarray) for item in items):

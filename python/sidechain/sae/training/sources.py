@@ -231,11 +231,25 @@ class ArraySource(ReaderSource):
         seed: of the order.
         shuffle: see `BatchOptions`.
         epochs: times through the rows.
+        origin: where they come from; None = the name of the rows.
     """
 
+    def __init__(
+        self,
+        reader: RowReader,
+        target: RowReader | None = None,
+        *,
+        seed: int = 0,
+        shuffle: str = "rows",
+        epochs: int = 1,
+        origin: Provenance | None = None,
+    ) -> None:
+        super().__init__(reader, target, seed=seed, shuffle=shuffle, epochs=epochs)
+        self._origin = origin or Provenance(source=str(getattr(reader, "name", "rows")))
+
     def provenance(self) -> Provenance:
-        """Return the names of the rows."""
-        return Provenance(source=str(getattr(self.reader, "name", "rows")))
+        """Return where they come from."""
+        return self._origin
 
 
 def _first_bad(reader: RowReader) -> int:

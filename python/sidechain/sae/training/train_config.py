@@ -20,6 +20,9 @@ PRECISIONS = ("fp32", "bf16", "int8")
 #: As `sidechain.store.finite.POLICIES`; settings alone need no torch.
 BAD_ROWS = ("error", "skip")
 
+# Learning rate of short runs, see `TrainConfig.lr`.
+_TURNS, _FASTEST = 30.0, 0.01
+
 _CHOICES = {
     "decay": SCHEDULES,
     "normalise": NORMALISATIONS,
@@ -42,7 +45,10 @@ class TrainConfig:
     Attributes:
         tokens: rows to train on; the run is tokens // batch steps.
         batch: N, rows of a step over all processes.
-        lr: learning rate; None = 2e-4 / sqrt(F / 2^14) (arXiv 2406.04093).
+        lr: learning rate; None = 2e-4 / sqrt(F / 2^14) (arXiv 2406.04093), or in a short run
+            30 / (steps sqrt(d_in)) if that is more, at most 0.01: Adam moves an element by about
+            lr a step and the elements of a row of norm 1 are 1 / sqrt(d_in), so that fewer steps
+            would not turn a row from where it was drawn to where it belongs.
         warmup: share of the steps over which lr rises linearly from 0.
         decay: "linear" and "cosine" fall to 0 over the last `decay_share`; or "constant".
         decay_share: share of the steps.
@@ -248,10 +254,17 @@ class Schedule:
                 f"resample={train.resample} and aux_k={train.aux_k}"
             )
 
+    @property
+    def base_lr(self) -> float:
+        """Learning rate where none is asked for."""
+        long = 2e-4 / math.sqrt(self.config.features / 2**14)
+        short = _TURNS / (self.train.steps * math.sqrt(self.config.d_in))
+        return max(long, min(short, _FASTEST))
+
     def lr(self, step: int) -> float:
         """Return the learning rate of a step."""
         train = self.train
-        base = 2e-4 / math.sqrt(self.config.features / 2**14) if train.lr is None else train.lr
+        base = self.base_lr if train.lr is None else train.lr
         warm = round(train.warmup * train.steps)
         if step < warm:
             return base * (step + 1) / warm
