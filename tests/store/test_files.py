@@ -246,7 +246,7 @@ def test_a_file_cut_short(tmp_path):
 
 def written(kind, folder):
     """A file of a kind with the rows X."""
-    path = folder / f"good.{'arrow' if kind in ('lists', 'stream') else kind}"
+    path = folder / f"good.{'arrow' if kind in ('lists', 'columns', 'stream') else kind}"
     if kind == "npy":
         np.save(path, X.numpy())
     elif kind == "pt":
@@ -261,17 +261,20 @@ def written(kind, folder):
         parquet.write_table(table(X, "list"), path)
     else:
         content = table(X, "fixed" if kind == "arrow" else "list")
+        if kind == "columns":
+            content = type(content).from_pydict({f"c{n}": X[:, n].numpy() for n in range(D)})
         write_arrow(path, content, stream=kind == "stream")
     return path
 
 
 @pytest.mark.parametrize(
-    "kind", ["npy", "pt", "pth", "safetensors", "arrow", "lists", "stream", "parquet"]
+    "kind",
+    ["npy", "pt", "pth", "safetensors", "arrow", "lists", "columns", "stream", "parquet"],
 )
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_bytes_that_changed_end_in_one_line(tmp_path, kind):
     """Whatever a parser makes of a damaged file; followed unchecked, offsets ended the process."""
-    if kind in ("arrow", "lists", "stream", "parquet"):
+    if kind in ("arrow", "lists", "columns", "stream", "parquet"):
         pytest.importorskip("pyarrow")
     good = written(kind, tmp_path).read_bytes()
     random = np.random.default_rng(0)
@@ -285,7 +288,7 @@ def test_bytes_that_changed_end_in_one_line(tmp_path, kind):
         if number % 7 == 6:
             del damaged[random.integers(len(good)) :]
         path = (tmp_path / f"x{number}").with_suffix(f".{kind}")
-        path = path if kind not in ("lists", "stream") else path.with_suffix(".arrow")
+        path = path if kind not in ("lists", "columns", "stream") else path.with_suffix(".arrow")
         path.write_bytes(damaged)
         try:
             assert open_rows(path).fingerprint >= 0

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from .._errors import InputError
 from .arrays import ArrayRows
+from .tables import arrow_arrays, chosen, dataset_arrays, parquet_arrays
 
 #: Kinds of files that describe others; they may lie in a folder of rows.
 _NOTES = (".json", ".txt", ".md", ".yaml", ".yml")
@@ -51,7 +52,7 @@ def open_rows(source: Any, *, column: str | None = None, steps: Any = None) -> A
         TypeError, ValueError: see `ArrayRows`.
     """
     if not isinstance(source, str | os.PathLike):
-        return ArrayRows(_dataset(source, column), steps=steps, name="dataset")
+        return ArrayRows(dataset_arrays(source, column), steps=steps, name="dataset")
     path = Path(source)
     if not path.exists():
         raise FileNotFoundError(f"rows: expected a file or folder, got nothing at {path}")
@@ -139,7 +140,7 @@ def _no_column(file: Path, column: str | None) -> None:
 
 def _safetensors(file: Path, column: str | None) -> list[Any]:
     with safe_open(file, framework="pt") as opened:
-        name = _chosen(list(opened.keys()), column, file)
+        name = chosen(list(opened.keys()), column, file)
         return [opened.get_tensor(name)]
 
 
@@ -153,7 +154,7 @@ def _pickled(file: Path, column: str | None) -> list[Any]:
         ) from None
     if isinstance(content, Mapping):
         tensors = {str(name): one for name, one in content.items() if isinstance(one, Tensor)}
-        return [tensors[_chosen(list(tensors), column, file)]]
+        return [tensors[chosen(list(tensors), column, file)]]
     _no_column(file, column)
     found = list(content) if isinstance(content, list | tuple) else [content]
     if not found or not all(isinstance(one, Tensor) for one in found):
@@ -168,137 +169,12 @@ def _restricted(file: Path) -> Any:
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def _chosen(names: list[str], column: str | None, where: Any) -> str:
-    if column is None and len(names) == 1:
-        return names[0]
-    if column is None or column not in names:
-        known = ", ".join(sorted(names)[:12]) or "none"
-        got = "none" if column is None else repr(column)
-        raise InputError(f"rows: expected column to be one of {known} [in {where}], got {got}")
-    return column
-
-
-# -- tables ---------------------------------------------------------------------------------------
-
-
-def _arrow(file: Path, column: str | None) -> list[Any]:
-    arrow = _pyarrow(file)
-    mapped = arrow.memory_map(str(file))
-    try:
-        table = arrow.ipc.open_file(mapped).read_all()
-    except arrow.ArrowInvalid:
-        mapped.seek(0)
-        table = arrow.ipc.open_stream(mapped).read_all()
-    return _columns(table, column, file)
-
-
-def _parquet(file: Path, column: str | None) -> list[Any]:
-    _pyarrow(file)
-    from pyarrow import parquet
-
-    found = parquet.ParquetFile(file)
-    names = None if column is None else [_chosen(found.schema_arrow.names, column, file)]
-    return _columns(found.read(columns=names), column, file)
-
-
-def _pyarrow(where: Any) -> Any:
-    try:
-        import pyarrow
-        import pyarrow.ipc
-    except ModuleNotFoundError:
-        raise InputError(
-            f"rows: expected pyarrow to read {where}, got none: pip install pyarrow"
-        ) from None
-    return pyarrow
-
-
-def _dataset(dataset: Any, column: str | None) -> list[Any]:
-    """Return the arrays of a `datasets.Dataset`, its selection and order applied."""
-    if isinstance(dataset, Mapping) and hasattr(dataset, "column_names"):
-        raise InputError(
-            f"rows: expected one dataset, got {type(dataset).__name__} of "
-            f"{', '.join(map(str, dataset))}: choose one"
-        )
-    if not hasattr(_table(dataset), "column_names"):
-        raise TypeError(
-            "rows: expected a path or a datasets.Dataset [read by number; a stream is given as an "
-            f"iterable of its tensors], got {type(dataset).__name__}"
-        )
-    if getattr(dataset, "_format_type", None) == "custom":
-        raise InputError(
-            "rows: expected a dataset without a transform [rows are read from its table, where it "
-            "is not applied], got one: map it first"
-        )
-    if getattr(dataset, "_indices", None) is not None:
-        dataset = dataset.flatten_indices()
-    return _columns(_table(dataset), column, "the dataset")
-
-
-def _table(dataset: Any) -> Any:
-    found = getattr(dataset, "data", None)
-    return getattr(found, "table", found)
-
-
-def _columns(table: Any, column: str | None, where: Any) -> list[Any]:
-    """Return a column of lists as matrices, or the float columns of a table as one."""
-    import pyarrow
-
-    lists = [n for n in table.column_names if _is_list(pyarrow, table.schema.field(n).type)]
-    if column is None and not lists:
-        floats = [
-            n for n in table.column_names if pyarrow.types.is_floating(table.schema.field(n).type)
-        ]
-        if len(floats) != len(table.column_names) or not floats:
-            raise InputError(
-                f"rows: expected a column of lists of floats, or float columns alone, in {where}, "
-                f"got {', '.join(f'{f.name} {f.type}' for f in table.schema)[:200]}"
-            )
-        holes = [name for name in floats if table[name].null_count]
-        if holes:
-            raise InputError(f"rows: expected no missing values in {where}, got some in {holes[0]}")
-        return [np.stack([table[name].to_numpy() for name in floats], axis=1)]
-    name = _chosen(lists if column is None else table.column_names, column, where)
-    return [_matrix(pyarrow, chunk, f"{name} of {where}") for chunk in table[name].chunks]
-
-
-def _is_list(arrow: Any, kind: Any) -> bool:
-    kind = getattr(kind, "storage_type", kind)
-    types = arrow.types
-    return bool(types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind))
-
-
-def _matrix(arrow: Any, values: Any, what: str) -> Any:
-    """Return a chunk of lists of equal length as an array [n, ..., d], without a copy."""
-    values.validate(full=True)  # offsets that lead outside end the process where they are followed
-    shape = [len(values)]
-    values = getattr(values, "storage", values)
-    while _is_list(arrow, values.type):
-        if values.null_count:
-            raise InputError(f"rows: expected no missing values in {what}, got some")
-        count = len(values)
-        inner = values.flatten()
-        width = len(inner) // count if count else 0
-        if not arrow.types.is_fixed_size_list(values.type) and count:
-            lengths = np.diff(values.offsets.to_numpy())
-            if (lengths != width).any():
-                raise InputError(
-                    f"rows: expected lists of one length in {what}, got {lengths.min()} to "
-                    f"{lengths.max()}"
-                )
-        shape.append(width)
-        values = inner
-    if len(shape) == 1 or values.null_count:
-        got = str(values.type) if len(shape) == 1 else "missing values"
-        raise InputError(f"rows: expected lists of floats in {what}, got {got}")
-    return values.to_numpy(zero_copy_only=True).reshape(shape)
-
-
 _READERS: dict[str, Callable[[Path, str | None], list[Any]]] = {
     ".npy": _npy,
     ".safetensors": _safetensors,
     ".pt": _pickled,
     ".pth": _pickled,
-    ".parquet": _parquet,
-    ".arrow": _arrow,
-    ".feather": _arrow,
+    ".parquet": parquet_arrays,
+    ".arrow": arrow_arrays,
+    ".feather": arrow_arrays,
 }
