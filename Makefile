@@ -38,7 +38,7 @@ else
 INSTALLED := $(VENV)/.installed-native
 endif
 
-.PHONY: demo test test-python test-native lint types bench bench-ops bench-hooks bench-sharing bench-demo bench-sae peers gpu-rehearsal kernels-report zoo-music zoo-sae install clean
+.PHONY: demo test test-python test-native lint types bench bench-ops bench-hooks bench-sharing bench-demo bench-sae peers gpu-rehearsal kernels-report zoo-music zoo-sae zoo-sae-table install clean
 
 install: $(INSTALLED)
 
@@ -122,6 +122,9 @@ zoo-music: $(INSTALLED)
 
 zoo-sae: $(INSTALLED)
 	$(BIN)/python -m sidechain.zoo.recipes.train_sae
+
+zoo-sae-table: $(INSTALLED)
+	$(BIN)/python -m sidechain.zoo.recipes.architectures --install
 
 clean:
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache
