@@ -163,13 +163,13 @@ def _modern(config: Settings) -> Settings:
     if not config.word("architecture") and ("metadata" in config or "k" in config):
         raise InputError(f"formats: expected architecture in {config.place} [version 6], got none")
     named = [config.word(name, _RELU) for name in _ACTIVATIONS if name in config]
-    architecture = config.word("architecture", _STANDARD)
+    theirs = config.word("architecture", _STANDARD)
     for activation in named:
-        fine = (_RELU, _TOPK) if architecture in (_STANDARD, _TOPK) else (_RELU,)
+        fine = (_RELU, _TOPK) if theirs in (_STANDARD, _TOPK) else (_RELU,)
         if activation not in fine:
             raise NotImplementedError(
                 f"formats: expected activation_fn {' or '.join(fine)} of architecture "
-                f"{architecture!r} in {config.place}, got {activation!r}"
+                f"{theirs!r} in {config.place}, got {activation!r}"
             )
     if _TOPK in named and len(set(named)) > 1:
         raise InputError(f"formats: expected one activation in {config.place}, got {named}")
