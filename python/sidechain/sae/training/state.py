@@ -201,9 +201,9 @@ class TrainState:
             parts[name] = tensor if whole else self.mesh.gather_features(tensor)
         sae = Sae(
             self.config,
-            normaliser=_copy(self.normaliser),
+            normaliser=self.normaliser.copy(),
             target_normaliser=(
-                _copy(self.target_normaliser)
+                self.target_normaliser.copy()
                 if self.target_normaliser is not self.normaliser
                 else None
             ),
@@ -219,13 +219,3 @@ class TrainState:
 
 def _mean(x: Tensor) -> Tensor:
     return x.mean(0, dtype=torch.float64)
-
-
-def _copy(normaliser: Normaliser) -> Normaliser:
-    grid: list[Tensor | None] = [
-        normaliser.steps,
-        normaliser.timesteps,
-        normaliser.sigmas,
-    ]
-    copies = [None if t is None else t.cpu().clone() for t in grid]
-    return Normaliser(normaliser.mean.cpu().clone(), normaliser.scale.cpu().clone(), *copies)
