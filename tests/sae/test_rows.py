@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -340,6 +341,13 @@ class TestTokens:
         assert change["step"] == 8 and change["settings"]["lr"] == [None, 1e-3]
         with pytest.raises(InputError, match="expected batch=256"):
             run(x, tmp_path, tokens=4096, lr=1e-3, batch=128, reason="any")
+
+    def test_a_finished_run_without_a_checkpoint_is_not_begun_anew(self, tmp_path, x):
+        first = run(x, tmp_path, tokens=2048)
+        shutil.rmtree(tmp_path / "checkpoints")
+        with pytest.raises(InputError, match="expected a checkpoint to go on from"):
+            run(x, tmp_path, tokens=4096, reason="longer")
+        assert equal(first, Sae.load(tmp_path / "sae.safetensors"))
 
     def test_epochs_of_an_iterator(self, x):
         with pytest.raises(ValueError, match="expected epochs=1 with an iterator"):

@@ -157,6 +157,11 @@ class Trainer:
         step = 0 if found is None else found.step
         changed = self.record.compare(reason, step * self.train.batch)
         self.mesh.barrier()
+        if changed and found is None and self.record.finished is not None:
+            raise InputError(
+                f"Trainer: expected a checkpoint to go on from in {self.out / CHECKPOINTS} [the run "
+                "is finished], got none: start another run from its dictionary"
+            )
         early = (self.record.finished or {}).get("early") and reason
         if (changed or early) and self.mesh.first:
             if self.result.exists():  # of the settings before
