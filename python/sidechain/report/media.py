@@ -105,7 +105,7 @@ def _pixels(array: NDArray[np.generic]) -> NDArray[np.uint8]:
             f"{list(array.shape)} of {array.dtype}"
         )
     if array.dtype == np.uint8:
-        return np.ascontiguousarray(array)  # type: ignore[arg-type]
+        return np.ascontiguousarray(array)
     values = np.nan_to_num(array.astype(np.float64))
     low, high = (0.0, 1.0) if colour else (float(values.min()), float(values.max()))
     level = np.clip((values - low) / max(high - low, 1e-12), 0.0, 1.0)

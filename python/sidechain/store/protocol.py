@@ -18,15 +18,17 @@ class RowReader(Protocol):
     Attributes:
         width: elements of a row.
         dtype: as stored; rows of int8 carry their scale.
-        statistics: `Statistics` of the rows.
     """
 
     width: int
     dtype: torch.dtype
-    statistics: Statistics
 
     def __len__(self) -> int:
         """Rows that are kept."""
+
+    @property
+    def statistics(self) -> Statistics:
+        """Statistics of the rows."""
 
     @property
     def row_bytes(self) -> int:

@@ -165,7 +165,7 @@ def score_rows(
         for f in numbers
     ]
     called = str(getattr(rows, "name", getattr(rows, "site", "rows")))
-    title = name or sae.provenance.site or "dictionary"
+    title = name or sae.provenance.site or "sae"
     return RowsStudy(title, called, sae.config, health, strong, has_steps(rows))
 
 
