@@ -10,10 +10,12 @@ import pytest
 from sidechain._errors import InputError
 from sidechain._options import defaults, options
 from sidechain.cli import main as cli
-from sidechain.cli import sae_train
+from sidechain.cli import sae_train, store_import
 from sidechain.cli.builder import flag_of, label
 from sidechain.sae.features.scoring import ACTIVATIONS, METHODS
 from sidechain.sae.training.loggers import LOGGERS
+from sidechain.store.finite import POLICIES
+from sidechain.store.importing import STORED
 from sidechain.store.manifest import DTYPES
 from sidechain.studies import config as shared
 from sidechain.studies.capture.config import CaptureConfig
@@ -57,6 +59,12 @@ def settings_for(monkeypatch, name, *words):
     return found[0]
 
 
+def in_place(name, field, word):
+    """The words of a command with one for a field that has no flag, and any for the others."""
+    needed = [f for f in options(SETTINGS[name]) if f not in defaults(SETTINGS[name])]
+    return [word if f == field else "given" for f in needed if field in needed] or [word]
+
+
 def example(name, field):
     """A word for an option, and the value it stands for."""
     option = options(SETTINGS[name])[field]
@@ -82,7 +90,7 @@ def test_an_option_reaches_its_field_and_no_other(name, field, monkeypatch):
         words, value = [flag_of(field, option)], True
     else:
         word, value = ("folder", "folder") if field == "model" else example(name, field)
-        words = [word] if option.positional else [flag_of(field, option), word]
+        words = in_place(name, field, word) if option.positional else [flag_of(field, option), word]
     found = settings_for(monkeypatch, name, *words)
     assert getattr(found, field) == value
     assert replace(found, **{field: getattr(plain, field)}) == plain
@@ -121,6 +129,7 @@ def test_choices_are_those_of_the_library():
     assert tuple(MODES) == BRANCH_MODES
     assert tuple(DTYPES) == options(CaptureConfig)["dtype"].choices
     assert tuple(LOGGERS) == sae_train.LOGGERS
+    assert set(STORED) == set(store_import.STORED) and store_import.POLICIES == POLICIES
 
 
 MODEL_COMMANDS = [name for name, kind in SETTINGS.items() if "model" in options(kind)] + ["demo"]

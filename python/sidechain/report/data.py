@@ -83,7 +83,7 @@ class Meter:
 
 @dataclass(frozen=True)
 class Clip:
-    """A sound to hear and see.
+    """A sound to hear and see, or another item to look at.
 
     Attributes:
         name: what tells it from the others of its strip.
@@ -94,6 +94,8 @@ class Clip:
         place: a moment to mark, as a share of the length.
         trace: a curve along the clip, drawn as bars; None without one.
         base: whether the others are compared with it.
+        image: bytes of a PNG to show, or None.
+        text: a text to show, or "".
     """
 
     name: str
@@ -104,6 +106,8 @@ class Clip:
     place: float | None = None
     trace: Sequence[float] | None = None
     base: bool = False
+    image: bytes | None = None
+    text: str = ""
 
 
 @dataclass(frozen=True)

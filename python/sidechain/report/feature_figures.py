@@ -51,6 +51,17 @@ def dictionary_health(
     return figure
 
 
+def feature_densities(
+    rows: Mapping[str, Health], *, theme: Mode = "light", width: Width = "wide"
+) -> Figure:
+    """Histogram of the share of rows in which features are active, by name of the dictionary."""
+    if not rows:
+        raise ValueError("feature_densities: expected at least one dictionary, got none")
+    with drawing(theme, width, 2.9) as (figure, colours):
+        _densities(figure.subplots(), rows, colours, "share of rows, log10")
+    return figure
+
+
 def _unexplained(axes: Axes, rows: Mapping[str, Health], colours: Theme) -> None:
     for index, (site, one) in enumerate(rows.items()):
         colour, steps, fvu = (
@@ -66,7 +77,9 @@ def _unexplained(axes: Axes, rows: Mapping[str, Health], colours: Theme) -> None
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _densities(axes: Axes, rows: Mapping[str, Health], colours: Theme) -> None:
+def _densities(
+    axes: Axes, rows: Mapping[str, Health], colours: Theme, label: str = "share of tokens, log10"
+) -> None:
     for index, one in enumerate(rows.values()):
         density = np.asarray(one.density, dtype=np.float64)
         alive = np.log10(np.clip(density[density > 0], 1e-6, 1.0))
@@ -79,7 +92,7 @@ def _densities(axes: Axes, rows: Mapping[str, Health], colours: Theme) -> None:
             lw=1.6,
         )
     axes.set_title("How often features fire")
-    axes.set_xlabel("share of tokens, log10")
+    axes.set_xlabel(label)
     axes.set_ylabel("share of features")
     axes.set_xlim(-5.2, 0.0)
 

@@ -105,6 +105,7 @@ def _encoded(strip: Strip, kind: str) -> list[dict[str, Any]]:
             image = data_uri(spectrogram_png(clip.mel, float(low), float(high)), "image/png")
         if clip.audio is not None:
             sound = data_uri(audio_bytes(clip.audio, strip.sample_rate, kind), f"audio/{kind}")
+        item = "" if clip.image is None else data_uri(clip.image, "image/png")
         count = max(1, len(clip.trace or ()))
         # One bar for each value, so that a single large one stays visible.
         bars = [
@@ -112,7 +113,7 @@ def _encoded(strip: Strip, kind: str) -> list[dict[str, Any]]:
             for index, value in enumerate(clip.trace or ())
             if value > 0
         ]
-        shown.append({"clip": clip, "image": image, "audio": sound, "bars": bars})
+        shown.append({"clip": clip, "image": image, "audio": sound, "bars": bars, "item": item})
     return shown
 
 

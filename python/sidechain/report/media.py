@@ -13,7 +13,7 @@ import numpy as np
 import soundfile
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from sidechain.io.atomic import write_atomic
 
@@ -68,6 +68,48 @@ def spectrogram_png(
     stream = io.BytesIO()
     image.save(stream, format="PNG", optimize=True)
     return stream.getvalue()
+
+
+def image_png(picture: str | Path | NDArray[np.generic], *, most: int = 512) -> bytes:
+    """Encode an image as PNG, made smaller where a side has more than `most` pixels.
+
+    Args:
+        picture: path of an image file; or [H, W], [H, W, 3] or [H, W, 4] of uint8, or of floats,
+            0 to 1 in colour, grey from the smallest to the largest value.
+        most: pixels of the longer side.
+
+    Raises:
+        ValueError: no image in the file, or an array of another shape or kind.
+        OSError: the file cannot be read.
+    """
+    if isinstance(picture, np.ndarray):
+        image = Image.fromarray(_pixels(picture))
+    else:
+        try:
+            image = Image.open(picture)
+            image.load()
+        except (UnidentifiedImageError, SyntaxError) as error:
+            raise ValueError(f"image_png: expected an image in {picture}, got {error}") from None
+        image = image.convert("RGBA" if "A" in image.getbands() else "RGB")
+    image.thumbnail((most, most))
+    stream = io.BytesIO()
+    image.save(stream, format="PNG", optimize=True)
+    return stream.getvalue()
+
+
+def _pixels(array: NDArray[np.generic]) -> NDArray[np.uint8]:
+    colour = array.ndim == 3 and array.shape[2] in (3, 4)
+    if not array.size or not (colour or array.ndim == 2) or array.dtype.kind not in "ufb":
+        raise ValueError(
+            "image_png: expected [H, W], [H, W, 3] or [H, W, 4] of uint8 or floats, got "
+            f"{list(array.shape)} of {array.dtype}"
+        )
+    if array.dtype == np.uint8:
+        return np.ascontiguousarray(array)
+    values = np.nan_to_num(array.astype(np.float64))
+    low, high = (0.0, 1.0) if colour else (float(values.min()), float(values.max()))
+    level = np.clip((values - low) / max(high - low, 1e-12), 0.0, 1.0)
+    return np.asarray(np.rint(255 * level), dtype=np.uint8)
 
 
 def audio_bytes(samples: NDArray[np.floating], sample_rate: int, kind: str = "flac") -> bytes:

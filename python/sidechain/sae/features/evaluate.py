@@ -33,6 +33,7 @@ class Health:
         l0: active features per row.
         dead: share of features that were active in no row.
         density: share of rows in which each feature is active [F].
+        mean_square: of the activation of each feature over all rows [F], in normalised units.
     """
 
     rows: int
@@ -43,6 +44,7 @@ class Health:
     l0: float
     dead: float
     density: Tensor
+    mean_square: Tensor
 
 
 def measure(sae: Sae, rows: RowReader, *, batch: int = 4096) -> Health:
@@ -65,6 +67,7 @@ def measure(sae: Sae, rows: RowReader, *, batch: int = 4096) -> Health:
     errors, squares, counts = (torch.zeros(slots, dtype=torch.float64) for _ in range(3))
     sums = torch.zeros(slots, width, dtype=torch.float64)
     fired = torch.zeros(features, dtype=torch.int64)
+    energy = torch.zeros(features, dtype=torch.float64)
     for got in in_order(rows, batch, device):
         assert got.labels is not None
         x, step = got.x.float(), got.step if has_steps(rows) else None
@@ -78,6 +81,7 @@ def measure(sae: Sae, rows: RowReader, *, batch: int = 4096) -> Health:
         sums.index_add_(0, place, y.double().cpu())
         counts.index_add_(0, place, torch.ones(len(x), dtype=torch.float64))
         fired += active_counts(codes, features).cpu()
+        energy += _squares(codes, features)
     variance = squares - sums.square().sum(1) / counts
     scale = _scales(sae, steps if has_steps(rows) else None).square().expand(slots)
     return Health(
@@ -89,6 +93,7 @@ def measure(sae: Sae, rows: RowReader, *, batch: int = 4096) -> Health:
         l0=float(fired.sum() / len(rows)),
         dead=float((fired == 0).double().mean()),
         density=fired.double() / len(rows),
+        mean_square=energy / len(rows),
     )
 
 
@@ -127,6 +132,15 @@ def active_counts(codes: Codes, features: int) -> Tensor:
     """Return the number of rows in which each feature is active [F] int64."""
     live = codes.indices[(codes.indices >= 0) & (codes.values > 0)]
     return torch.bincount(live.long(), minlength=features)
+
+
+def _squares(codes: Codes, features: int) -> Tensor:
+    """Return the sum of the squared activations of each feature [F] float64."""
+    live = (codes.indices >= 0) & (codes.values > 0)
+    found = torch.zeros(features, dtype=torch.float64)
+    return found.index_add_(
+        0, codes.indices[live].long().cpu(), codes.values[live].double().square().cpu()
+    )
 
 
 def rows_of(codes: Codes) -> Tensor:

@@ -20,6 +20,7 @@ from ...report.data import (
 )
 from ...report.html import picture, write_page
 from ..page import listed
+from .health import health_table
 from .run import DictionaryStudy, FeatureFound, listen
 
 #: Features shown with clips for each concept: the best ones over all sites.
@@ -42,7 +43,7 @@ def page(study: DictionaryStudy) -> Page:
         "seed": config.seed,
     }
     command = f"sidechain sae score --concepts {','.join(config.concepts)}"
-    tables: list[Block] = [_health(study), health_table(study), feature_table(study)]
+    tables: list[Block] = [_health(study), health_table(study.health_table()), feature_table(study)]
     return Page(
         title="What the dictionaries of a model hold",
         summary=(
@@ -136,25 +137,6 @@ def _findings(study: DictionaryStudy, shown: list[FeatureFound]) -> list[str]:
                 f"the tokens with it and {best.rate[1]:.0%} without."
             )
     return rows
-
-
-def health_table(study: DictionaryStudy) -> Table:
-    """Metrics of every site."""
-    rows = [
-        [
-            row.site,
-            f"{row.architecture}, k={row.k}" if row.k else row.architecture,
-            row.features,
-            f"{row.fvu:.4f}",
-            f"{row.worst_step_fvu:.4f}",
-            f"{row.raw_fvu:.4f}",
-            f"{row.l0:.1f}",
-            f"{row.dead:.1%}",
-        ]
-        for row in study.health_table().itertuples()
-    ]
-    columns = ["site", "kind", "features", "FVU", "worst step", "raw FVU", "L0", "dead"]
-    return Table("Held-out metrics", columns, rows)
 
 
 def feature_table(study: DictionaryStudy) -> Table:

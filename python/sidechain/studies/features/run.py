@@ -19,13 +19,12 @@ import torch
 from ..._errors import InputError
 from ...io.run_folder import RunFolder, write_json, write_table
 from ...report.data import Clip
-from ...sae import Sae
+from ...sae import Sae, SaeConfig
 from ...sae.features.evaluate import Health, measure
 from ...sae.features.scoring import (
     METHODS,
     FeatureStatistics,
     feature_statistics,
-    on_grid,
 )
 from ...sae.features.top import TopExample, top_examples
 from ...store import ActivationStore, Sampling, record
@@ -37,6 +36,7 @@ from ..models import Subject
 from ..vectors.config import VectorConfig
 from ..vectors.run import dictionaries, prompt_pairs
 from .config import DictionaryConfig
+from .health import health_record, on_rows
 
 #: Captions of the study are numbered from here: neither trained on nor held out by the recipe.
 FIRST_CAPTION = 500_000
@@ -73,24 +73,12 @@ class DictionaryStudy:
     health: dict[str, Health]
     found: list[FeatureFound]
     ranks: pd.DataFrame
-    sizes: dict[str, dict[str, object]]
+    configs: dict[str, SaeConfig]
 
     def health_table(self) -> pd.DataFrame:
         """Return one row for each site."""
         return pd.DataFrame(
-            [
-                {
-                    "site": site,
-                    **self.sizes[site],
-                    "rows": h.rows,
-                    "fvu": h.fvu,
-                    "worst_step_fvu": float(h.step_fvu.max()),
-                    "raw_fvu": h.raw_fvu,
-                    "l0": h.l0,
-                    "dead": h.dead,
-                }
-                for site, h in self.health.items()
-            ]
+            [health_record(site, self.configs[site], one) for site, one in self.health.items()]
         )
 
     def feature_table(self) -> pd.DataFrame:
@@ -143,9 +131,7 @@ def run(config: DictionaryConfig) -> DictionaryStudy:
     saes = dictionaries(subject, config.sites, config.dictionaries)
     _held = RunFolder(config.out, "sae score", config, common.inputs(config))
     stores = record_captions(config, subject.pipe, list(saes))
-    health = {
-        site: measure(_on_store(sae, stores[site]), stores[site]) for site, sae in saes.items()
-    }
+    health = {site: measure(on_rows(sae, stores[site]), stores[site]) for site, sae in saes.items()}
     found: list[FeatureFound] = []
     tables = []
     for one in wanted:
@@ -153,15 +139,8 @@ def run(config: DictionaryConfig) -> DictionaryStudy:
         for site, read in statistics.items():
             found += _best(config, one.name, site, saes[site], read, stores[site])
         tables.append(_scores(one.name, statistics))
-    sizes: dict[str, dict[str, object]] = {
-        site: {
-            "architecture": sae.config.architecture,
-            "features": sae.config.features,
-            "k": sae.config.k,
-        }
-        for site, sae in saes.items()
-    }
-    study = DictionaryStudy(config, health, found, pd.concat(tables, ignore_index=True), sizes)
+    configs = {site: sae.config for site, sae in saes.items()}
+    study = DictionaryStudy(config, health, found, pd.concat(tables, ignore_index=True), configs)
     study.write(config.out)
     return study
 
@@ -197,10 +176,6 @@ def record_captions(
     )
 
 
-def _on_store(sae: Sae, store: ActivationStore) -> Sae:
-    return sae if store.timesteps is None else on_grid(sae, store.timesteps, store.sigmas)
-
-
 def _statistics(
     config: DictionaryConfig, subject: Subject, saes: dict[str, Sae], name: str
 ) -> dict[str, FeatureStatistics]:
@@ -227,7 +202,7 @@ def _best(
     scores = read.score(config.score)
     order = torch.sort(scores.mean(0), descending=True, stable=True).indices[: config.features]
     numbers = [int(f) for f in order]
-    moments = top_examples(_on_store(sae, store), store, numbers, config.moments)
+    moments = top_examples(on_rows(sae, store), store, numbers, config.moments)
     kept, rate = read.selected.mean(0), read.rate.mean(0)
     return [
         FeatureFound(
@@ -286,7 +261,7 @@ def listen(study: DictionaryStudy, found: Sequence[FeatureFound]) -> list[list[C
     heard = []
     for one in found:
         store = ActivationStore(config.out / "activations", one.site)
-        sae = _on_store(saes[one.site], store)
+        sae = on_rows(saes[one.site], store)
         heard.append(
             [
                 _clip(m, texts[m.prompt], clips[m.prompt], _trace(sae, store, one.feature, m))
