@@ -53,11 +53,31 @@ CASES = {
     "gated, free norm, clipped": dict(
         architecture="gated", sparsity=0.3, unit_norm=False, clip=0.02
     ),
+    "relu, controlled": dict(architecture="relu", l0=6),
+    "gated, controlled": dict(architecture="gated", l0=6),
     "jumprelu, tanh": dict(
-        architecture="jumprelu", sparsity=0.3, bandwidth=0.5, threshold_init=0.1, pre_act=0.01
+        architecture="jumprelu",
+        sparsity=0.3,
+        bandwidth=0.5,
+        threshold_init=0.1,
+        threshold_lr=3e-3,
+        pre_act=0.01,
     ),
     "jumprelu, l0": dict(
-        architecture="jumprelu", penalty="l0", sparsity=0.1, bandwidth=0.2, threshold_init=0.05
+        architecture="jumprelu",
+        penalty="l0",
+        sparsity=0.1,
+        bandwidth=0.2,
+        threshold_init=0.05,
+        threshold_lr=2e-2,
+    ),
+    "jumprelu, l0, controlled": dict(
+        architecture="jumprelu",
+        penalty="l0",
+        l0=9,
+        bandwidth=0.2,
+        threshold_init=0.3,
+        threshold_lr=2e-2,
     ),
 }
 SHAPE = ("architecture", "k", "d_out", "prefixes", "unit_norm", "tied_bias")

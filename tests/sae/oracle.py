@@ -40,11 +40,17 @@ class DenseTrainer:
         if self.config.architecture == "jumprelu":
             self.p["log_threshold"] = nn.Parameter(state.weights["threshold"].to(dtype).log())
         self.b_pre = torch.zeros(self.config.d_in, dtype=dtype)
+        self.d_out = self.p["b_dec"].shape[0]
+        special = ("w_enc", "w_dec", "log_threshold")
         self.optimiser = torch.optim.AdamW(
             [
                 {"params": [self.p["w_enc"], self.p["w_dec"]]},
                 {
-                    "params": [v for n, v in self.p.items() if n not in ("w_enc", "w_dec")],
+                    "params": [v for n, v in self.p.items() if n not in special],
+                    "weight_decay": 0.0,
+                },
+                {
+                    "params": [v for n, v in self.p.items() if n == "log_threshold"],
                     "weight_decay": 0.0,
                 },
             ],
@@ -53,6 +59,7 @@ class DenseTrainer:
             weight_decay=self.train.weight_decay,
         )
         self.steps = 0
+        self.integral = self.logarithm = None
         self.last_fired = torch.zeros(self.config.features, dtype=torch.int64)
         self.dead = torch.zeros(self.config.features, dtype=bool)
 
@@ -72,6 +79,13 @@ class DenseTrainer:
 
     def sparsity(self):
         total = self.train.tokens // self.train.batch
+        if self.train.l0:
+            if self.integral is None:
+                value = self.d_out / self.train.l0
+                jump = 0.06 if self.train.penalty == "tanh" else 0.2
+                named = self.config.architecture == "jumprelu"
+                self.integral = self.logarithm = math.log(jump * value if named else value**0.5)
+            return math.exp(self.logarithm)
         return self.train.sparsity * min(
             1.0, (self.steps + 1) / (self.train.sparsity_warmup * total)
         )
@@ -165,6 +179,7 @@ class DenseTrainer:
                 p.grad *= (self.train.clip / norm).clamp(max=1.0)
         for group in self.optimiser.param_groups:
             group["lr"] = self.lr()
+        self.optimiser.param_groups[-1]["lr"] *= (self.train.threshold_lr or 1) / self.train.lr
         self.optimiser.step()
         with torch.no_grad():
             if self.config.unit_norm:
@@ -173,6 +188,11 @@ class DenseTrainer:
                 decay = min(self.train.threshold_decay, (1 + self.steps) / (10 + self.steps))
                 before = self.smallest if self.threshold is None else self.threshold
                 self.threshold = decay * before + (1 - decay) * self.smallest
+        if self.train.l0:
+            error = math.log(float((v > 0).sum()) / len(x) / self.train.l0)
+            error = min(1.0, max(-1.0, error))
+            self.integral += min(0.05, 20 * self.train.batch / self.train.tokens) * error
+            self.logarithm = self.integral + error
         self.steps += 1
         self.last_fired[(v > 0).any(0)] = self.steps
         return float(loss.detach())

@@ -60,10 +60,29 @@ class TestSchedule:
         assert [warm.sparsity(t) for t in (0, 24, 49, 99)] == pytest.approx([0.04, 1.0, 2.0, 2.0])
 
     def test_defaults_by_penalty(self):
-        tanh = self.schedule("jumprelu", k=None)
-        assert (tanh.bandwidth, tanh.threshold_init) == (2.0, 0.1)
-        count = self.schedule("jumprelu", k=None, penalty="l0")
-        assert count.bandwidth == count.threshold_init == pytest.approx(0.001 * math.sqrt(D))
+        assert self.schedule("jumprelu", k=None).bandwidth == 2.0
+        assert self.schedule("jumprelu", k=None, penalty="l0").bandwidth == 1.0
+
+    def test_defaults_of_penalised_architectures(self):
+        usual = self.schedule("jumprelu", k=None)
+        assert usual.l0 == F / 4  # less than 32
+        above = 0.5 * math.erfc(usual.first_limit / math.sqrt(2))  # P(z > limit), z standard normal
+        assert above == pytest.approx(1 / 4)
+        assert self.schedule("jumprelu", k=None, threshold_init=0.3).first_limit == 0.3
+        assert self.schedule("relu", k=None, l0=2.5).l0 == 2.5
+        assert self.schedule("relu", k=None, sparsity=1.0).l0 is None
+        assert self.schedule().l0 is None
+        wide = Schedule(SaeConfig(D, 4096, "relu"), TrainConfig(tokens=1000, batch=10))
+        assert wide.l0 == 32
+
+    def test_learning_rate_of_thresholds(self):
+        short = self.schedule("jumprelu", k=None, tokens=5000, lr=1e-4, decay_share=0.5, warmup=0)
+        assert [short.threshold_lr(t) for t in (0, 375)] == pytest.approx([0.01, 0.005])
+        longer = self.schedule("jumprelu", k=None, tokens=10**6, lr=1e-4, warmup=0)
+        assert longer.threshold_lr(0) == pytest.approx(20 / 10**5)
+        assert self.schedule("jumprelu", k=None, lr=0.5, warmup=0).threshold_lr(0) == 0.5
+        own = self.schedule("jumprelu", k=None, lr=1e-4, threshold_lr=0.02, warmup=0)
+        assert own.threshold_lr(0) == pytest.approx(0.02)
 
     def test_paths(self):
         assert self.schedule().fused and self.schedule("batch_topk").fused
@@ -84,6 +103,11 @@ class TestSchedule:
             (dict(architecture="relu", k=None, k_start=9), ValueError, "k_start between None"),
             (dict(multi_k=3), ValueError, "multi_k above 4"),
             (dict(architecture="batch_topk", multi_k=9), ValueError, "architecture='topk'"),
+            (dict(l0=4), ValueError, r"no l0 with architecture='topk' \[k says"),
+            (dict(architecture="gated", k=None, l0=F), ValueError, "l0 < 48"),
+            (dict(architecture="relu", k=None, l0=4, sparsity=1.0), ValueError, "l0 or sparsity"),
+            (dict(architecture="relu", k=None, l0=0.0), ValueError, "l0 above 0"),
+            (dict(architecture="relu", k=None, sparsity=-1.0), ValueError, "sparsity between 0"),
             (dict(resample=0.1, aux_k=3), ValueError, "either resample or aux_k"),
             (dict(tokens=5), ValueError, "tokens >= 10"),
             (dict(tokens=5.5), TypeError, "tokens as int"),

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 #: Of `sidechain.sae.LOGGERS`.
 LOGGERS = ("tensorboard", "wandb")
 #: Settings of `TrainConfig` that have an option of their own.
-_OWN = ("tokens", "batch", "lr", "sparsity", "seed", "on_bad_rows")
+_OWN = ("tokens", "batch", "lr", "l0", "sparsity", "seed", "on_bad_rows")
 #: Rows to train on of a store or a running model.
 TOKENS = 2_000_000
 FEATURES = "8x"
@@ -96,7 +96,11 @@ class SaeTrainSettings(Model):
     )
     batch: int = whole(_DEFAULTS["batch"], "rows a step", least=1)
     lr: float | None = number(None, "learning rate (default 2e-4 / sqrt(features / 16384))")
-    sparsity: float = number(_DEFAULTS["sparsity"], f"penalty of {taking('sparsity')}", least=0.0)
+    l0: float | None = number(
+        None,
+        f"features a token that the penalty leaves (default {DEFAULT_K}; {taking('sparsity')})",
+    )
+    sparsity: float | None = number(None, "fixed penalty instead of --l0", least=0.0)
     seed: int = whole(_DEFAULTS["seed"], "of weights, order and noise", most=2**63 - 1)
     on_bad_rows: str = choice(
         _DEFAULTS["on_bad_rows"], "at a row that is not finite", tuple(BAD_ROWS)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,6 +16,7 @@ from ..precision import wide
 if TYPE_CHECKING:
     from ..model import Sae
     from ..training.state import TrainState
+    from ..training.train_config import Schedule
 
 
 class Loss(NamedTuple):
@@ -89,6 +91,18 @@ class Implementation:
             features: number of features here.
             threshold: first value of a trained threshold.
         """
+        return {}
+
+    def first_sparsity(self, schedule: Schedule, l0: float) -> float:
+        """Return the coefficient of the penalty from which one is found that leaves l0 active.
+
+        sqrt(d / l0), the size of an active value where E|y|^2 = d: an L1 penalty takes half of its
+        coefficient from each.
+        """
+        return math.sqrt(schedule.config.width_out / l0)
+
+    def limited(self, limit: Tensor) -> dict[str, Tensor]:
+        """Return the tensors that let a feature fire where w_enc u is above its limit [F] > 0."""
         return {}
 
     def encode(self, sae: Sae, y: Tensor, **options: Any) -> Codes:

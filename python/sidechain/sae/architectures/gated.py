@@ -38,6 +38,10 @@ class Gated(Implementation):
         """Return the bias of the gate and the logarithm of the gain."""
         return {"b_gate": torch.zeros(features), "r_mag": torch.zeros(features)}
 
+    def limited(self, limit: Tensor) -> dict[str, Tensor]:
+        """Return the bias of the gate; see `Implementation.limited`."""
+        return {"b_gate": -limit}
+
     def thresholded(self, sae: Sae) -> tuple[Tensor, Tensor, float | Tensor]:
         """Return the gate as a threshold: g > 0 iff z > b_enc - exp(r_mag) b_gate.
 

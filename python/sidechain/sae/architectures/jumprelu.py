@@ -14,8 +14,13 @@ from .base import ClassLayout, Implementation, Loss, SaeLensLayout
 if TYPE_CHECKING:
     from ..model import Sae
     from ..training.state import TrainState
+    from ..training.train_config import Schedule
 
 TANH_SCALE = 4.0
+# A threshold moves by factors: it would not leave 0.
+_LEAST = 1e-6
+# Of d / L0, by penalty; see `first_sparsity`.
+_SHARES = {"tanh": 0.06, "l0": 0.2}
 
 
 class JumpRelu(Implementation):
@@ -36,6 +41,17 @@ class JumpRelu(Implementation):
     def own(self, features: int, threshold: float) -> dict[str, Tensor]:
         """Return the thresholds [F]."""
         return {"threshold": torch.full((features,), threshold)}
+
+    def first_sparsity(self, schedule: Schedule, l0: float) -> float:
+        """Return a share of d / l0, the squared error that an active value takes away.
+
+        The shares are those at which planted atoms were found (d 64, 8 active).
+        """
+        return _SHARES[schedule.train.penalty] * schedule.config.width_out / l0
+
+    def limited(self, limit: Tensor) -> dict[str, Tensor]:
+        """Return the thresholds; see `Implementation.limited`."""
+        return {"threshold": limit.clamp(min=_LEAST)}
 
     def thresholded(self, sae: Sae) -> tuple[Tensor, Tensor, float | Tensor]:
         """Return the encoder with its thresholds."""

@@ -26,6 +26,10 @@ class Relu(Implementation):
         ),
     )
 
+    def limited(self, limit: Tensor) -> dict[str, Tensor]:
+        """Return the bias; see `Implementation.limited`."""
+        return {"b_enc": -limit}
+
     def thresholded(self, sae: Sae) -> tuple[Tensor, Tensor, float | Tensor]:
         """Return the encoder as it is."""
         return sae.w_enc, sae.b_enc, 0.0

@@ -22,7 +22,10 @@ def squares(state: TrainState, error: Tensor) -> Tensor:
 
 def penalty(state: TrainState, value: Tensor) -> Tensor:
     """Return a penalty on activations, with the coefficient of this step."""
-    return 0.5 * state.row_weight * state.schedule.sparsity(state.step) * value
+    coefficient = state.sparsity()
+    if isinstance(coefficient, Tensor):
+        coefficient = coefficient.to(value.dtype)
+    return 0.5 * state.row_weight * coefficient * value
 
 
 def lengths(state: TrainState, w: dict[str, Tensor]) -> Tensor:

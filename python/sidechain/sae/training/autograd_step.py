@@ -47,6 +47,8 @@ def autograd_step(state: TrainState, rows: Rows) -> Outcome:
         follow_threshold(state, torch.stack([p.smallest for p in parts]).amin())
     error = torch.cat([p.error for p in parts])
     active = torch.stack([p.active for p in parts]).sum()
+    if state.control is not None:
+        state.control.follow(state.mesh.sum_all(active.clone()), state.train.batch)
     return Outcome(error.square().sum(1), target, active)
 
 

@@ -37,8 +37,8 @@ def clip_factor(square: Tensor, limit: float) -> Tensor:
 def apply(state: TrainState, grads: dict[str, Tensor]) -> None:
     """Take step number `state.step` (from 1) of AdamW on all weights, in place.
 
-    The thresholds of jumprelu are trained through their logarithm (arXiv 2407.14435): the gradient
-    is that of log(threshold) and the step multiplies.
+    The thresholds of jumprelu are trained through their logarithm (arXiv 2407.14435), with a
+    learning rate of their own: the gradient is that of log(threshold) and the step multiplies.
     """
     weights = state.weights
     if state.config.unit_norm:
@@ -69,8 +69,15 @@ def adam_(
         instead: tensors to change in place of weights.
     """
     train = state.train
-    for decayed in (True, False):
-        names = [n for n in grads if (n in MATRICES) == decayed]
+    schedule, last = state.schedule, state.step - 1
+    threshold = [n for n in grads if n == "threshold"]
+    matrices = [n for n in grads if n in MATRICES]
+    others = [n for n in grads if n not in (*matrices, *threshold)]
+    lr, decay = schedule.lr(last), train.weight_decay
+    groups = [(matrices, lr, decay), (others, lr, 0.0)]
+    if threshold:
+        groups.append((threshold, schedule.threshold_lr(last), 0.0))
+    for names, rate, decayed in groups:
         adamw(
             [(instead or {}).get(n, state.weights[n]) for n in names],
             [grads[n] for n in names],
@@ -82,8 +89,8 @@ def adam_(
             amsgrad=False,
             beta1=train.betas[0],
             beta2=train.betas[1],
-            lr=state.schedule.lr(state.step - 1),
-            weight_decay=train.weight_decay if decayed else 0.0,
+            lr=rate,
+            weight_decay=decayed,
             eps=train.eps,
             maximize=False,
         )

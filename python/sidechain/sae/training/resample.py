@@ -22,7 +22,8 @@ def resample(state: TrainState, rows: Rows, row_loss: Tensor) -> int:
     """Restart the dead features on rows of the batch drawn in proportion to their loss squared.
 
     The decoder row becomes the direction of the row's target minus b_dec, the encoder row that of
-    its input minus b_pre, scaled; the bias and the running statistics become 0. More dead features
+    its input minus b_pre, scaled; the limit is a first one, other biases and the running statistics
+    become 0. More dead features
     than rows: the rest stays for the next time. The draw depends on the seed and the step alone,
     and on every process of a mesh it is the same.
 
@@ -51,7 +52,9 @@ def resample(state: TrainState, rows: Rows, row_loss: Tensor) -> int:
     weights = state.weights
     weights["w_dec"][place] = _unit(target[picked] - weights["b_dec"])
     weights["w_enc"][place] = _unit(x[picked] - state.b_pre) * length * ENCODER_SHARE
-    own = implementation(state.config.architecture).own(len(place), state.schedule.threshold_init)
+    kind, limit = implementation(state.config.architecture), state.schedule.first_limit
+    spread = weights["w_enc"][place].norm(dim=1)  # of rows with E|y|^2 = d
+    own = kind.own(len(place), limit) | kind.limited(limit * spread)
     weights["b_enc"][place] = 0.0
     for name, first in own.items():
         if first.dim():

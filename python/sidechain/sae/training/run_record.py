@@ -9,6 +9,7 @@ from typing import Any
 from ..._errors import InputError
 from ...io.run_folder import read_json, write_json
 from ...io.same import difference
+from ..config import SaeConfig
 
 SETTINGS = "run.json"
 #: Parts that must be the same when a run continues.
@@ -82,7 +83,7 @@ class RunRecord:
         changed: dict[str, list[Any]] = {}
         for part in PARTS:
             wanted = self._facts.get(part, {})
-            now = {name: value for name, value in wanted.items() if name not in _FREE}
+            now = {name: value for name, value in wanted.items() if name not in self._free()}
             found = self.content.get(part, {})
             if part == "start":
                 self._check_start(found, now)
@@ -105,6 +106,11 @@ class RunRecord:
                 f"{changed['tokens'][1]}: finish the run as it is"
             )
         return changed
+
+    def _free(self) -> frozenset[str]:
+        """Return the settings that may differ. Selection has no penalty: older runs noted one."""
+        kind = SaeConfig.from_json(self._facts["config"]).kind
+        return _FREE if kind.takes("sparsity") else _FREE | {"sparsity"}
 
     def _check_start(self, found: dict[str, Any], now: dict[str, Any]) -> None:
         """Compare the weights that a run starts from, wherever their file is."""

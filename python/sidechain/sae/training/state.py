@@ -12,14 +12,18 @@ from torch import Tensor
 from ..._errors import InputError
 from ..architectures.registry import implementation
 from ..config import Provenance, SaeConfig
-from ..initialise import encoder_scale, geometric_median, random_rows
+from ..initialise import geometric_median, random_rows
 from ..model import Sae
 from ..normaliser import Normaliser
+from .l0_control import L0Control
 from .mesh import Mesh
 from .rows import Rows
 from .train_config import Schedule, TrainConfig
 
 MATRICES = ("w_enc", "w_dec")
+
+# Elements of [rows, F] held at a time.
+_HELD = 1 << 24
 
 
 class TrainState:
@@ -37,6 +41,7 @@ class TrainState:
         prefixes: of the config, [P] int64 on the device.
         step: steps done.
         fixed_b_pre: [d_in] of an untied bias, or None.
+        control: of the penalty's coefficient, where an L0 is asked for, or None.
     """
 
     def __init__(
@@ -76,6 +81,11 @@ class TrainState:
         self.dead_total = 0
         self.smallest: Tensor | None = None
         self.prefixes = torch.tensor(config.prefixes, dtype=torch.int64, device=self.device)
+        goal = self.schedule.l0
+        self.control: L0Control | None = None
+        if goal is not None:
+            start = implementation(config.architecture).first_sparsity(self.schedule, goal)
+            self.control = L0Control(goal, start, train.steps, self.device)
 
     def _initial(self, stop: int) -> dict[str, Tensor]:
         config, size, seed = self.config, self.size, self.train.seed
@@ -83,14 +93,12 @@ class TrainState:
         w_enc = w_dec.clone()
         if config.transcoder:
             w_enc = random_rows(seed, 1, self.first, stop, config.d_in)
-        selecting = bool(config.kind.selects)
-        w_enc *= encoder_scale(config.d_in, config.features, selecting=selecting)
         return {
             "w_enc": w_enc,
             "w_dec": w_dec,
             "b_enc": torch.zeros(size),
             "b_dec": torch.zeros(config.width_out),
-            **implementation(config.architecture).own(size, self.schedule.threshold_init),
+            **implementation(config.architecture).own(size, self.schedule.first_limit),
         }
 
     def _slice_of(self, whole: Mapping[str, Tensor], stop: int) -> dict[str, Tensor]:
@@ -125,16 +133,38 @@ class TrainState:
     def start_biases(self, rows: Rows) -> None:
         """Set `b_dec`, and an untied `b_pre`, to the middle of the first batch.
 
-        The biases of a run that started from a dictionary stay.
+        Where a penalty decides what fires, also the first limits of the features. A run that
+        started from a dictionary keeps its own.
         """
         kind = self.train.bias_init
-        if kind == "zero" or self.started:
+        if self.started:
             return
         x, target = (self.mesh.gather_rows(t) for t in self.normalised(rows))
-        middle = geometric_median if kind == "geometric_median" else _mean
-        self.weights["b_dec"].copy_(middle(target))
-        if self.fixed_b_pre is not None:
-            self.fixed_b_pre.copy_(middle(x))
+        if kind != "zero":
+            middle = geometric_median if kind == "geometric_median" else _mean
+            self.weights["b_dec"].copy_(middle(target))
+            if self.fixed_b_pre is not None:
+                self.fixed_b_pre.copy_(middle(x))
+        if self.config.kind.takes("sparsity"):
+            self._start_limits(x)
+
+    def _start_limits(self, x: Tensor) -> None:
+        """Let each feature fire in the share of the rows x that L0 asks for.
+
+        The limit is `first_limit` standard deviations of what its encoder row sees; rows that
+        differ in one direction more than in others would otherwise start most features dead.
+        """
+        limit = torch.full_like(self.weights["b_enc"], self.schedule.first_limit)
+        if self.train.threshold_init is None:
+            limit *= spread(x - self.b_pre, self.weights["w_enc"])
+        for name, first in implementation(self.config.architecture).limited(limit).items():
+            self.weights[name].copy_(first)
+
+    def sparsity(self) -> float | Tensor:
+        """Return the coefficient of the penalty at the next step; a float64 tensor if it moves."""
+        if self.control is not None:
+            return self.control.coefficient
+        return self.schedule.sparsity(self.step)
 
     def normalised(self, rows: Rows) -> tuple[Tensor, Tensor]:
         """Return the normalised input and target of a batch, float32.
@@ -189,6 +219,8 @@ class TrainState:
         yield "last_fired", self.last_fired, True
         if self.fixed_b_pre is not None:
             yield "b_pre", self.fixed_b_pre, False
+        if self.control is not None:
+            yield "l0_control", self.control.values, False
 
     def to_sae(self, provenance: Provenance | None = None) -> Sae:
         """Return the dictionary as it is now, whole, on the CPU, in eval mode.
@@ -215,6 +247,12 @@ class TrainState:
             if self.fixed_b_pre is not None:
                 sae.b_pre = self.fixed_b_pre.float().cpu()
         return sae.eval()
+
+
+def spread(x: Tensor, w: Tensor) -> Tensor:
+    """Return the root mean square of w x over rows x [N, d], for each row of w [F, d], [F]."""
+    products = (x @ rows.T for rows in w.split(max(1, _HELD // len(x))))
+    return torch.cat([p.square().mean(0).sqrt() for p in products])
 
 
 def _mean(x: Tensor) -> Tensor:

@@ -6,10 +6,11 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from statistics import NormalDist
 from typing import Any
 
 from ..architectures.registry import ARCHITECTURES, taking
-from ..config import SaeConfig
+from ..config import DEFAULT_K, SaeConfig
 
 SCHEDULES = ("linear", "cosine", "constant")
 NORMALISATIONS = ("step", "global", "none")
@@ -22,6 +23,8 @@ BAD_ROWS = ("error", "skip")
 
 # Learning rate of short runs, see `TrainConfig.lr`.
 _TURNS, _FASTEST = 30.0, 0.01
+# Learning rate and least first value of thresholds, see `TrainConfig.threshold_lr`.
+_FOLDS, _FASTEST_FOLD, _LEAST_LIMIT = 20.0, 0.01, 0.1
 
 _CHOICES = {
     "decay": SCHEDULES,
@@ -77,16 +80,31 @@ class TrainConfig:
         dead_every: steps between updates of the dead mask.
         resample: share of the steps between resamplings of dead features; 0 = never
             (Bricken et al. 2023). Not in the last quarter of the run.
-        sparsity: coefficient of the penalty of relu, gated and jumprelu.
-        sparsity_warmup: share of the steps over which it rises linearly from 0.
+        l0: active features of a row that the penalty of relu, gated and jumprelu is to leave; its
+            coefficient follows the count (`L0Control`). None = 32, or F / 4 if that is less, unless
+            `sparsity` is given.
+        sparsity: fixed coefficient of that penalty instead. Where E|y|^2 = d an active value is
+            about sqrt(d / L0) and takes d / L0 from the squared error: what leaves L0 active grows
+            as sqrt(d / L0) in relu and gated and as d / L0 in jumprelu, which is why no one number
+            fits all widths.
+        sparsity_warmup: share of the steps over which a fixed coefficient rises linearly from 0.
         penalty: of jumprelu: "tanh" (Anthropic, Circuits Updates January 2025: tanh(c v |w_dec|),
             c = 4, and `pre_act`), or "l0" (arXiv 2407.14435: the count itself; its gradient
             reaches the thresholds alone).
         pre_act: coefficient of relu(threshold - z) |w_dec| with penalty "tanh", which gives dead
             features a gradient.
-        bandwidth: of the rectangle kernel; None = 2 (tanh) or 0.001 sqrt(d_in) (l0; the paper's
-            inputs have norm 1, ours sqrt(d_in)).
-        threshold_init: None = 0.1 (tanh) or 0.001 sqrt(d_in) (l0).
+        bandwidth: of the rectangle kernel; None = 2 (tanh) or 1 (l0): pre-activations spread by
+            about 1 around a threshold at every width, as encoder rows start with norm 1 and
+            E|y|^2 = d. The 0.001 of arXiv 2407.14435 belongs to inputs of norm 1 and runs of
+            billions of rows: here few or no rows of a batch would reach a threshold.
+        threshold_init: first limit of every feature (threshold, or minus the bias of relu or of
+            the gate); None = each fires in l0 / F of the rows: Phi^-1(1 - l0 / F) times the spread
+            of its pre-activation in the first batch, at least 0.1 times (as Anthropic, Circuits
+            Updates January 2025, sets the biases). Where all features start active, the penalty
+            shrinks those that fit before they fit.
+        threshold_lr: learning rate of the logarithms of jumprelu's thresholds; None = 20 / steps,
+            at most 0.01, or lr if that is more. Adam moves a logarithm by about lr a step whatever
+            the size of the penalty, which would otherwise change nothing in a short run.
         log_every: steps between metrics.
         checkpoint_minutes: longest time between checkpoints.
         on_bad_rows: at a row that is not finite, or whose square is not: "error" stops before the
@@ -122,12 +140,14 @@ class TrainConfig:
     dead_tokens: int | None = None
     dead_every: int = 100
     resample: float = 0.0
-    sparsity: float = 5.0
+    l0: float | None = None
+    sparsity: float | None = None
     sparsity_warmup: float = 0.05
     penalty: str = "tanh"
     pre_act: float = 3e-6
     bandwidth: float | None = None
     threshold_init: float | None = None
+    threshold_lr: float | None = None
     log_every: int = 100
     checkpoint_minutes: float = 10.0
     on_bad_rows: str = "error"
@@ -154,14 +174,20 @@ class TrainConfig:
             )
         for name in ("warmup", "decay_share", "k_anneal", "resample", "sparsity_warmup"):
             _number(name, getattr(self, name), 0.0, 1.0)
-        for name in ("lr", "clip", "bandwidth", "threshold_init"):
+        for name in ("lr", "clip", "bandwidth", "threshold_init", "threshold_lr", "l0"):
             if getattr(self, name) is not None:
                 _number(name, getattr(self, name), 0.0, math.inf, above=True)
         for name in (
-            "eps", "weight_decay", "multi_weight", "aux_weight", "sparsity", "pre_act",
-            "checkpoint_minutes",
+            "eps", "weight_decay", "multi_weight", "aux_weight", "pre_act", "checkpoint_minutes",
         ):  # fmt: skip
             _number(name, getattr(self, name), 0.0, math.inf)
+        if self.sparsity is not None:
+            _number("sparsity", self.sparsity, 0.0, math.inf)
+            if self.l0 is not None:
+                raise ValueError(
+                    "TrainConfig: expected either l0 or sparsity [l0 sets the coefficient], got "
+                    f"l0={self.l0} and sparsity={self.sparsity}"
+                )
         for beta in (*self.betas, self.threshold_decay):
             if not 0 <= beta < 1:
                 raise ValueError(
@@ -248,11 +274,24 @@ class Schedule:
                     f"TrainConfig: expected multi_k above {config.k} [k] and at most "
                     f"{config.features} [features], got {train.multi_k}"
                 )
+        self._check_l0()
         if train.resample and train.aux_k:
             raise ValueError(
                 "TrainConfig: expected either resample or aux_k [both revive dead features], got "
                 f"resample={train.resample} and aux_k={train.aux_k}"
             )
+
+    def _check_l0(self) -> None:
+        config, l0 = self.config, self.train.l0
+        if l0 is None:
+            return
+        if not config.kind.takes("sparsity"):
+            raise ValueError(
+                f"TrainConfig: expected no l0 with architecture={config.architecture!r} [k says "
+                f"how many features fire], got {l0}"
+            )
+        if l0 >= config.features:
+            raise ValueError(f"TrainConfig: expected l0 < {config.features} [features], got {l0}")
 
     @property
     def base_lr(self) -> float:
@@ -281,10 +320,21 @@ class Schedule:
             return k
         return round(start + (k - start) * step / length)
 
+    @property
+    def l0(self) -> float | None:
+        """Active features that a penalty is to leave; None = there is none, or it is fixed."""
+        if self.train.sparsity is not None or not self.config.kind.takes("sparsity"):
+            return None
+        return self._usual_l0 if self.train.l0 is None else self.train.l0
+
+    @property
+    def _usual_l0(self) -> float:
+        return min(DEFAULT_K, self.config.features / 4)
+
     def sparsity(self, step: int) -> float:
-        """Return the coefficient of the penalty at a step."""
+        """Return the fixed coefficient of the penalty at a step."""
         length = self.train.sparsity_warmup * self.train.steps
-        return self.train.sparsity * min(1.0, (step + 1) / max(1.0, length))
+        return (self.train.sparsity or 0.0) * min(1.0, (step + 1) / max(1.0, length))
 
     def threshold_decay(self, step: int) -> float:
         """Return the decay of the running threshold; short at first: the start is forgotten."""
@@ -321,17 +371,23 @@ class Schedule:
     @property
     def bandwidth(self) -> float:
         """Width of the rectangle kernel of jumprelu."""
-        return self._by_penalty(self.train.bandwidth, 2.0)
+        usual = 2.0 if self.train.penalty == "tanh" else 1.0
+        return usual if self.train.bandwidth is None else self.train.bandwidth
 
     @property
-    def threshold_init(self) -> float:
-        """First threshold of jumprelu."""
-        return self._by_penalty(self.train.threshold_init, 0.1)
+    def first_limit(self) -> float:
+        """First limit of a feature whose pre-activation has a spread of 1."""
+        if self.train.threshold_init is not None:
+            return self.train.threshold_init
+        share = (self.l0 or self._usual_l0) / self.config.features
+        return max(_LEAST_LIMIT, NormalDist().inv_cdf(1 - share))
 
-    def _by_penalty(self, chosen: float | None, tanh: float) -> float:
-        if chosen is not None:
-            return chosen
-        return tanh if self.train.penalty == "tanh" else 0.001 * math.sqrt(self.config.d_in)
+    def threshold_lr(self, step: int) -> float:
+        """Return the learning rate of the logarithms of trained thresholds at a step."""
+        train, lr = self.train, self.lr(step)
+        base = self.base_lr if train.lr is None else train.lr
+        usual = max(base, min(_FASTEST_FOLD, _FOLDS / train.steps))
+        return lr / base * (usual if train.threshold_lr is None else train.threshold_lr)
 
 
 def _whole(name: str, value: Any, least: int) -> None:

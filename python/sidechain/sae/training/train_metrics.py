@@ -83,14 +83,14 @@ class Metrics:
         if copied is not None:
             copied.synchronize()
         self._pending = None
-        fvu, l0, dead = host.tolist()
+        fvu, l0, dead, sparsity = host.tolist()
         schedule = self._state.schedule
         made = {"step": step, "tokens": step * self._state.train.batch, "fvu": fvu, "l0": l0}
         made |= {"dead": dead, "lr": schedule.lr(step - 1)}
         if self._state.config.kind.takes("k"):
             made["k"] = schedule.k(step - 1)
         else:
-            made["sparsity"] = schedule.sparsity(step - 1)
+            made["sparsity"] = sparsity
         return made
 
     def _compute(self) -> Tensor:
@@ -101,4 +101,12 @@ class Metrics:
         mean = sums[len(_NAMES) :] / rows
         variance = target_squares - rows * mean.square().sum()
         dead = state.mesh.sum_features(state.dead_mask().sum())
-        return torch.stack([squares / variance, active / rows, dead / state.config.features])
+        found = [squares / variance, active / rows, dead / state.config.features]
+        return torch.stack([*found, self._sparsity(found[0])])
+
+    def _sparsity(self, like: Tensor) -> Tensor:
+        """Return the coefficient of a penalty: of the last step, or of the next if it moves."""
+        state = self._state
+        if state.control is not None:
+            return state.control.coefficient
+        return torch.full_like(like, state.schedule.sparsity(state.step - 1))
