@@ -159,8 +159,8 @@ class Trainer:
         self.mesh.barrier()
         if changed and found is None and self.record.finished is not None:
             raise InputError(
-                f"Trainer: expected a checkpoint to go on from in {self.out / CHECKPOINTS} [the run "
-                "is finished], got none: start another run from its dictionary"
+                f"Trainer: expected a checkpoint to go on from in {self.out / CHECKPOINTS} [the "
+                "run is finished], got none: start another one from its dictionary"
             )
         early = (self.record.finished or {}).get("early") and reason
         if (changed or early) and self.mesh.first:
