@@ -43,7 +43,8 @@ WORDS = (
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "folder").mkdir()
+    for name in ("folder", "given"):
+        (tmp_path / name).mkdir()
     for name, text in FILES.items():
         (tmp_path / name).write_text(text)
 

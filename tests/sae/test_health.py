@@ -75,6 +75,7 @@ def test_metrics_equal_the_dense_expressions(store, architecture, batch):
     active = (kept > 0).double()
     assert found.l0 == pytest.approx(float(active.sum(1).mean()))
     torch.testing.assert_close(found.density, active.mean(0))
+    torch.testing.assert_close(found.mean_square, kept.square().mean(0), rtol=1e-5, atol=0)
     assert found.dead == float((active.sum(0) == 0).double().mean()) > 0
 
 

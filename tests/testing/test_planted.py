@@ -97,6 +97,7 @@ def test_share_found():
     rows[2, 3] = -1.0  # against the fourth
     assert share_found(rows, atoms) == 0.5
     assert share_found(rows.half().numpy(), atoms.numpy(), cosine=0.97) == 0.25
+    assert share_found(-atoms, atoms[:1]) == 0.0
     assert share_found(torch.zeros(0, 8), atoms) == 0.0
     assert share_found(torch.zeros(2, 8), atoms) == 0.0  # no NaN of rows without a direction
 
