@@ -17,6 +17,7 @@ from ..config import Provenance, SaeConfig
 from ..features.evaluate import measure
 from ..model import Sae
 from . import checkpoint
+from .collapse import collapsed
 from .log import METRICS
 from .run_record import RunRecord
 from .state import TrainState
@@ -79,6 +80,8 @@ def dictionary(
         extra["changes"] = record.changes
     if record.content.get("start"):
         extra["start"] = record.content["start"]
+    if problem := collapsed({**metrics, "step": state.step}, state.schedule) if metrics else "":
+        extra["collapsed"] = problem
     provenance = replace(
         origin,
         tokens=state.step * state.train.batch,
