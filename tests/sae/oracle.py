@@ -192,7 +192,7 @@ class DenseTrainer:
             error = math.log(float((v > 0).sum()) / len(x) / self.train.l0)
             error = min(1.0, max(-1.0, error))
             self.integral += min(0.05, 20 * self.train.batch / self.train.tokens) * error
-            self.logarithm = self.integral + error
+            self.logarithm = self.integral + 2 * error
         self.steps += 1
         self.last_fired[(v > 0).any(0)] = self.steps
         return float(loss.detach())

@@ -33,6 +33,7 @@ SHARED = (
     "matryoshka, aux",
     "relu, free norm",
     "gated, free norm, clipped",
+    "gated, controlled",
     "jumprelu, tanh",
 )
 RUNS = [(case, path) for case in SHARED for path in ("autograd", "fused")]

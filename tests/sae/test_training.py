@@ -19,7 +19,7 @@ from sidechain.sae.training.groups import by_level
 from sidechain.sae.training.resample import resample
 from sidechain.sae.training.state import TrainState
 from sidechain.sae.training.step import train_step
-from sidechain.sae.training.train_config import Schedule
+from sidechain.sae.training.train_config import Schedule, default_batch
 from sidechain.sae.training.train_metrics import Metrics
 
 D, F, N = 16, 48, 64
@@ -47,8 +47,14 @@ class TestSchedule:
         long = self.schedule(lr=None, decay="constant", warmup=0.0, tokens=10**9)
         assert long.lr(10**6) == pytest.approx(2e-4 / math.sqrt(F / 2**14))
         short = self.schedule(lr=None, decay="constant", tokens=10_000)
-        assert short.lr(500) == pytest.approx(30 / (1000 * math.sqrt(D)))
-        assert self.schedule(lr=None, decay="constant", tokens=200).lr(10) == 0.01
+        assert short.lr(500) == pytest.approx(100 / (1000 * math.sqrt(D)))
+        few = self.schedule(lr=None, decay="constant", tokens=200)
+        assert few.lr(10) == pytest.approx(1 / 8 / math.sqrt(D))
+
+    def test_batch(self):
+        for tokens, batch in ((10**8, 4096), (1 << 20, 1024), (300_000, 256), (100, 100)):
+            assert TrainConfig(tokens=tokens).batch == batch == default_batch(tokens)
+        assert TrainConfig(tokens=10**6, batch=4096).batch == 4096
 
     def test_k(self):
         annealed = self.schedule(k=4, k_start=24, k_anneal=0.5)

@@ -17,6 +17,7 @@ from ..config import Provenance, SaeConfig
 from ..features.evaluate import measure
 from ..model import Sae
 from . import checkpoint
+from .collapse import collapsed
 from .folder import RunLock
 from .log import METRICS
 from .mesh import Mesh
@@ -90,6 +91,8 @@ def dictionary(
         extra["changes"] = record.changes
     if record.content.get("start"):
         extra["start"] = record.content["start"]
+    if problem := collapsed({**metrics, "step": state.step}, state.schedule) if metrics else "":
+        extra["collapsed"] = problem
     provenance = replace(
         origin,
         tokens=state.step * state.train.batch,

@@ -15,8 +15,9 @@ _INTEGRAL, _MOST = 20.0, 0.05
 # The coefficient stays within this factor of the first one: a penalty has no effect long before
 # that, and the way back would take too long.
 _RANGE = math.log(100.0)
-# Answers at once, which keeps the integral from swinging: weights follow a penalty with a delay.
-_PROPORTIONAL = 1.0
+# Answers at once, which keeps the integral from swinging: from a start ten times off (jumprelu,
+# 781 steps) L0 ended 7 % off with 1 and 1 % off with 2.
+_PROPORTIONAL = 2.0
 # Where next to nothing is active, the logarithm of the count says nothing more.
 _LEAST = 0.05
 
@@ -25,7 +26,7 @@ class L0Control:
     """Proportional-integral control of the logarithm of the coefficient.
 
     With L the mean number of active features of a row in a batch and e = log(L / l0) within -1 and
-    1, each step does I += g e, and the next one has the coefficient exp(I + e), g = 20 / steps and
+    1, each step does I += g e, and the next one has the coefficient exp(I + 2 e); g = 20 / steps,
     at most 0.05. I stays within a factor of 100 of its start. Everything stays on the device, in
     float64; every process of a mesh computes the same.
 

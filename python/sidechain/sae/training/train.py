@@ -15,7 +15,7 @@ from .mesh import Mesh
 from .opening import available, source_of, targeted
 from .options import DataOptions, RunOptions
 from .sources import Source
-from .train_config import TrainConfig
+from .train_config import TrainConfig, default_batch
 from .trainer import Trainer
 
 
@@ -51,7 +51,7 @@ def train(
     if start is not None:
         running["start"] = start = opened(start)
     source, held_out = source_of(data, DataOptions(**reading, seed=training.get("seed", 0)))
-    batch = training.get("batch", TrainConfig.batch)
+    batch = training.get("batch", 0)
     return Trainer(
         config_for(source, features, None if start is None else start.sae, **shape),
         TrainConfig(tokens=whole_run(source, batch) if tokens is None else tokens, **training),
@@ -85,16 +85,21 @@ def _sorted(settings: dict[str, Any]) -> list[dict[str, Any]]:
 def whole_run(source: Source, batch: int) -> int:
     """Return the rows of a source in whole batches.
 
+    Args:
+        source: rows.
+        batch: rows of a step; 0 = those that fit so many, see `TrainConfig.batch`.
+
     Raises:
         TypeError: nobody knows how many there are.
     """
-    count = available(source, batch)
+    count = available(source, 1)
     if count is None:
         raise TypeError(
             "train: expected tokens [rows to train on; these do not say how many they are], got "
             "none"
         )
-    return max(count, batch)
+    batch = batch or default_batch(count)
+    return max(available(source, batch) or 0, batch)
 
 
 def config_for(

@@ -21,8 +21,10 @@ PRECISIONS = ("fp32", "bf16", "int8")
 #: As `sidechain.store.finite.POLICIES`; settings alone need no torch.
 BAD_ROWS = ("error", "skip")
 
-# Learning rate of short runs, see `TrainConfig.lr`.
-_TURNS, _FASTEST = 30.0, 0.01
+# Rows of a step, at most, and steps of a run, at least, see `TrainConfig.batch`.
+_BATCH, _SMALLEST, _STEPS = 4096, 256, 1000
+# Learning rate of short runs in sizes of an element, see `TrainConfig.lr`.
+_TURNS, _FASTEST = 100.0, 1 / 8
 # Learning rate and least first value of thresholds, see `TrainConfig.threshold_lr`.
 _FOLDS, _FASTEST_FOLD, _LEAST_LIMIT = 20.0, 0.01, 0.1
 
@@ -47,11 +49,13 @@ class TrainConfig:
 
     Attributes:
         tokens: rows to train on; the run is tokens // batch steps.
-        batch: N, rows of a step over all processes.
+        batch: N, rows of a step over all processes; 0 = 4096, or in a run of fewer than 4 million
+            rows the power of two that gives it a thousand steps, at least 256.
         lr: learning rate; None = 2e-4 / sqrt(F / 2^14) (arXiv 2406.04093), or in a short run
-            30 / (steps sqrt(d_in)) if that is more, at most 0.01: Adam moves an element by about
-            lr a step and the elements of a row of norm 1 are 1 / sqrt(d_in), so that fewer steps
-            would not turn a row from where it was drawn to where it belongs.
+            min(1/8, 100 / steps) / sqrt(d_in) if that is more: Adam moves an element by about lr a
+            step and the elements of a row of norm 1 are 1 / sqrt(d_in), so that a slower rate would
+            not turn a row from where it was drawn to where it belongs. No step moves an element by
+            more than an eighth of its size.
         warmup: share of the steps over which lr rises linearly from 0.
         decay: "linear" and "cosine" fall to 0 over the last `decay_share`; or "constant".
         decay_share: share of the steps.
@@ -115,7 +119,7 @@ class TrainConfig:
     """
 
     tokens: int
-    batch: int = 4096
+    batch: int = 0
     lr: float | None = None
     warmup: float = 0.05
     decay: str = "linear"
@@ -161,8 +165,10 @@ class TrainConfig:
                 raise ValueError(
                     f"TrainConfig: expected {name} to be one of {', '.join(known)}, got {value!r}"
                 )
-        for name in ("tokens", "batch", "dead_every", "log_every"):
+        _whole("batch", self.batch, 0)
+        for name in ("tokens", "dead_every", "log_every"):
             _whole(name, getattr(self, name), 1)
+        object.__setattr__(self, "batch", self.batch or default_batch(self.tokens))
         for name in ("k_start", "multi_k", "dead_tokens"):
             if getattr(self, name) is not None:
                 _whole(name, getattr(self, name), 1)
@@ -215,6 +221,12 @@ class TrainConfig:
         if unknown:
             raise ValueError(f"TrainConfig: expected settings of {sorted(known)}, got {unknown}")
         return cls(**{**values, "betas": tuple(values.get("betas", (0.9, 0.999)))})
+
+
+def default_batch(tokens: int) -> int:
+    """Return the rows of a step where none are asked for; see `TrainConfig.batch`."""
+    fitting = max(_SMALLEST, 1 << max(0, (tokens // _STEPS).bit_length() - 1))
+    return min(_BATCH, fitting, max(1, tokens))
 
 
 class Schedule:
@@ -297,8 +309,7 @@ class Schedule:
     def base_lr(self) -> float:
         """Learning rate where none is asked for."""
         long = 2e-4 / math.sqrt(self.config.features / 2**14)
-        short = _TURNS / (self.train.steps * math.sqrt(self.config.d_in))
-        return max(long, min(short, _FASTEST))
+        return max(long, min(_FASTEST, _TURNS / self.train.steps) / math.sqrt(self.config.d_in))
 
     def lr(self, step: int) -> float:
         """Return the learning rate of a step."""

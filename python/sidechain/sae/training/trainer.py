@@ -22,6 +22,7 @@ from ..starting import normalisers, opened, shaped, weights
 from . import checkpoint
 from .bad_rows import checked
 from .checks import check_selected
+from .collapse import CollapseWatch
 from .finishing import CHECKPOINTS, RESULT, dictionary, logged, say_early, with_held_out
 from .folder import RunLock
 from .interrupt import StopRequest
@@ -127,6 +128,7 @@ class Trainer:
 
     def _run(self) -> Sae:
         state, offset = self._begin()
+        self._watch = CollapseWatch(state.schedule)
         metrics = Metrics(state)
         with self._log(state, offset) or contextlib.nullcontext() as log:
             with StopRequest() as request:
@@ -312,6 +314,7 @@ class Trainer:
             self._check_weights(state)
         if log is not None:
             log.write(found)
+            self._watch.look(found)
         return found
 
     def _check_weights(self, state: TrainState) -> None:
