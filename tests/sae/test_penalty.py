@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from sidechain.sae import Normaliser, Rows, Sae, SaeConfig, TrainConfig, train
+from sidechain.sae.planted import planted_rows, share_found
 from sidechain.sae.training import checkpoint
 from sidechain.sae.training.collapse import CollapseWatch, collapsed
 from sidechain.sae.training.state import TrainState
 from sidechain.sae.training.step import train_step
 from sidechain.sae.training.train_config import Schedule
 from sidechain.sae.training.train_metrics import Metrics
-from sidechain.testing.planted import found, planted
 
 #: Settings, and the coefficient that leaves about 4 of 64 features active at d = 24.
 PENALISED = {
@@ -33,7 +33,7 @@ PENALISED = {
 @functools.cache
 def rows(count, width, atoms, active):
     """Planted rows with mean 0 and E|y|^2 = d."""
-    x, table = planted(count, width, atoms, active, noise=0.02)
+    x, table = planted_rows(count, width, atoms, active=active, noise=0.02)
     x = x - x.mean(0)
     return x / x.square().mean().sqrt(), table
 
@@ -77,7 +77,7 @@ def test_defaults_explain_about_as_much_as_topk(shape):
     features, active = shape[2:]
     topk = prepared(x, features, 512, architecture="topk", k=active)
     best = trained(topk, x)["fvu"]
-    most = found(atoms, topk.weights["w_dec"], 0.9)
+    most = share_found(topk.weights["w_dec"], atoms, 0.9)
     for case, (settings, _) in PENALISED.items():
         state = prepared(x, features, 512, **settings, l0=active)
         metrics = trained(state, x)
@@ -85,7 +85,7 @@ def test_defaults_explain_about_as_much_as_topk(shape):
         assert metrics["dead"] < 0.25, case
         assert metrics["l0"] == pytest.approx(active, rel=0.05), case
         if case in ("relu", "gated"):
-            assert found(atoms, state.weights["w_dec"], 0.9) > 0.8 * most, case
+            assert share_found(state.weights["w_dec"], atoms, 0.9) > 0.8 * most, case
 
 
 @pytest.mark.parametrize("factor", [0.1, 10])
@@ -221,16 +221,3 @@ def test_runs_of_before_noted_a_penalty_with_a_selection(tmp_path):
         record["train"].pop(name)
     (tmp_path / "run.json").write_text(json.dumps(record))
     assert torch.equal(train([x], tmp_path, **settings).w_dec, first.w_dec)
-
-
-def test_planted_rows():
-    x, atoms = planted(40_000, 16, 32, 3, noise=0.0, seed=5)
-    torch.testing.assert_close(atoms.norm(dim=1), torch.ones(32))
-    mean = x.double().mean(0)  # 3 / 32 of the rows, 1.5 each
-    torch.testing.assert_close(mean, 3 / 32 * 1.5 * atoms.double().sum(0), atol=0.03, rtol=0)
-    again, _ = planted(40_000, 16, 32, 3, noise=0.0, seed=5)
-    assert torch.equal(x, again)
-    noisy, _ = planted(1000, 16, 32, 3, noise=0.5, seed=5)
-    assert not torch.equal(noisy, x[:1000])
-    assert found(atoms, 3 * atoms[:8], 0.999) == 0.25
-    assert found(atoms, torch.zeros(4, 16), 0.5) == 0.0

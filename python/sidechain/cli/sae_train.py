@@ -94,7 +94,9 @@ class SaeTrainSettings(Model):
         f"rows to train on (default {TOKENS}; of own activations all, --epochs times)",
         least=1,
     )
-    batch: int = whole(_DEFAULTS["batch"], "rows a step", least=1)
+    batch: int = whole(
+        _DEFAULTS["batch"], "rows a step (default 4096, in short runs a thousandth of the tokens)"
+    )
     lr: float | None = number(None, "learning rate (default 2e-4 / sqrt(features / 16384))")
     l0: float | None = number(
         None,

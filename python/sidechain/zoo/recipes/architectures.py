@@ -4,7 +4,8 @@
     python -m sidechain.zoo.recipes.architectures [--out DIR] [--short] [--install]
 
 On planted rows, whose dictionary is known, and on held-out rows of a cross-attention of the music
-model. Nothing but the architecture is set, so the table shows what a user gets who sets nothing.
+model. Nothing but the architecture and, on planted rows, the number of active features is set, so
+that the table shows what a user gets who sets nothing.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,11 @@ from torch import Tensor
 
 from ... import sae, store
 from ...io.atomic import write_text
-from ...sae import Sae, TrainConfig
+from ...sae import ARCHITECTURES, Sae
 from ...sae.features.evaluate import active_counts, measure
+from ...sae.planted import Planted, share_found
 from ..checksums import WEIGHTS, write_checksums
 from ..load import SAES, music
-from .planted import Planted
 from .train_sae import TABLE, SaeRecipe, card, record
 
 #: Every architecture, and every penalty of those that have several.
@@ -41,8 +43,8 @@ VARIANTS: dict[str, dict[str, str]] = {
 }
 SITE = "cross:6"
 
-# Chunks that no training reaches.
-_HELD_OUT, _HELD_OUT_CHUNKS = 1 << 20, 8
+# Rows that no training reaches, and rows that are made at a time.
+HELD_OUT, _CHUNK = 1 << 15, 1 << 12
 
 
 @dataclass(frozen=True)
@@ -50,31 +52,33 @@ class TableRecipe:
     """Settings of the table; features of a dictionary = `expansion` times the atoms, or the width.
 
     Attributes:
-        planted: kinds of planted rows.
-        tokens: rows of a run on planted rows.
+        planted: kinds of planted rows; all but the last `HELD_OUT` are trained on, with k or l0 as
+            many atoms as a row has.
         site: of the music model.
         prompts, held_out: captions that are recorded there, for training and for the figures.
         steps: of the sampler.
         zoo_tokens: rows of a run on those; no more than are recorded.
-        batch: rows of a step.
+        batch: rows of a step; 0 = as `TrainConfig` chooses.
         planted_expansion, zoo_expansion: features over atoms, and over the width.
     """
 
-    planted: tuple[Planted, ...] = (Planted(64, 256, 8), Planted(256, 1024, 32))
-    tokens: int = 2_000_000
+    planted: tuple[Planted, ...] = (
+        Planted(2_000_000 + HELD_OUT, 64, 256, 8),
+        Planted(2_000_000 + HELD_OUT, 256, 1024, 32),
+    )
     site: str = SITE
     prompts: int = 800
     held_out: int = 64
     steps: int = 20
     zoo_tokens: int = 1_000_000
-    batch: int = TrainConfig.batch
+    batch: int = 0
     planted_expansion: int = 2
     zoo_expansion: int = 8
 
 
 #: Seconds: shows that every row of the table can be made.
 SHORT = TableRecipe(
-    planted=(Planted(24, 48, 3),), tokens=2048, prompts=2, held_out=1, steps=2, zoo_tokens=256,
+    planted=(Planted(2048 + HELD_OUT, 24, 48, 3),), prompts=2, held_out=1, steps=2, zoo_tokens=256,
     batch=128, zoo_expansion=2,
 )  # fmt: skip
 
@@ -104,17 +108,26 @@ def figures_of(trained: Sae, batches: Iterable[Tensor]) -> dict[str, float]:
 
 def on_planted(planted: Planted, out: Path, recipe: TableRecipe) -> dict[str, dict[str, float]]:
     """Train every variant on planted rows; returns its figures and the atoms it found."""
-    table = {}
+    atoms, table = planted.directions(), {}
+    tokens = planted.rows - HELD_OUT
     for name, shape in VARIANTS.items():
+        asked = "k" if ARCHITECTURES[shape["architecture"]].takes("k") else "l0"
         trained = _train(
-            planted.rows, out / _folder(name),
-            features=planted.atoms * recipe.planted_expansion, tokens=recipe.tokens,
-            batch=recipe.batch, **shape,
+            partial(chunks, planted, 0, tokens), out / _folder(name),
+            features=planted.atoms * recipe.planted_expansion, tokens=tokens, batch=recipe.batch,
+            **shape, **{asked: planted.active},
         )  # fmt: skip
-        unseen = (planted.chunk(_HELD_OUT + n) for n in range(_HELD_OUT_CHUNKS))
-        found = {f"found_{c}": planted.found(trained.w_dec, c) for c in (0.9, 0.95)}
+        found = {f"found_{c}": share_found(trained.w_dec, atoms, c) for c in (0.9, 0.95)}
+        unseen = chunks(planted, tokens, planted.rows)
         table[name] = _rounded({**figures_of(trained, unseen), **found})
     return table
+
+
+def chunks(planted: Planted, start: int, stop: int) -> Iterator[Tensor]:
+    """Yield planted rows [start, stop), some at a time."""
+    atoms = planted.directions()
+    for first in range(start, stop, _CHUNK):
+        yield torch.from_numpy(planted.slice(first, min(stop, first + _CHUNK), atoms))
 
 
 def on_zoo(

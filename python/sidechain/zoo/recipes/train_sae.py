@@ -217,8 +217,9 @@ def _architectures(table: dict[str, Any]) -> list[str]:
     lines = [
         "## Every architecture at its defaults",
         "",
-        "Nothing but the architecture is set. Figures are of rows that no training saw. `found` is "
-        "the share of the planted directions that a decoder row meets with that cosine or more.",
+        "Nothing but the architecture and, on planted rows, the number of active features is set. "
+        "Figures are of rows that no training saw. `found` is the share of the planted directions "
+        "that a decoder row meets with that cosine or more.",
         "",
     ]
     for part in table["planted"]:
@@ -226,7 +227,7 @@ def _architectures(table: dict[str, Any]) -> list[str]:
         features = rows["atoms"] * table["recipe"]["planted_expansion"]
         lines += [
             f"Planted rows of width {rows['width']}: {rows['active']} of {rows['atoms']} "
-            f"directions each; {features} features, {table['recipe']['tokens']} rows.",
+            f"directions each; {features} features, {rows['rows']} rows.",
             "",
             *_grid(part["variants"], ("fvu", "l0", "dead", "found_0.9", "found_0.95")),
         ]

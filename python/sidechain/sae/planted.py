@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows with known features, to see whether a dictionary finds them.
 
-    python -m sidechain.testing.planted planted.npy --rows 1000000 --width 512 --atoms 4096
+    python -m sidechain.sae.planted planted.npy --rows 1000000 --width 512 --atoms 4096
 
 writes planted.npy, to be mapped, and planted.atoms.npy with the true directions.
 """
@@ -201,7 +201,7 @@ def share_found(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write planted rows and print where they are."""
-    parser = argparse.ArgumentParser("python -m sidechain.testing.planted", description=__doc__)
+    parser = argparse.ArgumentParser("python -m sidechain.sae.planted", description=__doc__)
     parser.add_argument("out", help="file of the rows, NAME.npy; the atoms go to NAME.atoms.npy")
     for name in ("rows", "width", "atoms"):
         parser.add_argument(f"--{name}", type=int, required=True)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from sidechain._errors import InputError
-from sidechain.testing import planted
-from sidechain.testing.planted import Planted, planted_rows, share_found, write_planted
+from sidechain.sae import planted
+from sidechain.sae.planted import Planted, planted_rows, share_found, write_planted
 
 PLAN = Planted(1000, 24, 40, active=5, noise=0.0, seed=3)
 
