@@ -15,7 +15,7 @@ from sae.cases import D, F, N, batches, has_fused, make
 from sae.oracle import planted
 from sidechain.sae import Rows, SaeConfig, TrainConfig, Trainer, from_environment
 from sidechain.sae.training import checkpoint
-from sidechain.sae.training.sources import IterableSource
+from sidechain.sae.training.streams import IterableSource
 from sidechain.sae.training.step import train_step
 
 
