@@ -15,8 +15,8 @@ from sae.cases import D, F, N, batches, has_fused, make
 from sae.oracle import planted
 from sidechain.sae import Rows, SaeConfig, TrainConfig, Trainer, from_environment
 from sidechain.sae.training import checkpoint
-from sidechain.sae.training.streams import IterableSource
 from sidechain.sae.training.step import train_step
+from sidechain.sae.training.streams import IterableSource
 
 
 def main() -> None:

@@ -147,6 +147,16 @@ def test_a_checkpoint_keeps_the_coefficient(tmp_path):
         assert torch.equal(value, again), name
 
 
+def test_a_fixed_penalty_may_give_way_to_an_l0(tmp_path):
+    x, _ = rows(100_000, 24, 64, 4)
+    settings = dict(architecture="gated", **SHORT)
+    train([x], tmp_path, **settings, sparsity=2.0)
+    later = {**settings, "tokens": 76_800, "reason": "fewer features"}
+    sae = train([x], tmp_path, **later, l0=6)
+    assert sae.provenance.metrics["l0"] == pytest.approx(6, rel=0.1)
+    assert sae.provenance.extra["changes"][0]["settings"]["sparsity"] == [2.0, None]
+
+
 def test_resampled_features_get_a_first_limit():
     from sidechain.sae.training.resample import resample
 
