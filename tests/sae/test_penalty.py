@@ -147,6 +147,16 @@ def test_a_checkpoint_keeps_the_coefficient(tmp_path):
         assert torch.equal(value, again), name
 
 
+def test_a_fixed_penalty_may_give_way_to_an_l0(tmp_path):
+    x, _ = rows(100_000, 24, 64, 4)
+    settings = dict(architecture="gated", **SHORT)
+    train([x], tmp_path, **settings, sparsity=2.0)
+    later = {**settings, "tokens": 76_800, "reason": "fewer features"}
+    sae = train([x], tmp_path, **later, l0=6)
+    assert sae.provenance.metrics["l0"] == pytest.approx(6, rel=0.1)
+    assert sae.provenance.extra["changes"][0]["settings"]["sparsity"] == [2.0, None]
+
+
 def test_resampled_features_get_a_first_limit():
     from sidechain.sae.training.resample import resample
 
@@ -168,7 +178,7 @@ SHORT = dict(features=64, batch=256, tokens=25_600, log_every=10, progress=False
 
 class TestCollapse:
     def schedule(self, architecture="relu", k=None, **settings):
-        config = TrainConfig(tokens=1000, batch=10, **settings)
+        config = TrainConfig(tokens=10_000, batch=10, **settings)
         return Schedule(SaeConfig(8, 16, architecture, k=k), config)
 
     @pytest.mark.parametrize(
@@ -180,19 +190,21 @@ class TestCollapse:
         ],
     )
     def test_each_limit(self, wrong, message):
-        good = dict(step=11, l0=0.51, dead=0.89, fvu=0.94)
+        good = dict(step=101, l0=0.51, dead=0.89, fvu=0.94)
         schedule = self.schedule(sparsity=7.0)
         assert collapsed(good, schedule) == ""
-        assert collapsed({**good, **wrong, "step": 10}, schedule) == ""  # a tenth of the run
-        with pytest.warns(RuntimeWarning, match=f"step 11: .*{message}: lower sparsity, now 7"):
+        assert collapsed({**good, **wrong, "step": 100}, schedule) == ""  # a tenth of the run
+        with pytest.warns(RuntimeWarning, match=f"step 101: .*{message}: lower sparsity, now 7"):
             CollapseWatch(schedule).look({**good, **wrong})
 
     def test_it_says_what_to_change(self):
-        bad = dict(step=50, l0=0.0, dead=1.0, fvu=1.0)
+        bad = dict(step=500, l0=0.0, dead=1.0, fvu=1.0)
         assert "raise l0, now 4" in collapsed(bad, self.schedule())
         assert "check that the rows vary" in collapsed(bad, self.schedule("topk", k=2))
         late = self.schedule(sparsity=1.0, sparsity_warmup=0.6)
-        assert collapsed(bad, late) == "" and collapsed({**bad, "step": 61}, late)
+        assert collapsed(bad, late) == "" and collapsed({**bad, "step": 601}, late)
+        short = Schedule(SaeConfig(8, 16, "relu"), TrainConfig(tokens=600, batch=10))
+        assert collapsed({**bad, "step": 50}, short) == "" and collapsed({**bad, "step": 51}, short)
 
     def test_a_run_says_so_once_and_notes_it(self, tmp_path):
         x, _ = rows(100_000, 24, 64, 4)

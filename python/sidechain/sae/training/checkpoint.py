@@ -42,7 +42,7 @@ from .checkpoint_files import (
 )
 from .machine import machine
 from .mesh import Mesh
-from .state import TrainState
+from .state import CONTROL, TrainState
 
 KEPT = 2
 NORMALISERS = ("normaliser", "target_normaliser")
@@ -154,6 +154,8 @@ def load(checkpoint: Checkpoint, state: TrainState) -> None:
     state.dead_total = int(checkpoint.manifest["dead_total"])
     stop = state.first + state.size
     for name, tensor, cut in state.named():
+        if name == CONTROL and not _holds(checkpoint, name):
+            continue  # the penalty was fixed until here
         tensor.copy_(_read(checkpoint, name, (state.first, stop) if cut else None, tensor))
     mask = torch.zeros(state.size, dtype=torch.bool)
     mask = _read(checkpoint, "dead", (state.first, stop), mask)
@@ -214,6 +216,12 @@ def _together(mesh: Mesh, work: Callable[[], T] | None) -> list[T]:
         if failed is not None:
             raise failed
     return [found for found, _ in everyone if found is not None]
+
+
+def _holds(checkpoint: Checkpoint, name: str) -> bool:
+    path = checkpoint.folder / checkpoint.manifest["files"][0]["file"]
+    with safetensors.safe_open(path, framework="pt") as file:
+        return name in file.keys()  # noqa: SIM118
 
 
 def _read(checkpoint: Checkpoint, name: str, span: tuple[int, int] | None, like: Tensor) -> Tensor:

@@ -10,17 +10,17 @@ from .train_config import Schedule
 
 #: Below this many active features of a row, above these shares, a dictionary is of no use.
 LEAST_L0, MOST_DEAD, MOST_FVU = 0.5, 0.9, 0.95
-# Share of the steps in which a run may still be like that.
-_START = 0.1
+# Share and number of the steps in which a run may still be like that.
+_START, _STEPS = 0.1, 50
 
 
 def collapsed(metrics: Mapping[str, float], schedule: Schedule) -> str:
     """Return what is wrong and what to change, from the metrics of an interval; "" = nothing.
 
-    The first steps do not count: a tenth of the run, and the warm-up.
+    The first steps do not count: a tenth of the run, at least 50, and the warm-up.
     """
     train = schedule.train
-    start = max(_START, train.warmup, train.sparsity_warmup) * train.steps
+    start = max(_STEPS, max(_START, train.warmup, train.sparsity_warmup) * train.steps)
     if not metrics or metrics.get("step", 0) <= start:
         return ""
     wrong = []

@@ -21,6 +21,8 @@ from .rows import Rows
 from .train_config import Schedule, TrainConfig
 
 MATRICES = ("w_enc", "w_dec")
+#: Name in a checkpoint of what controls a penalty.
+CONTROL = "l0_control"
 
 # Elements of [rows, F] held at a time.
 _HELD = 1 << 24
@@ -220,7 +222,7 @@ class TrainState:
         if self.fixed_b_pre is not None:
             yield "b_pre", self.fixed_b_pre, False
         if self.control is not None:
-            yield "l0_control", self.control.values, False
+            yield CONTROL, self.control.values, False
 
     def to_sae(self, provenance: Provenance | None = None) -> Sae:
         """Return the dictionary as it is now, whole, on the CPU, in eval mode.
