@@ -123,8 +123,9 @@ zoo-music: $(INSTALLED)
 zoo-sae: $(INSTALLED)
 	$(BIN)/python -m sidechain.zoo.recipes.train_sae
 
+# Every architecture at its defaults, for the card of the dictionaries: minutes.
 zoo-sae-table: $(INSTALLED)
-	$(BIN)/python -m sidechain.zoo.recipes.architectures --install
+	$(BIN)/python -m sidechain.bench.architectures --card --out bench/results/sae/architectures.json
 
 clean:
 	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache

@@ -46,10 +46,11 @@ class TestSchedule:
         assert self.schedule(decay="constant").lr(99) == 1.0
         long = self.schedule(lr=None, decay="constant", warmup=0.0, tokens=10**9)
         assert long.lr(10**6) == pytest.approx(2e-4 / math.sqrt(F / 2**14))
-        short = self.schedule(lr=None, decay="constant", tokens=10_000)
-        assert short.lr(500) == pytest.approx(100 / (1000 * math.sqrt(D)))
-        few = self.schedule(lr=None, decay="constant", tokens=200)
-        assert few.lr(10) == pytest.approx(1 / 8 / math.sqrt(D))
+        short = self.schedule(lr=None, decay="constant", tokens=50_000)
+        assert short.lr(2500) == pytest.approx(100 / (5000 * math.sqrt(D)))
+        assert self.schedule(lr=None, decay="constant", tokens=200).lr(10) == 0.01
+        wide = Schedule(SaeConfig(1024, 4096, k=4), TrainConfig(tokens=5000, batch=10))
+        assert wide.lr(100) == pytest.approx(1 / 8 / math.sqrt(1024))
 
     def test_batch(self):
         for tokens, batch in ((10**8, 4096), (1 << 20, 1024), (300_000, 256), (100, 100)):

@@ -24,8 +24,8 @@ import torch
 from .. import sae, store
 from ..io.atomic import write_text
 from ..sae.features.evaluate import measure
+from ..sae.planted import planted_rows, share_found
 from ..store import ArrayRows
-from ..testing.planted import found, planted
 from ..zoo.checksums import WEIGHTS, write_checksums
 from ..zoo.load import SAES, music
 from ..zoo.music.captions import fresh_captions
@@ -73,13 +73,15 @@ QUICK = Sizes(rows=20_000, width=16, atoms=32, active=3, prompts=0, batch=256)
 def compare(sizes: Sizes) -> dict[str, dict[str, float]]:
     """Train all `CASES`; returns their figures on rows they were not trained on, by name."""
     held = max(1000, sizes.rows // 20)
-    x, atoms = planted(sizes.rows + held, sizes.width, sizes.atoms, sizes.active, noise=0.02)
+    x, atoms = planted_rows(
+        sizes.rows + held, sizes.width, sizes.atoms, active=sizes.active, noise=0.02
+    )
     zoo = _zoo_rows(sizes) if sizes.prompts else None
     made = {}
     for name, settings in CASES.items():
         one = _train(x[held:], sizes.atoms, sizes.active, sizes.batch, settings)
         row = _health(one, ArrayRows(x[:held]))
-        row |= {f"found_{c}": found(atoms, one.w_dec, c / 100) for c in (90, 95)}
+        row |= {f"found_{c}": share_found(one.w_dec, atoms, c / 100) for c in (90, 95)}
         if zoo is not None:
             first = len(zoo) // 10
             one = _train(zoo[first:], sizes.features, sizes.k, sizes.zoo_batch, settings)

@@ -52,10 +52,10 @@ class TrainConfig:
         batch: N, rows of a step over all processes; 0 = 4096, or in a run of fewer than 4 million
             rows the power of two that gives it a thousand steps, at least 256.
         lr: learning rate; None = 2e-4 / sqrt(F / 2^14) (arXiv 2406.04093), or in a short run
-            min(1/8, 100 / steps) / sqrt(d_in) if that is more: Adam moves an element by about lr a
-            step and the elements of a row of norm 1 are 1 / sqrt(d_in), so that a slower rate would
-            not turn a row from where it was drawn to where it belongs. No step moves an element by
-            more than an eighth of its size.
+            min(1/8, 100 / steps) / sqrt(d_in), at most 0.01, if that is more: Adam moves an element
+            by about lr a step and the elements of a row of norm 1 are 1 / sqrt(d_in), so that a
+            slower rate would not turn a row from where it was drawn to where it belongs. No step
+            moves an element by more than an eighth of its size.
         warmup: share of the steps over which lr rises linearly from 0.
         decay: "linear" and "cosine" fall to 0 over the last `decay_share`; or "constant".
         decay_share: share of the steps.
@@ -309,7 +309,8 @@ class Schedule:
     def base_lr(self) -> float:
         """Learning rate where none is asked for."""
         long = 2e-4 / math.sqrt(self.config.features / 2**14)
-        return max(long, min(_FASTEST, _TURNS / self.train.steps) / math.sqrt(self.config.d_in))
+        short = min(_FASTEST, _TURNS / self.train.steps) / math.sqrt(self.config.d_in)
+        return max(long, min(short, 0.01))
 
     def lr(self, step: int) -> float:
         """Return the learning rate of a step."""

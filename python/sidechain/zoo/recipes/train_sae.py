@@ -30,9 +30,6 @@ from ..music.captions import fresh_captions
 #: All cross-attentions of the model: a concept enters through several of them.
 SITES = tuple(f"cross:{index}" for index in range(8))
 
-#: The table of all architectures, see `.architectures`.
-TABLE = "architectures.json"
-
 #: Number of the first held-out caption; training starts from 0.
 _FIRST_HELD_OUT = 900_000
 
@@ -153,32 +150,13 @@ def make(out: Path, sites: Sequence[str], recipe: SaeRecipe) -> dict[str, dict[s
         figures[site] = publish(trained, (source, held_out), target)
     text = json.dumps({"recipe": asdict(recipe), "sites": figures}, indent=1)
     write_text(target / "evaluation.json", text + "\n")
-    write_text(target / "README.md", card(recipe, figures, _shipped_table(target)))
+    write_text(target / "README.md", card(recipe, figures))
     write_checksums(target)
     return figures
 
 
-def _shipped_table(target: Path) -> dict[str, Any] | None:
-    """Return the shipped table, and copy it to a new card: new dictionaries do not change it."""
-    shipped = WEIGHTS / SAES / TABLE
-    if not shipped.is_file():
-        return None
-    text = shipped.read_text(encoding="utf-8")
-    write_text(target / TABLE, text)
-    made: dict[str, Any] = json.loads(text)
-    return made
-
-
-def card(
-    recipe: SaeRecipe, figures: dict[str, dict[str, Any]], table: dict[str, Any] | None = None
-) -> str:
-    """Model card of the dictionaries, in Markdown.
-
-    Args:
-        recipe: of the dictionaries.
-        figures: of each site.
-        table: of all architectures, see `.architectures`; None leaves it out.
-    """
+def card(recipe: SaeRecipe, figures: dict[str, dict[str, Any]]) -> str:
+    """Model card of the dictionaries, in Markdown."""
     columns = ("fvu", "worst_step_fvu", "raw_fvu", "l0", "dead", "trained_tokens", "megabytes")
     lines = [
         "# Dictionaries of the music model",
@@ -208,53 +186,7 @@ def card(
         "`evaluation.json`.",
         "",
     ]
-    if table is not None:
-        lines += _architectures(table)
     return "\n".join(lines)
-
-
-def _architectures(table: dict[str, Any]) -> list[str]:
-    lines = [
-        "## Every architecture at its defaults",
-        "",
-        "Nothing but the architecture and, on planted rows, the number of active features is set. "
-        "Figures are of rows that no training saw. `found` is the share of the planted directions "
-        "that a decoder row meets with that cosine or more.",
-        "",
-    ]
-    for part in table["planted"]:
-        rows = part["rows"]
-        features = rows["atoms"] * table["recipe"]["planted_expansion"]
-        lines += [
-            f"Planted rows of width {rows['width']}: {rows['active']} of {rows['atoms']} "
-            f"directions each; {features} features, {rows['rows']} rows.",
-            "",
-            *_grid(part["variants"], ("fvu", "l0", "dead", "found_0.9", "found_0.95")),
-        ]
-    zoo = table["zoo"]
-    features = zoo["width"] * table["recipe"]["zoo_expansion"]
-    lines += [
-        f"Rows of {zoo['site']}, width {zoo['width']}; {features} features, "
-        f"{table['recipe']['zoo_tokens']} rows.",
-        "",
-        *_grid(zoo["variants"], ("fvu", "l0", "dead")),
-        "Made by `make zoo-sae-table`; settings and figures are in `architectures.json`.",
-        "",
-    ]
-    return lines
-
-
-def _grid(variants: dict[str, dict[str, float]], columns: Sequence[str]) -> list[str]:
-    names = ("FVU", "L0", "dead", "found at .9", "found at .95")[: len(columns)]
-    return [
-        "| architecture | " + " | ".join(names) + " |",
-        "|---" * (1 + len(columns)) + "|",
-        *(
-            f"| {name} | " + " | ".join(str(row[c]) for c in columns) + " |"
-            for name, row in variants.items()
-        ),
-        "",
-    ]
 
 
 def main(argv: list[str] | None = None) -> int:
