@@ -84,7 +84,7 @@ class TestSchedule:
 
     def test_learning_rate_of_thresholds(self):
         short = self.schedule("jumprelu", k=None, tokens=5000, lr=1e-4, decay_share=0.5, warmup=0)
-        assert [short.threshold_lr(t) for t in (0, 375)] == pytest.approx([0.01, 0.005])
+        assert [short.threshold_lr(t) for t in (0, 375)] == pytest.approx([0.03, 0.015])
         longer = self.schedule("jumprelu", k=None, tokens=10**6, lr=1e-4, warmup=0)
         assert longer.threshold_lr(0) == pytest.approx(20 / 10**5)
         assert self.schedule("jumprelu", k=None, lr=0.5, warmup=0).threshold_lr(0) == 0.5

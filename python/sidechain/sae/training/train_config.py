@@ -26,7 +26,7 @@ _BATCH, _SMALLEST, _STEPS = 4096, 256, 1000
 # Learning rate of short runs in sizes of an element, see `TrainConfig.lr`.
 _TURNS, _FASTEST = 100.0, 1 / 8
 # Learning rate and least first value of thresholds, see `TrainConfig.threshold_lr`.
-_FOLDS, _FASTEST_FOLD, _LEAST_LIMIT = 20.0, 0.01, 0.1
+_FOLDS, _FASTEST_FOLD, _LEAST_LIMIT = 20.0, 0.03, 0.1
 
 _CHOICES = {
     "decay": SCHEDULES,
@@ -107,7 +107,7 @@ class TrainConfig:
             Updates January 2025, sets the biases). Where all features start active, the penalty
             shrinks those that fit before they fit.
         threshold_lr: learning rate of the logarithms of jumprelu's thresholds; None = 20 / steps,
-            at most 0.01, or lr if that is more. Adam moves a logarithm by about lr a step whatever
+            at most 0.03, or lr if that is more. Adam moves a logarithm by about lr a step whatever
             the size of the penalty, which would otherwise change nothing in a short run.
         log_every: steps between metrics.
         checkpoint_minutes: longest time between checkpoints.
