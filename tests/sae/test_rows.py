@@ -304,6 +304,9 @@ class TestTokens:
         assert sae.provenance.tokens == 3 * 768
         with pytest.raises(TypeError, match="expected tokens"):
             run(iter([x]), tmp_path / "c", tokens=None)
+        with pytest.raises(InputError, match=r"expected at least 256 rows \[one batch\], got few"):
+            run(x[:100], tmp_path / "d", tokens=None)
+        assert not (tmp_path / "d").exists()
 
     def test_a_stream_that_ends_is_saved(self, tmp_path, x):
         with pytest.raises(InputError, match=r"expected 8448 rows \[tokens\], got 4096 and no m"):

@@ -421,7 +421,7 @@ class TestCommand:
             (["STORE", "--set", "wings=2"], "--set: expected NAME=VALUE"),
             (["STORE", "--set", "clip=-1"], "expected clip above 0"),
             (["STORE", "--set", "path=warp"], "expected path to be one of"),
-            (["STORE", "--tokens", "7"], "expected tokens >= 4096"),
+            (["STORE", "--tokens", "7"], "expected tokens >= 256"),
             (["STORE", "--lr", "nan"], "--lr: expected a finite number"),
             (["STORE", "--batch", "100000", "--tokens", "200000"], "at least 100000 rows"),
             (["STORE", "--feature-slices", "2"], "expected feature slices that divide 1"),

@@ -53,7 +53,7 @@ class TestSchedule:
         assert wide.lr(100) == pytest.approx(1 / 8 / math.sqrt(1024))
 
     def test_batch(self):
-        for tokens, batch in ((10**8, 4096), (1 << 20, 1024), (300_000, 256), (100, 100)):
+        for tokens, batch in ((10**8, 4096), (1 << 20, 1024), (300_000, 256), (100_000, 256)):
             assert TrainConfig(tokens=tokens).batch == batch == default_batch(tokens)
         assert TrainConfig(tokens=10**6, batch=4096).batch == 4096
 

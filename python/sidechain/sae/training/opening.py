@@ -170,6 +170,10 @@ def check_source(config: SaeConfig, train: TrainConfig, source: Source) -> None:
             f"Trainer: expected rows with {wanted} [transcoder={config.transcoder}], got {got}"
         )
     count = available(source, train.batch)
+    if count == 0:
+        raise InputError(
+            f"Trainer: expected at least {train.batch} rows [one batch], got fewer: set batch"
+        )
     if count is not None and count < train.tokens // train.batch * train.batch:
         raise InputError(
             f"Trainer: expected tokens <= {count} [rows in whole batches], got {train.tokens}: set "

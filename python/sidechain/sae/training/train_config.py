@@ -225,8 +225,7 @@ class TrainConfig:
 
 def default_batch(tokens: int) -> int:
     """Return the rows of a step where none are asked for; see `TrainConfig.batch`."""
-    fitting = max(_SMALLEST, 1 << max(0, (tokens // _STEPS).bit_length() - 1))
-    return min(_BATCH, fitting, max(1, tokens))
+    return min(_BATCH, max(_SMALLEST, 1 << max(0, (tokens // _STEPS).bit_length() - 1)))
 
 
 class Schedule:
