@@ -82,7 +82,7 @@ def test_defaults_explain_about_as_much_as_topk(shape):
         state = prepared(x, features, 512, **settings, l0=active)
         metrics = trained(state, x)
         assert metrics["fvu"] < (3 if case == "relu" else 2) * best, case
-        assert metrics["dead"] < 0.25, case
+        assert metrics["dead"] < 0.3, case
         assert metrics["l0"] == pytest.approx(active, rel=0.05), case
         if case in ("relu", "gated"):
             assert share_found(state.weights["w_dec"], atoms, 0.9) > 0.8 * most, case

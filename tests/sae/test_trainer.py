@@ -42,7 +42,7 @@ RECOVERY = {
     "matryoshka": dict(architecture="matryoshka", k=3, prefixes=(48, 64)),
     "relu": dict(architecture="relu", sparsity=2.0),
     "gated": dict(architecture="gated", sparsity=4.0),
-    "jumprelu, tanh": dict(architecture="jumprelu", sparsity=0.7, bandwidth=0.5),
+    "jumprelu, tanh": dict(architecture="jumprelu", l0=3),
     "jumprelu, l0": dict(
         architecture="jumprelu", penalty="l0", sparsity=1.0, bandwidth=0.5, threshold_init=0.3
     ),
