@@ -105,6 +105,30 @@ class TestFingerprint:
             with pytest.raises(InputError, match="expected the rows of the run"):
                 run([other], tmp_path)
 
+    def test_another_model_or_other_prompts(self, tmp_path):
+        def source(prompts, pipe=None):
+            return PipelineSource(
+                pipe or tiny_pipeline(), "cross:1", prompts, buffer=100, batch_size=2,
+                num_inference_steps=3, audio_end_in_s=1.0,
+            )  # fmt: skip
+
+        settings = dict(k=4, features=32, batch=16, tokens=160)
+        one = run(source(["a", "b"]), tmp_path, **settings)
+        assert equal(one, run(source(["a", "b"]), tmp_path, **settings))
+        with pytest.raises(InputError, match=r"got others \[prompts_digest"):
+            run(source(["a", "c"]), tmp_path, **settings)
+        other = tiny_pipeline()
+        with torch.no_grad():
+            for weight in other.transformer.parameters():
+                weight.mul_(1.1)
+        with pytest.raises(InputError, match=r"got others \[summary"):
+            run(source(["a", "b"], other), tmp_path, **settings)
+        record = json.loads((tmp_path / "run.json").read_text())
+        for name in ("summary", "prompts_digest"):  # as older versions wrote it
+            record["source"].pop(name)
+        (tmp_path / "run.json").write_text(json.dumps(record))
+        assert equal(one, run(source(["a", "b"]), tmp_path, **settings))
+
     def test_a_stream_in_another_order_cannot_continue(self, tmp_path, x, monkeypatch):
         monkeypatch.setattr(streams, "CALIBRATION", 1024)  # what comes later is not compared early
         order = itertools.count()

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..._device import send
 from ..._errors import InputError
+from ...io.same import fingerprint
 from ...pipelines import SitePattern, config_hash
 from ...pipelines import sites as list_sites
 from ...pipelines.generate import generate, model_name, quiet_settings
@@ -28,6 +29,7 @@ from .bad_rows import BadRows, find
 from .fitting import fit
 from .mesh import Mesh
 from .rows import Rows, join, selected
+from .run_record import SUMMARY
 
 
 class PipelineSource:
@@ -83,6 +85,7 @@ class PipelineSource:
         self.bad_rows = BadRows()
         self._facts: dict[str, Any] = {
             "prompts": len(self._prompts),
+            "prompts_digest": fingerprint(prompts=self._prompts),
             "sites": [s.alias for s in self._sites],
             "model": model_name(pipe),
             "config_hash": config_hash(pipe),
@@ -135,8 +138,23 @@ class PipelineSource:
                 yield _pick(rows, torch.from_numpy(chosen), device)
 
     def identity(self) -> dict[str, Any]:
-        """Return what decides the rows."""
-        return self._facts
+        """Return what decides the rows, and a summary of the first call's.
+
+        Weights are not compared: other ones of the same configuration give other rows. The summary
+        is compared up to the rounding of another device.
+        """
+        return {**self._facts, SUMMARY: self._summary()}
+
+    def _summary(self) -> list[float]:
+        """Return mean, root mean square and largest norm of the rows of the first call."""
+        if self._first is None:
+            self._first = self._call(0)
+        parts = [t for t in (self._first.x, self._first.target) if t is not None]
+        found = [
+            [x.mean(), x.square().mean().sqrt(), x.norm(dim=1).amax()]
+            for x in (part.double() for part in parts)
+        ]
+        return [float(value) for row in found for value in row]
 
     def provenance(self) -> Provenance:
         """Return site, model and branches."""

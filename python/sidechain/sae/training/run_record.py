@@ -16,6 +16,12 @@ SETTINGS = "run.json"
 PARTS = ("config", "train", "source", "start")
 #: Settings that may change while a run goes on: no weight depends on them.
 _FREE = frozenset({"checkpoint_minutes", "on_bad_rows"})
+#: Of a source: numbers that are equal up to rounding where the rows are the same.
+SUMMARY = "summary"
+# How far they may be apart, of the largest.
+_ROUNDING = 1e-3
+#: Of a source: what records of older versions lack.
+_NEWER = frozenset({SUMMARY, "prompts_digest", "rows"})
 #: Settings that may change where a reason is given.
 CHANGEABLE = frozenset(
     {
@@ -89,6 +95,10 @@ class RunRecord:
                 self._check_start(found, now)
                 continue
             there = {name: found.get(name) for name in now}
+            if part == "source":
+                there |= {n: now[n] for n in _NEWER & now.keys() if n not in found}
+                if _alike(there.get(SUMMARY), now.get(SUMMARY)):
+                    there[SUMMARY] = now[SUMMARY]
             while (other := difference(there, now)) is not None:
                 name, theirs, value = other
                 if part == "source":
@@ -161,6 +171,17 @@ class RunRecord:
         """How the run ended; None = it has not. Versions that kept no note wrote the file last."""
         known = self.content.get("finished", {"early": False})
         return known if isinstance(known, dict) else None
+
+
+def _alike(a: Any, b: Any) -> bool:
+    """Return whether two summaries are equal up to rounding; NaN is like nothing."""
+    try:
+        most = max(abs(float(value)) for value in b)
+        return len(a) == len(b) and all(
+            abs(x - y) <= _ROUNDING * most for x, y in zip(a, b, strict=True)
+        )
+    except (TypeError, ValueError):
+        return False
 
 
 def _whole(path: Path) -> dict[str, Any]:
