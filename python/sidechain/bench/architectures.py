@@ -112,7 +112,7 @@ def _zoo_rows(sizes: Sizes) -> torch.Tensor:
 
 def _train(x: torch.Tensor, features: int, active: int, batch: int, settings: Any) -> sae.Sae:
     kind = sae.ARCHITECTURES[settings["architecture"]]
-    asked = {"k" if kind.takes("k") else "l0": active}
+    asked: dict[str, Any] = {"k" if kind.takes("k") else "l0": active}
     with tempfile.TemporaryDirectory() as folder:
         return sae.train(
             x, folder, features=features, batch=batch, progress=False, **asked, **settings
