@@ -16,6 +16,7 @@ FEWER = (
     ("batches(4096", "batches(64"),
     ("buffer=1 << 18", "buffer=1 << 10"),
     ("tokens=2_000_000", "tokens=1024, batch=256, progress=False"),
+    ("Planted(100_000", "Planted(10_000"),
 )
 
 
@@ -33,3 +34,5 @@ def test_python_examples(tmp_path, monkeypatch):
     assert space["maps"]["cross:3"].shape[:2] == (1, 1)
     assert space["batch"].x.shape == (64, 160)
     assert space["x_hat"].shape == (3, 160)
+    assert space["finer"].config.k == 8 and "held_out_fvu" in space["finer"].provenance.metrics
+    assert space["longer"].provenance.tokens > space["own"].provenance.tokens

@@ -106,7 +106,7 @@ def test_sources_wait_for_nothing(
     if device == "cpu":  # the look-out sees one thread
 
         def at_once(plan: Any, load: Any, depth: int) -> Any:
-            return ((place, load(rows)) for place, rows in plan)
+            return ((place, load(place, rows)) for place, rows in plan)
 
         monkeypatch.setattr("sidechain.store.batches._ahead", at_once)
     if kind == "store":

@@ -162,7 +162,7 @@ def _to_meta(value: Any, done: dict[int, Any]) -> Any:
         made = type(value)(*(_to_meta(v, done) for v in value))
     elif isinstance(value, list | tuple):
         made = type(value)(_to_meta(v, done) for v in value)
-    elif type(value).__name__ in ("TrainState", "Metrics"):
+    elif type(value).__name__ in ("TrainState", "Metrics", "L0Control"):
         made = done[id(value)] = copy.copy(value)
         made.__dict__.update({k: _to_meta(v, done) for k, v in vars(value).items()})
     done[id(value)] = made

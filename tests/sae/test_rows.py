@@ -369,6 +369,16 @@ class TestTokens:
         with pytest.raises(InputError, match="expected batch=256"):
             run(x, tmp_path, tokens=4096, lr=1e-3, batch=128, reason="any")
 
+    def test_a_longer_run_keeps_its_batch(self, tmp_path):
+        x = planted(520_000, 4)[0]
+        settings = dict(features=8, k=2, progress=False)
+        first = train(x[:300_000], tmp_path / "other", **settings)
+        assert first.provenance.extra["train"]["batch"] == 256
+        train(x, tmp_path / "run", tokens=300_000, **settings)
+        more = train(x, tmp_path / "run", reason="all of them", **settings)
+        assert more.provenance.extra["train"]["batch"] == 256
+        assert more.provenance.tokens == 520_000 // 256 * 256
+
     def test_a_finished_run_without_a_checkpoint_is_not_begun_anew(self, tmp_path, x):
         first = run(x, tmp_path, tokens=2048)
         shutil.rmtree(tmp_path / "checkpoints")

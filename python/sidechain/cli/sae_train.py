@@ -187,19 +187,20 @@ def run(settings: SaeTrainSettings, given: Mapping[str, Any]) -> int:
     from .. import sae
     from ..io.run_folder import write_settings
     from ..sae.starting import opened
+    from ..sae.training.run_record import recorded_batch
     from ..sae.training.train import whole_run
 
     start = None if settings.start is None else opened(settings.start)
     rows, held_out = source(settings)
-    tokens = settings.tokens
-    if tokens is None:
-        tokens = whole_run(rows, settings.batch) if own_files(settings.data) else TOKENS
     config = sae_config(settings, rows, start)
     out = settings.out or Path(f"runs/sae/{slug(rows)}-{config.architecture}")
     values.folder_to_write("--out", out)
+    batch, tokens = settings.batch or recorded_batch(out), settings.tokens
+    if tokens is None:
+        tokens = whole_run(rows, batch) if own_files(settings.data) else TOKENS
     trainer = sae.Trainer(
         config,
-        train_config(replace(settings, tokens=tokens)),
+        train_config(replace(settings, tokens=tokens, batch=batch)),
         rows,
         out,
         mesh=sae.from_environment(settings.feature_slices),

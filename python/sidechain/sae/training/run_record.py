@@ -173,6 +173,18 @@ class RunRecord:
         return known if isinstance(known, dict) else None
 
 
+def recorded_batch(folder: Path) -> int:
+    """Return the rows of a step of the run in a folder; 0 = there is none.
+
+    What is chosen by the number of rows must not change when a run is made longer.
+    """
+    try:
+        batch = read_json(folder / SETTINGS)["train"]["batch"]
+    except (InputError, OSError, KeyError, TypeError):
+        return 0
+    return batch if isinstance(batch, int) and not isinstance(batch, bool) and batch > 0 else 0
+
+
 def _alike(a: Any, b: Any) -> bool:
     """Return whether two summaries are equal up to rounding; NaN is like nothing."""
     try:

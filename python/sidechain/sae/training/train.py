@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from ..architectures.registry import ARCHITECTURES
@@ -14,6 +15,7 @@ from ..starting import opened, shaped
 from .mesh import Mesh
 from .opening import available, source_of, targeted
 from .options import DataOptions, RunOptions
+from .run_record import recorded_batch
 from .sources import Source
 from .train_config import TrainConfig, default_batch
 from .trainer import Trainer
@@ -51,7 +53,7 @@ def train(
     if start is not None:
         running["start"] = start = opened(start)
     source, held_out = source_of(data, DataOptions(**reading, seed=training.get("seed", 0)))
-    batch = training.get("batch", 0)
+    batch = training["batch"] = training.get("batch", 0) or recorded_batch(Path(out))
     return Trainer(
         config_for(source, features, None if start is None else start.sae, **shape),
         TrainConfig(tokens=whole_run(source, batch) if tokens is None else tokens, **training),
