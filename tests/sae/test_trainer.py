@@ -5,10 +5,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import random
-import subprocess
-import sys
-import time
 
 import pytest
 import torch
@@ -138,42 +134,6 @@ def test_cut_off_anywhere_and_continued(settings, tmp_path, monkeypatch):
     (last,) = (tmp_path / "parts" / "checkpoints").iterdir()  # the end: a reason may add steps
     assert last.name == "step-000000060"
     same_run(tmp_path / "whole", tmp_path / "parts")
-
-
-@pytest.mark.slow
-def test_killed_at_any_moment(tmp_path):
-    """`kill -9` of the command, at random moments, until it comes through."""
-    folder = make_store(tmp_path / "store")
-
-    def command(out, **more):
-        line = [
-            sys.executable, "-m", "sidechain", "sae", "train", str(folder), "--features", "1024",
-            "--k", "8", "--tokens", str(256 * 200), "--batch", "256", "--lr", "1e-3",
-            "--set", "checkpoint_minutes=0", "--set", "log_every=5", "--out", str(out),
-        ]  # fmt: skip
-        return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more)
-
-    whole = command(tmp_path / "whole")
-    assert whole.wait() == 0, whole.stderr.read()
-    assert whole.stdout.read().decode().strip() == str(tmp_path / "whole" / "sae.safetensors")
-    out, chance, killed = tmp_path / "parts", random.Random(0), 0
-    for _ in range(3):
-        run = command(out)
-        begun = time.monotonic()
-        before = len(metrics(out))
-        while run.poll() is None and len(metrics(out)) < before + 3:
-            assert time.monotonic() - begun < 120
-            time.sleep(0.01)
-        time.sleep(0.2 * chance.random())
-        if run.poll() is None:
-            run.kill()
-            killed += 1
-        run.communicate()
-    last = command(out)
-    assert last.wait() == 0, last.stderr.read()
-    last.communicate()
-    assert killed >= 2
-    same_run(tmp_path / "whole", out)
 
 
 def metrics(out):
