@@ -13,18 +13,18 @@ from sidechain.zoo.checksums import WEIGHTS
 
 
 def test_the_quick_form_trains_every_architecture(tmp_path, capsys):
-    out = tmp_path / "figures.json"
+    out = tmp_path / "metrics.json"
     assert architectures.main(["--quick", "--out", str(out)]) == 0
-    figures = json.loads(out.read_text())["architectures"]
+    metrics = json.loads(out.read_text())["architectures"]
     trained = {case["architecture"] for case in architectures.CASES.values()}
     assert trained == set(ARCHITECTURES)
-    assert figures.keys() == architectures.CASES.keys()
-    for name, row in figures.items():
+    assert metrics.keys() == architectures.CASES.keys()
+    for name, row in metrics.items():
         assert row["fvu"] < (0.7 if name == "relu" else 0.5), name
         assert 2 < row["l0"] < 4, name  # 3 asked for
         assert row["dead"] < 0.3, name
     shown = capsys.readouterr().out
-    assert shown.count("\n| ") == 1 + len(figures)
+    assert shown.count("\n| ") == 1 + len(metrics)
 
 
 def test_the_card_keeps_its_text_and_one_table(tmp_path):

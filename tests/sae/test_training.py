@@ -14,7 +14,7 @@ from sae.oracle import planted
 from sidechain.ops import Encoder, topk_encode
 from sidechain.sae import Codes, Normaliser, Rows, SaeConfig, TrainConfig
 from sidechain.sae.architectures.dead import dead_codes
-from sidechain.sae.initialise import encoder_scale, geometric_median, random_rows
+from sidechain.sae.initialise import geometric_median, random_rows
 from sidechain.sae.training.groups import by_level
 from sidechain.sae.training.resample import resample
 from sidechain.sae.training.state import TrainState
@@ -138,14 +138,6 @@ class TestFirstWeights:
         assert torch.equal(random_rows(seed, 0, start, start + count, 4), whole[start:][:count])
         assert not torch.equal(random_rows(seed, 1, start, start + count, 4), whole[start:][:count])
         torch.testing.assert_close(whole.norm(dim=1), torch.ones(3200))
-
-    def test_encoder_scale_reconstructs(self):
-        rows = random_rows(0, 0, 0, 4096, 32)
-        scale = encoder_scale(32, 4096, selecting=False)
-        x = torch.randn(500, 32)
-        x_hat = (scale * x @ rows.T).relu() @ rows
-        assert float((x_hat * x).sum() / x.square().sum()) == pytest.approx(1.0, abs=0.05)
-        assert encoder_scale(32, 40, selecting=False) == 1.0
 
     def test_geometric_median(self):
         x = torch.randn(400, 5, dtype=torch.float64) + 3

@@ -71,7 +71,7 @@ QUICK = Sizes(rows=20_000, width=16, atoms=32, active=3, prompts=0, batch=256)
 
 
 def compare(sizes: Sizes) -> dict[str, dict[str, float]]:
-    """Train all `CASES`; returns their figures on rows they were not trained on, by name."""
+    """Train all `CASES`; returns their metrics on rows they were not trained on, by name."""
     held = max(1000, sizes.rows // 20)
     x, atoms = planted_rows(
         sizes.rows + held, sizes.width, sizes.atoms, active=sizes.active, noise=0.02
@@ -124,7 +124,7 @@ def _health(one: sae.Sae, rows: ArrayRows) -> dict[str, float]:
     return {"fvu": health.fvu, "l0": health.l0, "dead": health.dead}
 
 
-def table(figures: dict[str, dict[str, float]], sizes: Sizes) -> list[str]:
+def table(metrics: dict[str, dict[str, float]], sizes: Sizes) -> list[str]:
     """Return the lines of the table, in Markdown."""
     lines = [
         f"Every architecture at its defaults, {sizes.active} active features asked for, on "
@@ -136,7 +136,7 @@ def table(figures: dict[str, dict[str, float]], sizes: Sizes) -> list[str]:
             if sizes.prompts
             else ""
         )
-        + ". Figures are of rows that were not trained on. `atoms` is the share of planted atoms "
+        + ". Metrics are of rows that were not trained on. `atoms` is the share of planted atoms "
         "that a decoder row meets at that cosine. An L1 penalty takes from every value: relu "
         "explains less at the same L0. Made by `python -m sidechain.bench.architectures`.",
         "",
@@ -144,7 +144,7 @@ def table(figures: dict[str, dict[str, float]], sizes: Sizes) -> list[str]:
         "|---" * (len(_COLUMNS) + 1) + "|",
     ]
     names = ("fvu", "l0", "dead", "found_90", "found_95", "zoo_fvu", "zoo_l0", "zoo_dead")
-    for name, row in figures.items():
+    for name, row in metrics.items():
         cells = [f"{row[n]:.3f}" if n in row else "-" for n in names]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return lines
@@ -159,14 +159,14 @@ def write_card(folder: Path, lines: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Train, print the table and write the figures; returns 0."""
+    """Train, print the table and write the metrics; returns 0."""
     parser = argparse.ArgumentParser(
         prog="python -m sidechain.bench.architectures", description=__doc__
     )
     parser.add_argument("--quick", action="store_true", help="seconds: shows that all of it works")
     parser.add_argument("--prompts", type=int, help="of the music model")
     parser.add_argument("--rows", type=int, help="planted")
-    parser.add_argument("--out", type=Path, help="JSON file with the figures")
+    parser.add_argument("--out", type=Path, help="JSON file with the metrics")
     parser.add_argument("--card", action="store_true", help="write into the card that is shipped")
     chosen = parser.parse_args(argv)
     base = asdict(QUICK if chosen.quick else Sizes())
@@ -174,11 +174,11 @@ def main(argv: list[str] | None = None) -> int:
     sizes = Sizes(**{**base, **given})
     with warnings.catch_warnings():
         warnings.simplefilter("always", RuntimeWarning)  # a collapse shows for each
-        figures = compare(sizes)
-    lines = table(figures, sizes)
+        metrics = compare(sizes)
+    lines = table(metrics, sizes)
     print("\n".join(lines))
     if chosen.out is not None:
-        text = json.dumps({"sizes": asdict(sizes), "architectures": figures}, indent=1)
+        text = json.dumps({"sizes": asdict(sizes), "architectures": metrics}, indent=1)
         write_text(chosen.out, text + "\n")
     if chosen.card:
         write_card(WEIGHTS / SAES, lines)

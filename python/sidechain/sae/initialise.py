@@ -31,16 +31,6 @@ def random_rows(seed: int, stream: int, start: int, stop: int, width: int) -> Te
     return table / table.norm(dim=1, keepdim=True)
 
 
-def encoder_scale(d_in: int, features: int, *, selecting: bool) -> float:
-    """Return the length of the first encoder rows.
-
-    Selecting architectures take the k largest, whatever the scale: 1. Where every positive feature
-    fires, half of them do at first, and with rows of length s the reconstruction is about
-    s F / (2 d) x: s = 2 d / F makes that x itself.
-    """
-    return 1.0 if selecting else min(1.0, 2 * d_in / features)
-
-
 def geometric_median(x: Tensor, *, iterations: int = 100, tolerance: float = 1e-5) -> Tensor:
     """Return the point with the least sum of distances to rows x [N, d], on their device.
 

@@ -17,7 +17,7 @@ from ..io.tensors import read_tensors, write_tensors
 from ..ops import Codes, sparse_decode
 from .architectures.registry import implementation, own_parameters
 from .config import Provenance, SaeConfig
-from .initialise import encoder_scale, random_rows
+from .initialise import random_rows
 from .normaliser import Normaliser
 from .precision import wide
 
@@ -85,7 +85,6 @@ class Sae(nn.Module):
         self.target_normaliser = target_normaliser
         w_dec = random_rows(seed, 0, 0, features, d_out)
         w_enc = random_rows(seed, 1, 0, features, d_in) if config.transcoder else w_dec.clone()
-        w_enc *= encoder_scale(d_in, features, selecting=bool(config.kind.selects))
         self.w_enc = nn.Parameter(w_enc)
         self.w_dec = nn.Parameter(w_dec)
         self.b_enc = nn.Parameter(torch.zeros(features))

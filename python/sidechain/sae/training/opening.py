@@ -12,7 +12,8 @@ import numpy as np
 from torch import Tensor
 
 from ..._errors import InputError
-from ...store import ActivationStore, ArrayRows, open_rows, split
+from ...store import ActivationStore, ArrayRows, split
+from ...store.importing import rows_reader
 from ...store.manifest import MANIFEST
 from ...store.protocol import RowReader
 from ..config import SaeConfig
@@ -82,26 +83,29 @@ def readers_of(data: Any, options: DataOptions) -> tuple[RowReader, RowReader | 
 
 def _reader(data: Any, options: DataOptions) -> tuple[Any, RowReader | None]:
     steps, column = options.steps, options.column
-    if hasattr(data, "gather") and hasattr(data, "fingerprint"):
-        _none_of(options, "rows with labels of their own", "steps", "column")
+    if isinstance(data, ActivationStore):
+        _none_of(options, "an open store", "steps", "column")
         return data, None
-    if isinstance(data, str | os.PathLike):
-        if (Path(data) / MANIFEST).is_file():
-            _none_of(options, "a store", "steps")
-            return ActivationStore(Path(data), column), None
-        return open_rows(Path(data), column=column, steps=steps), None
-    if isinstance(data, Tensor | np.ndarray):
-        return ArrayRows(data, steps=steps), None
-    if hasattr(data, "with_format") and hasattr(data, "column_names"):
-        return open_rows(data, column=column, steps=steps), None
+    if _is_path(data) and (Path(data) / MANIFEST).is_file():
+        _none_of(options, "a store", "steps")
+        return ActivationStore(data, column), None
     if isinstance(data, list | tuple) and len(data):
+        _none_of(options, "rows in memory", "column")
         return _listed(data, steps)
+    reader = hasattr(data, "gather") and hasattr(data, "fingerprint")
+    table = hasattr(data, "with_format") and hasattr(data, "column_names")
+    if _is_path(data) or reader or table or isinstance(data, Tensor | np.ndarray):
+        return rows_reader(data, column=column, steps=steps), None
     if isinstance(data, Iterable) or callable(data):
         return None, None
     raise TypeError(
         "train: expected rows [a tensor, an array, a file or folder, a store, a DataLoader or "
         f"another iterable], got {type(data).__name__}"
     )
+
+
+def _is_path(data: Any) -> bool:
+    return isinstance(data, str | os.PathLike)
 
 
 def _listed(data: Sequence[Any], steps: Any) -> tuple[ArrayRows, RowReader | None]:

@@ -178,7 +178,7 @@ class Trainer:
         else:
             own, target = checkpoint.normalisers(found)
         first = None
-        if self._start is not None:
+        if self._start is not None and found is None:
             first = weights(self._start, self.config, own, target, seed=self.train.seed)
         state = TrainState(
             self.config,
