@@ -463,6 +463,29 @@ class TestForms:
             run(data, tmp_path / "run")
         assert not (tmp_path / "run").exists()
 
+    @pytest.mark.parametrize(
+        ("item", "message"),
+        [
+            (np.ma.masked_invalid(np.full((300, D), np.nan, np.float32)), "without a mask"),
+            (torch.zeros(300, D).to_sparse(), "dense tensor"),
+            (torch.zeros(300, D, device="meta"), "without data"),
+            (np.zeros((300, D), ">f4"), "byte order"),
+            (torch.zeros(300, D).int(), "got int32"),
+            (torch.zeros(300), r"\[\.\.\., d\]"),
+        ],
+    )
+    @pytest.mark.parametrize("form", ["array", "stream", "pair", "target"])
+    def test_each_form_refuses_the_same(self, tmp_path, item, message, form):
+        good = torch.zeros(300, D)
+        data = {
+            "array": item,
+            "stream": lambda: iter([item]),
+            "pair": [(item, 0)],
+            "target": [Rows(good, None, item)],
+        }[form]
+        with pytest.raises((TypeError, ValueError), match=message):
+            run(data, tmp_path / "run", tokens=256)
+
     def test_settings_that_nobody_has(self, tmp_path, x):
         with pytest.raises(TypeError, match=r"expected settings of SaeConfig.*got colour"):
             run(x, tmp_path, colour=1)

@@ -64,7 +64,7 @@ def test_imported_trained_on_and_written_again(x, trained, tmp_path, format):
     assert fvu(formats.load(tmp_path / "again"), x) == pytest.approx(fvu(more, x), rel=1e-4)
 
 
-def test_a_run_goes_on_from_where_it_was(x, trained, tmp_path):
+def test_a_finished_run_knows_its_start_by_the_weights(x, trained, tmp_path):
     settings = dict(start=trained, lr=1e-3, checkpoint_minutes=0.0, log_every=2, **KW)
     whole = train(x, tmp_path / "whole", **settings)
     real = Sae.load(tmp_path / "whole" / "sae.safetensors")

@@ -50,17 +50,32 @@ def as_part(given: Any, what: str) -> Part:
     """Return the rows of an array [..., d], not a copy.
 
     Raises:
-        TypeError, ValueError: no array, or one without floating-point rows.
+        TypeError, ValueError: see `check_rows`.
+    """
+    name = check_rows(given, what)
+    if isinstance(given, Tensor):
+        tensor = given.detach().cpu()
+        return Part((tensor.view(torch.uint16) if name == "bfloat16" else tensor).numpy(), name)
+    return Part(given.view(np.ndarray), name)
+
+
+def check_rows(given: Any, what: str) -> str:
+    """Refuse what holds no dense floating-point rows [..., d]; return the name of the dtype.
+
+    Args:
+        given: a tensor on any device, or a NumPy array.
+        what: it is, for the message.
+
+    Raises:
+        TypeError: no array; one that is masked, sparse, without data, of another byte order, or of
+            other numbers than float16, bfloat16 (torch), float32 and float64.
+        ValueError: fewer than two dimensions.
     """
     if isinstance(given, Tensor):
         if given.layout != torch.strided or given.is_meta:
             kind = "a tensor without data" if given.is_meta else str(given.layout)
             raise TypeError(f"rows: expected a dense tensor as {what}, got {kind}")
         name = str(given.dtype).removeprefix("torch.")
-        if name in DTYPES:
-            tensor = given.detach().cpu()
-            plain = tensor.view(torch.uint16) if name == "bfloat16" else tensor
-            return Part(_rowed(plain.numpy(), what), name)
     elif isinstance(given, np.ma.MaskedArray):
         raise TypeError(
             f"rows: expected an array without a mask as {what}, got a masked array [its masked "
@@ -68,29 +83,26 @@ def as_part(given: Any, what: str) -> Part:
         )
     elif isinstance(given, np.ndarray):
         name = given.dtype.name
-        if name in DTYPES and name != "bfloat16":
-            if not given.dtype.isnative:
-                raise TypeError(
-                    f"rows: expected numbers in the byte order of this machine as {what}, got "
-                    f"{given.dtype.str}"
-                )
-            return Part(_rowed(given.view(np.ndarray), what), name)
+        if name in DTYPES and not given.dtype.isnative:
+            raise TypeError(
+                f"rows: expected numbers in the byte order of this machine as {what}, got "
+                f"{given.dtype.str}"
+            )
         if name == "bfloat16":
             name = "bfloat16 of NumPy, not of torch"
     else:
         raise TypeError(
-            f"rows: expected tensors or arrays [..., d] as {what}, got {type(given).__name__}"
+            f"rows: expected tensors or arrays [..., d] as {what}, got {type(given).__name__} "
+            f"{given!r}"[:200]
         )
-    raise TypeError(
-        f"rows: expected float16, bfloat16, float32 or float64 as {what}, got {name} [numbers of "
-        "another kind are cast by whoever knows their scale]"
-    )
-
-
-def _rowed(values: NDArray[Any], what: str) -> NDArray[Any]:
-    if values.ndim < 2:
-        raise ValueError(f"rows: expected [..., d] as {what}, got shape {list(values.shape)}")
-    return values
+    if name not in DTYPES:
+        raise TypeError(
+            f"rows: expected float16, bfloat16, float32 or float64 as {what}, got {name} [numbers "
+            "of another kind are cast by whoever knows their scale]"
+        )
+    if given.ndim < 2:
+        raise ValueError(f"rows: expected [..., d] as {what}, got shape {list(given.shape)}")
+    return name
 
 
 def _flat(values: NDArray[Any]) -> NDArray[Any]:

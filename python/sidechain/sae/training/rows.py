@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...store.array_part import check_rows
+
 
 class Rows(NamedTuple):
     """Rows of a batch.
@@ -81,15 +83,13 @@ def _parts(item: Item, number: int) -> tuple[Any, Any, Any]:
 
 
 def _matrix(x: Any, what: str) -> Tensor:
+    check_rows(x, what)
     if isinstance(x, np.ndarray):
-        check_dtype(x.dtype, what)
         x = torch.from_numpy(x if x.flags.writeable else x.copy())
-    if not isinstance(x, Tensor):
-        raise TypeError(f"rows: expected tensors or arrays [..., d] as {what}, got {_named(x)}")
-    check_dtype(x.dtype, what)
-    if x.dim() < 2 or not x.shape[-1]:
-        raise TypeError(f"rows: expected [..., d] as {what}, got shape {list(x.shape)}")
-    return x.reshape(-1, x.shape[-1])
+    if not x.shape[-1]:
+        raise ValueError(f"rows: expected [..., d] as {what}, got shape {list(x.shape)}")
+    found: Tensor = x.reshape(-1, x.shape[-1])
+    return found
 
 
 def _steps(step: Any, count: int, number: int) -> Tensor:
@@ -102,24 +102,6 @@ def _steps(step: Any, count: int, number: int) -> Tensor:
             f"rows: expected {count} steps [rows of x] in item {number}, got {len(found)}"
         )
     return found.long()
-
-
-def check_dtype(dtype: Any, what: str) -> None:
-    """Refuse rows that are no floating-point numbers.
-
-    Raises:
-        TypeError: they are not.
-    """
-    name = str(dtype).removeprefix("torch.")
-    if name not in ("float16", "bfloat16", "float32", "float64"):
-        raise TypeError(
-            f"rows: expected float16, bfloat16, float32 or float64 as {what}, got {name} [numbers "
-            "of another kind are cast by whoever knows their scale]"
-        )
-
-
-def _named(value: Any) -> str:
-    return f"{type(value).__name__} {value!r}"[:60]
 
 
 def selected(rows: Rows, chosen: Any) -> Rows:
